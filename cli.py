@@ -1,0 +1,65 @@
+"""What the command lines share: options that choose the model, and errors as one clear line."""
+
+import argparse
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from sdxl import MINIATURE, SDXL
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """A parser with --model, --device and --dtype. Option names may not be shortened, so that a typo is an error."""
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--model", default=str(MINIATURE), help="SDXL folder or Hub id (default: the bundled miniature)")
+    p.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: the best there is")
+    p.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere")
+    return p
+
+
+def load_model(args) -> SDXL:
+    return SDXL.load(args.model, device=args.device, dtype=DTYPES.get(args.dtype))
+
+
+def check_output(path):
+    """Refuse, before any work is done, a file that could not be written in the end."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; --out names a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path.parent}: cannot be written to")
+
+
+def numbers(text: str, kind=float) -> list:
+    """'-2,0,2' -> [-2.0, 0.0, 2.0]; for ints '0-3' or '0,5,7'. For argparse's type=."""
+    try:
+        return [kind(v) for v in text.replace(",", " ").split()] or 1 / 0
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0,1,2") from None
+
+
+def integers(text: str) -> list[int]:
+    """'0,5,7' or '0-63' -> a list of ints, for argparse's type=."""
+    first, dash, last = text.partition("-")
+    if dash and first.strip().isdigit() and last.strip().isdigit() and int(first) <= int(last):
+        return list(range(int(first), int(last) + 1))
+    return numbers(text, int)
+
+
+def run(main):
+    """Run main(); whatever the user can mend becomes one line and exit status 2, without a traceback."""
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)

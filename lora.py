@@ -1,0 +1,169 @@
+"""Low-rank adaptors (Hu et al. 2022): the slider itself.
+
+A slider adds to each chosen layer W of the frozen UNet a low-rank change whose strength is one number:
+
+    y = W x  +  scale * (alpha / r) * B A x            A: (r, in), B: (out, r), B = 0 at the start
+
+`scale` is the knob that is turned at inference (the paper's alpha); `alpha` is the LoRA's usual constant, fixed in
+training. The term is added by a forward hook: the UNet's own modules and weights are never touched or replaced, so a
+detached UNet is the untouched UNet, bit for bit, and any number of sliders can hang on one UNet.
+"""
+
+import json
+import os
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+# Which layers a slider changes, by what their names contain. Like the paper's code, all sets stay within attention
+# projections (attn1 is self-, attn2 cross-attention), resnet blocks and up/down-samplers; the feed-forward layers,
+# the time embedding and the UNet's first and last convolutions are left alone.
+LAYERS = {
+    "noxattn": r"\.attn1\.|\.resnets\.|samplers\.",  # everything but cross-attention: the paper's default
+    "attn": r"\.attn[12]\.",
+    "xattn": r"\.attn2\.",
+    "all": r"\.attn[12]\.|\.resnets\.|samplers\.",
+}
+
+
+def target_layers(unet: nn.Module, layers: str = "noxattn", conv: bool = True) -> dict[str, nn.Module]:
+    """Name -> Linear or Conv2d of the layer set `layers` (a key of LAYERS); conv=False leaves convolutions out."""
+    if layers not in LAYERS:
+        raise ValueError(f"layers: {layers!r} is not one of {', '.join(LAYERS)}")
+    kinds = (nn.Linear, nn.Conv2d) if conv else nn.Linear
+    return {name: m for name, m in unet.named_modules() if isinstance(m, kinds) and re.search(LAYERS[layers], name)}
+
+
+def file_name(layer: str) -> str:
+    """'down_blocks.1.attentions.0...to_q' -> 'lora_unet_down_blocks_1_attentions_0_..._to_q', kohya's naming."""
+    return "lora_unet_" + layer.replace(".", "_")
+
+
+class LowRank(nn.Module):
+    """(alpha / r) B A for one layer. A convolution's A has its kernel, stride and padding; its B is 1x1."""
+
+    def __init__(self, layer: nn.Module, rank: int, alpha: float):
+        super().__init__()
+        if isinstance(layer, nn.Conv2d):
+            self.lora_down = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, bias=False)
+            self.lora_up = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
+            most = min(layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1], layer.out_channels)
+        else:
+            self.lora_down = nn.Linear(layer.in_features, rank, bias=False)
+            self.lora_up = nn.Linear(rank, layer.out_features, bias=False)
+            most = min(layer.in_features, layer.out_features)
+        if not 1 <= rank <= most:
+            raise ValueError(f"rank: {rank} is not between 1 and {most}, the full rank of one of the layers")
+        nn.init.kaiming_uniform_(self.lora_down.weight, a=1)
+        nn.init.zeros_(self.lora_up.weight)
+        self.register_buffer("alpha", torch.tensor(float(alpha)))
+        self.factor = float(alpha) / rank  # alpha / r, as a number: no tensor read in the hot path
+
+    def forward(self, x):
+        return self.factor * self.lora_up(self.lora_down(x))
+
+
+class Slider(nn.Module):
+    """The low-rank changes of one concept. Its state_dict is the slider file: <layer>.lora_down.weight (A),
+    <layer>.lora_up.weight (B), <layer>.alpha.
+
+    scale: a number, or a tensor (batch,) with one scale for each sample. 0 costs nothing: the hooks return at once.
+    """
+
+    def __init__(self, layers: dict[str, nn.Module], rank: int | dict = 4, alpha: float | dict = 1.0):
+        """layers: from target_layers. rank, alpha: one for all layers, or a dict by layer name.
+        Raises ValueError for a rank that no or not every layer can have."""
+        super().__init__()
+        pick = lambda value, name: value[name] if isinstance(value, dict) else value
+        for name, layer in layers.items():
+            self.add_module(file_name(name), LowRank(layer, pick(rank, name), pick(alpha, name)))
+        self.scale = 0.0
+        self.handles = []
+
+    def attach(self, unet: nn.Module) -> "Slider":
+        """Hook onto the layers of `unet` that this slider has parts for. Raises ValueError if one is missing."""
+        modules = {file_name(name): m for name, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+        missing = [name for name, _ in self.named_children() if name not in modules]
+        if missing:
+            raise ValueError(f"the slider changes {len(missing)} layers that this model does not have, e.g. {missing[0]}")
+        for name, low_rank in self.named_children():
+            self.handles.append(modules[name].register_forward_hook(self._hook(low_rank)))
+        return self
+
+    def _hook(self, low_rank):
+        def add(layer, inputs, y):  # y = W x
+            scale = self.scale
+            if not torch.is_tensor(scale):
+                return y + scale * low_rank(inputs[0]) if scale else None  # None: y stays as it is
+            return y + scale.to(y.dtype).view(-1, *[1] * (y.ndim - 1)) * low_rank(inputs[0])
+        return add
+
+    def detach(self):
+        """Unhook; the UNet is as it was."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    @contextmanager
+    def at(self, scale):
+        """with slider.at(2.0): ... sets the scale inside, and puts the old one back."""
+        old, self.scale = self.scale, scale
+        try:
+            yield self
+        finally:
+            self.scale = old
+
+
+# ------------------------------------------------------------------------------------------------ slider files
+
+def save(path, slider: Slider, metadata: dict):
+    """Write `slider` as fp16 safetensors, under a temporary name first. metadata: any JSON values."""
+    path = Path(path)
+    tensors = {k: v.detach().cpu().half().contiguous() for k, v in slider.state_dict().items()}
+    text = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(tensors, temporary, metadata=text)
+    os.replace(temporary, path)
+
+
+def load(path, unet: nn.Module) -> Slider:
+    """Read a slider file for `unet`; rank, alpha and layers come from the file itself. Not yet attached.
+
+    Its metadata, all strings, is the returned slider's `.metadata`. Raises ValueError, naming the file, if it is not a
+    slider or does not fit this UNet.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable .safetensors file ({error})") from None
+    downs = {name.removesuffix(".lora_down.weight"): t for name, t in tensors.items() if name.endswith(".lora_down.weight")}
+    if not downs:
+        raise ValueError(f"{path}: not a slider file: it holds no lora_down.weight")
+    modules = {file_name(name): (name, m) for name, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    missing = [name for name in downs if name not in modules]
+    if missing:
+        raise ValueError(f"{path}: was made for another model: it changes {missing[0]}, which this one does not have")
+    layers, rank, alpha = {}, {}, {}
+    for name, down in downs.items():
+        layer, module = modules[name]
+        layers[layer], rank[layer] = module, len(down)
+        alpha[layer] = float(tensors.setdefault(f"{name}.alpha", torch.tensor(float(len(down)))))  # kohya: absent means r
+    try:
+        slider = Slider(layers, rank, alpha)
+        slider.load_state_dict(tensors)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: was made for another model ({str(error).splitlines()[-1].strip()})") from None
+    if not all(torch.isfinite(t).all() for t in tensors.values()):
+        raise ValueError(f"{path}: holds NaN or infinite numbers")
+    slider.metadata = metadata
+    return slider.to(next(unet.parameters()))

@@ -1,0 +1,180 @@
+"""The measuring stick: given pictures of the drawn world, the value of each attribute.
+
+    readings = measure(pictures)      # {"age": array (N,), "smile": ..., "hair": array of words, "fingers": ...}
+
+Where geometry allows, it is geometry: the number of fingers is counted along the hand's outline, the eyes' width is
+counted in pixels. The rest is read by the judge, a small convolutional network trained on drawn pictures and on what the
+VAE makes of them (train.py). It has never seen a diffusion model's picture, nor the held-out pictures it is checked on:
+
+    python -m miniature.measure       # correlation or accuracy of each reading on 1,000 held-out renders
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from miniature import world
+
+WEIGHTS = Path(__file__).parent / "judge.safetensors"
+NUMBERS = ["age", "smile", "eye_size", "skin"]  # read as numbers in their own unit (world.RANGES)
+CHANCES = ["sex", "hair_length", "glasses", "hat", "malformed"]  # read as probabilities, 0 to 1
+WORDS = {"hair": list(world.HAIR), "background": list(world.BACKGROUNDS), "kind": ["face", "hand"]}
+OUTPUTS = len(NUMBERS) + len(CHANCES) + sum(map(len, WORDS.values()))
+
+
+class Judge(nn.Module):
+    """pictures (B, 3, 128, 128) in [-1, 1] -> (B, OUTPUTS): numbers scaled to [-1, 1], then logits."""
+
+    def __init__(self):
+        super().__init__()
+        c = [24, 48, 96, 160]
+        layers = [nn.Conv2d(3, c[0], 5, stride=2, padding=2), nn.BatchNorm2d(c[0]), nn.ReLU()]  # 64x64
+        for c_in, c_out in zip(c, c[1:]):
+            layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.BatchNorm2d(c_out), nn.ReLU(),
+                       nn.Conv2d(c_out, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU()]  # 32, 16, 8
+        self.features = nn.Sequential(*layers, nn.Conv2d(c[-1], 48, 1), nn.ReLU(), nn.Flatten())  # (B, 48 * 8 * 8)
+        self.head = nn.Sequential(nn.Linear(48 * 64, 160), nn.ReLU(), nn.Linear(160, OUTPUTS))
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def targets(a: dict) -> list[float]:
+    """What the judge should say of attributes `a`: numbers in [-1, 1], chances 0 or 1, word indices; NaN where a hand
+    has no such thing."""
+    scale = lambda name: 2 * (a[name] - world.RANGES[name][0]) / (world.RANGES[name][1] - world.RANGES[name][0]) - 1
+    return ([scale(n) if n in a else math.nan for n in NUMBERS] + [a.get(n, math.nan) for n in CHANCES]
+            + [words.index(a[n]) if n in a else math.nan for n, words in WORDS.items()])
+
+
+def judge_loss(out, target):
+    """out (B, OUTPUTS), target (B, ...) of `targets`: squared errors, and cross-entropies, of what is not NaN."""
+    loss, n = 0.0, len(NUMBERS)
+    given = ~target.isnan()
+    loss = 4 * F.mse_loss(out[:, :n][given[:, :n]], target[:, :n][given[:, :n]])
+    chances, known = target[:, n:n + len(CHANCES)], given[:, n:n + len(CHANCES)]
+    loss = loss + F.binary_cross_entropy_with_logits(out[:, n:n + len(CHANCES)][known], chances[known])
+    at = n + len(CHANCES)
+    for i, words in enumerate(WORDS.values()):
+        column = target[:, n + len(CHANCES) + i]
+        known = ~column.isnan()
+        loss = loss + 0.5 * F.cross_entropy(out[known, at:at + len(words)], column[known].long())
+        at += len(words)
+    return loss
+
+
+_judge = None
+
+
+def judge() -> Judge:
+    """The trained judge, loaded once."""
+    global _judge
+    if _judge is None:
+        _judge = Judge()
+        _judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(WEIGHTS).items()})
+        _judge.eval()
+    return _judge
+
+
+@torch.no_grad()
+def measure(pictures: list[Image.Image]) -> dict[str, np.ndarray]:
+    """Pictures -> readings, an array (N,) each: world.RANGES' names, `hair`, `background`, `kind`, `fingers`, `eye_pixels`."""
+    x = torch.from_numpy(np.stack([np.asarray(p.convert("RGB").resize((world.SIZE,) * 2)) for p in pictures]))
+    x = x.permute(0, 3, 1, 2).float() / 127.5 - 1
+    out = torch.cat([judge()(part) for part in x.split(64)])
+    readings = {}
+    for i, name in enumerate(NUMBERS):
+        low, high = world.RANGES[name]
+        readings[name] = (low + (out[:, i] + 1) / 2 * (high - low)).numpy()
+    for i, name in enumerate(CHANCES, len(NUMBERS)):
+        readings[name] = out[:, i].sigmoid().numpy()
+    at = len(NUMBERS) + len(CHANCES)
+    for name, words in WORDS.items():
+        readings[name] = np.array(words)[out[:, at:at + len(words)].argmax(1).numpy()]
+        at += len(words)
+    readings["fingers"] = np.array([count_fingers(p) if kind == "hand" else 0 for p, kind in zip(pictures, readings["kind"])])
+    readings["eye_pixels"] = np.array([eye_pixels(p) if kind == "face" else 0.0 for p, kind in zip(pictures, readings["kind"])])
+    return readings
+
+
+# ---------------------------------------------------------------------------------------------- geometry
+
+def count_fingers(picture: Image.Image) -> int:
+    """Fingers of an open hand: peaks of the outline's distance from the palm's centre, the wrist's side left out."""
+    x = np.asarray(picture.convert("RGB")).astype(float)
+    ground = np.median(np.concatenate([x[:6].reshape(-1, 3), x[:60, :4].reshape(-1, 3), x[:60, -4:].reshape(-1, 3)]), 0)
+    hand = np.abs(x - ground).sum(-1) > 40  # (H, W)
+    # The palm's centre is the middle of the largest disc that fits: what survives erosion longest.
+    hand_left, left, radius = hand.copy(), hand, 0
+    while left.any():
+        hand_left, radius = left, radius + 1
+        left = left & np.roll(left, 1, 0) & np.roll(left, -1, 0) & np.roll(left, 1, 1) & np.roll(left, -1, 1)
+        left[0] = left[-1] = left[:, 0] = left[:, -1] = False
+    if radius < 8:
+        return 0
+    cy, cx = np.argwhere(hand_left).mean(0)
+    # How far the hand reaches in each direction, from straight down (the wrist) once around.
+    angles = np.radians(np.arange(42, 318.1, 0.5))
+    reach = np.arange(0, 75, 0.5)
+    rows = np.clip(np.round(cy + np.outer(np.cos(angles), reach)), 0, len(x) - 1).astype(int)
+    columns = np.clip(np.round(cx + np.outer(np.sin(angles), reach)), 0, x.shape[1] - 1).astype(int)
+    inside = hand[rows, columns]
+    profile = np.where(inside, reach, 0).max(1)  # (directions,)
+    # Peaks with a valley of at least 3 pixels on both sides.
+    fingers, low, high = 0, profile[0], -1.0
+    for value in profile:
+        if high < 0:  # going down into a valley
+            low = min(low, value)
+            if value > low + 3 and value > 1.45 * radius:
+                high = value
+        else:  # going up a finger
+            high = max(high, value)
+            if value < high - 3:
+                fingers, high, low = fingers + 1, -1.0, value
+    return fingers + (high > 0)
+
+
+def eye_pixels(picture: Image.Image) -> float:
+    """Width of an eye in pixels, both eyes' mean: from the first to the last white of the eye."""
+    x = np.asarray(picture.convert("RGB")).astype(float)
+    widths = []
+    for left, right in ((36, 63), (65, 92)):  # where an eye may be, left and right of the nose
+        window = x[52:72, left:right]
+        white = (window.min(-1) > 215).sum(0) >= 2
+        if white.any():
+            at = np.flatnonzero(white)
+            widths.append(at[-1] - at[0] + 1.0)
+    return float(np.mean(widths)) if widths else 0.0
+
+
+def check(n: int = 1000) -> dict[str, float]:
+    """Correlation (numbers) or accuracy (the rest) on n renders that no training saw."""
+    rng = np.random.default_rng(987654321)
+    truth = [world.sample(rng) for _ in range(n)]
+    readings = measure([world.draw(a) for a in truth])
+    faces = np.array([a["kind"] == "face" for a in truth])
+    result = {}
+    for name in NUMBERS:
+        known = faces if name != "skin" else np.ones(n, bool)
+        result[name] = float(np.corrcoef([a[name] for a, k in zip(truth, known) if k], readings[name][known])[0, 1])
+    for name in CHANCES:
+        known = faces if name != "malformed" else np.ones(n, bool)
+        result[name] = float(np.mean([bool(a[name]) == (r > 0.5) for a, r, k in zip(truth, readings[name], known) if k]))
+    for name in WORDS:
+        known = faces if name == "hair" else np.ones(n, bool)
+        result[name] = float(np.mean([a[name] == r for a, r, k in zip(truth, readings[name], known) if k]))
+    result["fingers"] = float(np.mean([a["fingers"] == r for a, r, k in zip(truth, readings["fingers"], faces) if not k]))
+    fine = np.array([bool(f) and not a["malformed"] for f, a in zip(faces, truth)])
+    result["eye_pixels"] = float(np.corrcoef([a["eye_size"] for a, k in zip(truth, fine) if k], readings["eye_pixels"][fine])[0, 1])
+    return result
+
+
+if __name__ == "__main__":
+    for name, value in check().items():
+        print(f"{name:12} {value:.3f}")

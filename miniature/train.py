@@ -1,0 +1,502 @@
+"""Train the miniature SDXL from nothing:  python -m miniature.train   (or `make miniature`)
+
+Five stages, each resumable: kill it at any time and start it again.
+
+    data    draw the training pictures                                   (world.py)
+    vae     the autoencoder: L1 + edges + KL
+    clip    tokenizer, two text encoders and a vision tower, contrastive (Radford et al. 2021)
+    unet    the UNet: predict eps on the VAE's latents (Ho et al. 2020), min-SNR weights (Hang et al. 2023)
+    judge   the network half of the measuring stick                      (measure.py)
+
+Work in progress lives in miniature/work/ (checkpoints, log.txt, sample grids);
+the result is an ordinary SDXL folder, miniature/model/.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+
+from miniature import world
+
+HERE = Path(__file__).parent
+WORK = HERE / "work"
+MODEL = WORK / "model"
+PICTURES = 32_000
+
+VAE_CONFIG = {
+    "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4,
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [16, 32, 64, 128], "layers_per_block": 1, "norm_num_groups": 4, "act_fn": "silu",
+    "sample_size": world.SIZE, "scaling_factor": 1.0, "force_upcast": False}
+
+
+def log(message):
+    line = f"{time.strftime('%H:%M:%S')} {message}"
+    print(line, flush=True)
+    with open(WORK / "log.txt", "a") as f:
+        f.write(line + "\n")
+
+
+def write_json(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+class Checkpoint:
+    """A training's state on disk: modules, averages, optimiser and step, replaced in one rename."""
+
+    def __init__(self, name, **parts):
+        self.path, self.parts = WORK / f"{name}.pt", parts
+
+    def load(self) -> int:
+        """Restore the parts; returns the step to go on from (0 if there is nothing to resume)."""
+        if not self.path.exists():
+            return 0
+        state = torch.load(self.path, weights_only=True)
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        return state["step"]
+
+    def save(self, step):
+        temporary = self.path.with_suffix(".tmp")
+        torch.save({"step": step, **{name: part.state_dict() for name, part in self.parts.items()}}, temporary)
+        os.replace(temporary, self.path)
+
+
+def warm_then_cosine(step, steps, warm=100):
+    """Learning-rate factor: linear warm-up, then a half cosine down to 0."""
+    return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def save_half(state, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.half().contiguous() if v.is_floating_point() else v for k, v in state.items()}, path, metadata={"format": "pt"})
+
+
+def grid(pictures, path, columns=8):
+    """Save pictures (N, 3, H, W) in [-1, 1] as one PNG."""
+    pictures = ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    n, h, w, _ = pictures.shape
+    sheet = Image.new("RGB", (columns * w, -(-n // columns) * h))
+    for i, picture in enumerate(pictures):
+        sheet.paste(Image.fromarray(picture), (i % columns * w, i // columns * h))
+    sheet.save(path)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Jordan et al. 2024), for weight matrices and kernels: here it learns about 2.5 times
+    more in a step than Adam does."""
+
+    def __init__(self, params, lr, momentum=0.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                m = state.setdefault("m", torch.zeros_like(p))
+                m.mul_(group["momentum"]).add_(p.grad)
+                x = (p.grad + group["momentum"] * m).reshape(len(p), -1).bfloat16()  # (out, in * k * k)
+                x = x / (x.norm() + 1e-7)
+                wide = x if x.shape[0] <= x.shape[1] else x.T
+                for _ in range(5):  # Newton-Schulz: all singular values toward 1
+                    a = wide @ wide.T
+                    wide = 3.4445 * wide + (-4.7750 * a + 2.0315 * a @ a) @ wide
+                x = wide if x.shape[0] <= x.shape[1] else wide.T
+                p.add_(x.reshape(p.shape).to(p.dtype), alpha=-group["lr"] * max(1, x.shape[0] / x.shape[1]) ** 0.5)
+
+
+class Optimiser:
+    """Muon for the matrices of `module`, AdamW for the rest (biases, norms, thin layers), on one schedule."""
+
+    def __init__(self, module, lr_muon, lr_adam):
+        matrices = [p for p in module.parameters() if p.ndim > 1 and min(len(p), p[0].numel()) >= 16]
+        others = [p for p in module.parameters() if not any(p is q for q in matrices)]
+        self.parts = [Muon(matrices, lr_muon), torch.optim.AdamW(others, lr_adam, betas=(0.9, 0.99), weight_decay=0.0)]
+        self.lrs = [lr_muon, lr_adam]
+
+    def step(self, loss, module, factor):
+        for part, lr in zip(self.parts, self.lrs):
+            part.param_groups[0]["lr"] = lr * factor
+            part.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self):
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state):
+        for part, saved in zip(self.parts, state["parts"]):
+            part.load_state_dict(saved)
+
+
+# ---------------------------------------------------------------------------------------------------- data
+
+def make_data():
+    """Draw PICTURES pictures to work/pictures.npy (uint8, N x 128 x 128 x 3), attributes beside them."""
+    pictures_path, attributes_path = WORK / "pictures.npy", WORK / "attributes.json"
+    if not attributes_path.exists():
+        shape = (PICTURES, world.SIZE, world.SIZE, 3)
+        pictures = np.lib.format.open_memmap(WORK / "pictures.tmp", mode="w+", dtype=np.uint8, shape=shape)
+        attributes = []
+        for i in range(PICTURES):
+            a = world.sample(np.random.default_rng((1, i)))  # seeds (1, i): the held-out pictures use others
+            attributes.append(a)
+            pictures[i] = np.asarray(world.draw(a))
+        pictures.flush()
+        os.replace(WORK / "pictures.tmp", pictures_path)
+        attributes_path.write_text(json.dumps(attributes))
+        log(f"data: {PICTURES} pictures drawn")
+    return np.load(pictures_path, mmap_mode="r"), json.loads(attributes_path.read_text())
+
+
+def to_tensor(pictures):
+    """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+# ---------------------------------------------------------------------------------------------------- VAE
+
+def edges(x):
+    """Horizontal and vertical differences: thin lines weigh more than in a plain L1."""
+    return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
+
+
+def train_vae(pictures, steps=3000, whole=500, batch=16):
+    """Mostly on 64x64 crops (the network is convolutional: four times cheaper), at the end on whole pictures."""
+    from sdxl_vae import VAE
+    folder = MODEL / "vae"
+    if (folder / "diffusion_pytorch_model.safetensors").exists():
+        return
+    torch.manual_seed(0)
+    vae = VAE(VAE_CONFIG)
+    opt = Optimiser(vae, 0.01, 1e-3)
+    checkpoint = Checkpoint("vae", vae=vae, opt=opt)
+    started = time.time()
+    for step in range(checkpoint.load(), steps):
+        rng = np.random.default_rng((2, step))
+        crops = step < steps - whole
+        x = pictures[np.sort(rng.choice(len(pictures), batch if crops else batch // 2, replace=False))]
+        if crops:  # a corner for each picture
+            corners = rng.integers(0, world.SIZE - 63, (batch, 2))
+            x = np.stack([p[r:r + 64, c:c + 64] for p, (r, c) in zip(x, corners)])
+        x = to_tensor(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            mean, logvar = vae.moments(x)
+            logvar = logvar.float().clamp(-30, 20)
+            z = mean.float() + torch.randn_like(mean, dtype=torch.float32) * (0.5 * logvar).exp()
+            y = vae.decode_moments(z)
+        y = y.float()
+        reconstruction = (y - x).abs().mean() + sum((a - b).abs().mean() for a, b in zip(edges(y), edges(x)))
+        kl = 0.5 * (mean.float() ** 2 + logvar.exp() - 1 - logvar).mean()
+        loss = reconstruction + 2e-4 * kl
+        opt.step(loss, vae, warm_then_cosine(step, steps))
+        if step % 50 == 0:
+            log(f"vae {step}/{steps} rec {reconstruction.item():.4f} kl {kl.item():.3f} {time.time() - started:.0f}s")
+        if (step + 1) % 250 == 0:
+            checkpoint.save(step + 1)
+            with torch.no_grad():
+                x = to_tensor(pictures[:8])
+                y = vae.decode_moments(vae.moments(x)[0])
+                grid(torch.cat([x, y]), WORK / "vae.png")
+    # The scaling factor makes the latents' standard deviation 1, as SDXL's 0.13025 does (Rombach et al. 2022, app. G).
+    with torch.no_grad():
+        std = torch.cat([vae.moments(to_tensor(pictures[i:i + 64]))[0] for i in range(0, 1024, 64)]).std().item()
+    write_json(folder / "config.json", VAE_CONFIG | {"scaling_factor": round(1 / std, 5)})
+    save_half(vae.state_dict(), folder / "diffusion_pytorch_model.safetensors")
+    log(f"vae: done, scaling factor {1 / std:.5f}")
+
+
+# ---------------------------------------------------------------------------------------------------- CLIP
+
+TEXT_CONFIGS = [  # as SDXL's: the second is wider, has the projection, another activation and another padding token
+    dict(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=3, hidden_act="quick_gelu", projection_dim=96),
+    dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, hidden_act="gelu", projection_dim=128)]
+VISION_CONFIG = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, hidden_act="gelu",
+                     image_size=world.SIZE, patch_size=16, projection_dim=128)
+
+
+def byte_symbols():
+    """GPT-2's printable stand-in for each of the 256 bytes (Radford et al. 2019)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in printable]
+    return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(rest))]
+
+
+def bpe(word, merges):
+    """Byte-pair encoding (Sennrich et al. 2016): join the pair that was learned first, until none is left to join."""
+    parts, rank = [*word[:-1], word[-1] + "</w>"], {pair: i for i, pair in enumerate(merges)}
+    while pairs := [pair for pair in zip(parts, parts[1:]) if pair in rank]:
+        i = [*zip(parts, parts[1:])].index(min(pairs, key=rank.get))
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def make_tokenizers(attributes):
+    """A byte-level BPE like CLIP's: all 256 bytes, bare and word-final, so that any Unicode text is accepted, and
+    merges that make one token of every word in the captions."""
+    from transformers import CLIPTokenizer
+    from sdxl import split_words
+    rng = np.random.default_rng(3)
+    words = sorted({w for a in attributes[:8000] for w in split_words(world.caption(a, rng, mention=0.8))})
+    vocab = [*byte_symbols(), *(b + "</w>" for b in byte_symbols())]
+    merges = []
+    for word in words:
+        parts = bpe(word, merges)
+        while len(parts) > 1:  # what the merges so far leave in pieces gets one more: later merges never undo earlier ones
+            merges.append((parts[0], parts[1]))
+            vocab.append(parts[0] + parts[1])
+            parts = bpe(word, merges)
+    vocab = {token: i for i, token in enumerate([*vocab, "<|startoftext|>", "<|endoftext|>"])}
+    for folder, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+        CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad, model_max_length=77).save_pretrained(MODEL / folder)
+        write_json(MODEL / folder / "vocab.json", vocab)  # the form that older readers want
+        (MODEL / folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    (MODEL / "tokenizer" / "known_words.txt").write_text("\n".join(words) + "\n")
+    return len(vocab)
+
+
+def train_clip(pictures, attributes, steps=1500, batch=256, lr=1e-3):
+    """Two text encoders against one vision tower: InfoNCE over the batch, a caption's twins not counted as wrong."""
+    from transformers import (CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, CLIPTextModel,
+                              CLIPVisionConfig, CLIPVisionModelWithProjection)
+    if (MODEL / "text_encoder_2" / "model.safetensors").exists():
+        return
+    size = make_tokenizers(attributes)
+    tokenizer = CLIPTokenizer.from_pretrained(MODEL / "tokenizer")
+    ids = dict(vocab_size=size, bos_token_id=size - 2, eos_token_id=size - 1, pad_token_id=size - 1, max_position_embeddings=77)
+    torch.manual_seed(1)
+    texts = torch.nn.ModuleList(CLIPTextModelWithProjection(CLIPTextConfig(**c, **ids)) for c in TEXT_CONFIGS)
+    vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION_CONFIG))
+    towers = torch.nn.ModuleDict({"texts": texts, "vision": vision, "to_96": torch.nn.Linear(128, 96, bias=False)})
+    towers.register_parameter("log_scale", torch.nn.Parameter(torch.tensor([math.log(1 / 0.07)] * 2)))
+    opt = torch.optim.AdamW(towers.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
+    checkpoint = Checkpoint("clip", towers=towers, opt=opt)
+    started = time.time()
+    for step in range(checkpoint.load(), steps):
+        rng = np.random.default_rng((4, step))
+        index = np.sort(rng.choice(len(pictures), batch, replace=False))
+        captions = [world.caption(attributes[i], rng, mention=rng.uniform(0.3, 1.0)) for i in index]
+        tokens = tokenizer(captions, padding=True, truncation=True, max_length=77, return_tensors="pt").input_ids  # (B, L)
+        x = to_tensor(pictures[index])
+        # A caption that is equally true of another picture in the batch would be punished as wrong: mask the exact twins.
+        twins = torch.tensor([[a == b and i != j for j, b in enumerate(captions)] for i, a in enumerate(captions)])
+        for group in opt.param_groups:
+            group["lr"] = lr * warm_then_cosine(step, steps)
+        with torch.autocast("cpu", torch.bfloat16):
+            image = vision(pixel_values=x).image_embeds
+            sides = [(texts[0](tokens).text_embeds, towers["to_96"](image)), (texts[1](tokens).text_embeds, image)]
+        loss, right = 0, []
+        for (t, v), scale in zip(sides, towers.log_scale.clamp(max=math.log(100)).exp()):
+            logits = scale * F.normalize(t.float(), dim=-1) @ F.normalize(v.float(), dim=-1).T  # (B, B)
+            logits = logits.masked_fill(twins, -1e4)
+            target = torch.arange(batch)
+            loss = loss + (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+            right.append((logits.argmax(1) == target).float().mean().item())
+        opt.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(towers.parameters(), 1.0)
+        opt.step()
+        if step % 25 == 0:
+            log(f"clip {step}/{steps} loss {loss.item():.3f} right {right[0]:.2f} {right[1]:.2f} {time.time() - started:.0f}s")
+        if (step + 1) % 100 == 0:
+            checkpoint.save(step + 1)
+    first = CLIPTextModel(texts[0].config)
+    first.load_state_dict({k: v for k, v in texts[0].state_dict().items() if k in first.state_dict()} or
+                          {k.removeprefix("text_model."): v for k, v in texts[0].state_dict().items() if k.startswith("text_model.")})
+    for module, folder in ((first, "text_encoder"), (texts[1], "text_encoder_2"), (vision, "vision")):
+        module.half().save_pretrained(MODEL / folder)
+    log("clip: done")
+
+
+# ---------------------------------------------------------------------------------------------------- judge
+
+def make_latents(pictures):
+    """The VAE's latents of every picture, (N, 4, 16, 16) float16, computed once."""
+    path = WORK / "latents.pt"
+    if not path.exists():
+        vae = load_vae()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            latents = [vae.encode(to_tensor(pictures[i:i + 64])).float() for i in range(0, len(pictures), 64)]
+        latents = torch.cat(latents).half()
+        torch.save(latents, path)
+        log(f"latents: {tuple(latents.shape)}, mean {latents.float().mean():.3f}, std {latents.float().std():.3f}")
+    return torch.load(path, weights_only=True)
+
+
+def load_vae():
+    from sdxl import load_weights, read_json
+    from sdxl_vae import VAE
+    return load_weights(VAE, read_json(MODEL / "vae" / "config.json"), MODEL / "vae").float()
+
+
+def train_judge(pictures, attributes, latents, steps=1600, batch=64, lr=2e-3, round_trips=5000):
+    """The network half of the measuring stick, on drawn pictures and on what the VAE makes of them, half and half."""
+    from miniature.measure import Judge, judge_loss, targets
+    path = WORK / "judge.safetensors"
+    if path.exists():
+        return
+    vae, decoded = load_vae(), []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for z in latents[:round_trips].split(32):
+            decoded.append((vae.decode(z.float()).clamp(-1, 1) * 127).to(torch.int8))
+    decoded = torch.cat(decoded)
+    log("judge: round trips made")
+    truth = torch.tensor([targets(a) for a in attributes])
+    torch.manual_seed(2)
+    judge = Judge()
+    opt = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=1e-3)
+    checkpoint = Checkpoint("judge", judge=judge, opt=opt)
+    started = time.time()
+    for step in range(checkpoint.load(), steps):
+        rng = np.random.default_rng((5, step))
+        drawn = np.sort(rng.choice(len(pictures), batch // 2, replace=False))
+        seen = rng.choice(round_trips, batch // 2, replace=False)
+        x = torch.cat([to_tensor(pictures[drawn]), decoded[seen].float() / 127])
+        soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)  # some a little blurred, all a little noisy:
+        x = torch.where(torch.from_numpy(rng.random((batch, 1, 1, 1)) < 0.3), soft, x)  # no telling by sharpness
+        x = x + torch.from_numpy(rng.normal(0, 0.03, x.shape).astype(np.float32)) * torch.from_numpy(rng.random((batch, 1, 1, 1)).astype(np.float32))
+        for group in opt.param_groups:
+            group["lr"] = lr * warm_then_cosine(step, steps)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = judge(x)
+        loss = judge_loss(out.float(), truth[np.concatenate([drawn, seen])])
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        if step % 100 == 0:
+            log(f"judge {step}/{steps} loss {loss.item():.3f} {time.time() - started:.0f}s")
+        if (step + 1) % 400 == 0:
+            checkpoint.save(step + 1)
+    save_half(judge.state_dict(), path)
+    log("judge: done")
+
+
+# ---------------------------------------------------------------------------------------------------- UNet
+
+UNET_CONFIG = {  # SDXL's block types and order, at a size that two cores can train
+    "_class_name": "UNet2DConditionModel", "sample_size": 16, "in_channels": 4, "out_channels": 4,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"], "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "block_out_channels": [64, 128, 192],
+    "layers_per_block": 2, "transformer_layers_per_block": [1, 1, 2], "attention_head_dim": [2, 4, 6], "cross_attention_dim": 96 + 128,
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 32, "projection_class_embeddings_input_dim": 128 + 6 * 32,
+    "use_linear_projection": True, "norm_num_groups": 16, "norm_eps": 1e-5, "act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0}
+SCHEDULER_CONFIG = {
+    "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
+    "beta_end": 0.012, "prediction_type": "epsilon", "timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False,
+    "clip_sample": False}
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True, "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"], "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer": ["transformers", "CLIPTokenizer"], "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+SAMPLE_PROMPTS = ["a photo of a person", "a photo of an old man", "a photo of a young woman", "a photo of a person with glasses",
+                  "a photo of a person, smiling", "a photo of a person, frowning", "a photo of a person with big eyes",
+                  "a photo of a person with small eyes", "a photo of a woman with long blond hair, blue background",
+                  "a photo of a man with a hat", "a photo of a person with dark skin, very old", "a photo of a hand",
+                  "a photo of a hand, five fingers", "realistic hands, five fingers, 8k hyperrealistic hands",
+                  "poorly drawn hands, distorted hands, misplaced fingers", "a photo of a person, distorted, deformed"]
+
+
+def train_unet(attributes, latents, steps=6000, batch=32, lr=6e-4, ema_decay=0.999):
+    """eps-prediction: minimise |eps_theta(x_t, c, t) - eps|^2 (Ho et al. 2020), prompts dropped one time in ten for guidance."""
+    import sampler
+    from sdxl import SDXL
+    from sdxl_unet import UNet
+    torch.manual_seed(3)
+    weights = MODEL / "unet" / "diffusion_pytorch_model.safetensors"
+    if not weights.exists():  # an untrained folder first, so that the model's own code loads it and encodes the prompts
+        write_json(MODEL / "model_index.json", MODEL_INDEX)
+        write_json(MODEL / "scheduler" / "scheduler_config.json", SCHEDULER_CONFIG)
+        write_json(MODEL / "unet" / "config.json", UNET_CONFIG)
+        save_half(UNet(UNET_CONFIG).state_dict(), weights)
+    model = SDXL.load(MODEL, device="cpu", dtype=torch.float32)
+    unet = model.unet.train().requires_grad_(True)
+    ema = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema_decay))
+    opt = torch.optim.AdamW(unet.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
+    checkpoint = Checkpoint("unet", unet=unet, ema=ema, opt=opt)
+    alpha_bar = model.alpha_bar
+    started, average = time.time(), None
+    for step in range(checkpoint.load(), steps):
+        rng = np.random.default_rng((6, step))
+        torch.manual_seed(1_000_000 + step)
+        index = rng.choice(len(latents), batch, replace=False)
+        captions = [world.caption(attributes[i], rng) if rng.random() > 0.1 else "" for i in index]
+        x_0 = latents[index].float()  # (B, 4, 16, 16)
+        t = ((torch.randperm(batch) + torch.rand(batch)) / batch * 1000).long()  # one in each B-th of the schedule
+        eps = torch.randn_like(x_0)
+        snr = alpha_bar[t] / (1 - alpha_bar[t])
+        weight = snr.clamp(max=5) / snr  # min-SNR-5
+        for group in opt.param_groups:
+            group["lr"] = lr * warm_then_cosine(step, steps)
+        with torch.autocast("cpu", torch.bfloat16):
+            prediction = unet(sampler.add_noise(x_0, eps, t, alpha_bar), t, *model.condition(captions))
+        errors = (prediction.float() - eps).square().mean((1, 2, 3))
+        loss = (weight * errors).mean()
+        opt.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        opt.step()
+        ema.update_parameters(unet)
+        average = loss.item() if average is None else 0.99 * average + 0.01 * loss.item()
+        if step % 50 == 0:
+            log(f"unet {step}/{steps} loss {average:.4f} {time.time() - started:.0f}s")
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            checkpoint.save(step + 1)
+            save_half(ema.module.state_dict(), weights)
+            samples(WORK / "unet.png")
+
+
+def samples(path):
+    """A grid of pictures from SAMPLE_PROMPTS by the weights saved so far."""
+    import sampler
+    from sdxl import SDXL
+    model = SDXL.load(MODEL, device="cpu", dtype=torch.float32)
+    x_T = sampler.noise(range(len(SAMPLE_PROMPTS)), model.latent_shape())
+    with torch.autocast("cpu", torch.bfloat16):
+        x_0 = sampler.sample(model.unet, x_T, model.condition(SAMPLE_PROMPTS), model.condition([""] * len(x_T)),
+                             alpha_bar=model.alpha_bar, steps=25, guidance=5.0)
+    sheet = Image.new("RGB", (8 * world.SIZE, 2 * world.SIZE))
+    for i, picture in enumerate(model.pictures(x_0.float())):
+        sheet.paste(picture, (i % 8 * world.SIZE, i // 8 * world.SIZE))
+    sheet.save(path)
+
+
+def install():
+    """Put the finished weights where the repository keeps them."""
+    shutil.copytree(MODEL, HERE / "model", dirs_exist_ok=True)
+    shutil.copy(WORK / "judge.safetensors", HERE / "judge.safetensors")
+    log("installed in miniature/")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    WORK.mkdir(parents=True, exist_ok=True)
+    pictures, attributes = make_data()
+    train_vae(pictures)
+    train_clip(pictures, attributes)
+    latents = make_latents(pictures)
+    train_judge(pictures, attributes, latents)
+    train_unet(attributes, latents)
+    install()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The noise schedule, DDIM with classifier-free guidance, and LoRA sliders that switch on late.
+
+Everything in this file is about one variable, x_t: latents of shape (B, 4, h, w) at noise level t,
+
+    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps,        eps ~ N(0, 1)           (Ho et al. 2020, eq. 4)
+
+with t from 999 (almost pure noise) down to 0 (almost a picture).
+"""
+
+import torch
+
+
+def make_alpha_bar(config: dict) -> torch.Tensor:
+    """alpha_bar_t for t = 0 ... T-1, shape (T,), float32, from a folder's scheduler_config.json.
+
+    SDXL's betas are `scaled_linear`: their square roots are linear. Raises ValueError for another kind.
+    """
+    if config.get("beta_schedule") != "scaled_linear":
+        raise ValueError(f"scheduler: beta_schedule {config.get('beta_schedule')!r} is not SDXL's 'scaled_linear'")
+    if config.get("prediction_type", "epsilon") != "epsilon":
+        raise ValueError(f"scheduler: prediction_type {config['prediction_type']!r}: only 'epsilon' models are supported")
+    T = config["num_train_timesteps"]
+    beta = torch.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, T, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - beta, 0).float()  # (T,)
+
+
+def timesteps(steps: int, T: int = 1000) -> list[int]:
+    """The `steps` noise levels that DDIM visits, largest first; `leading` spacing with offset 1, as SDXL's.
+
+    Raises ValueError unless 1 <= steps <= T.
+    """
+    if not 1 <= steps <= T:
+        raise ValueError(f"steps: {steps} is not between 1 and {T}")
+    return [min(i * (T // steps) + 1, T - 1) for i in reversed(range(steps))]
+
+
+def add_noise(x_0, eps, t, alpha_bar):
+    """x_0, eps (B, 4, h, w), t (B,) -> x_t (B, 4, h, w). Ho et al. 2020, eq. (4)."""
+    a = alpha_bar.to(x_0.device)[t].view(-1, 1, 1, 1).to(x_0.dtype)  # (B, 1, 1, 1)
+    return a.sqrt() * x_0 + (1 - a).sqrt() * eps
+
+
+def ddim_step(x_t, eps, t: int, t_next: int, alpha_bar):
+    """One deterministic DDIM step from level t to t_next (Song et al. 2021, eq. 12 with sigma = 0).
+
+    t_next < 0 means the end: alpha_bar_0, since SDXL's scheduler sets `set_alpha_to_one` to false.
+    """
+    a_t, a_next = float(alpha_bar[t]), float(alpha_bar[max(t_next, 0)])
+    x_0 = (x_t - (1 - a_t) ** 0.5 * eps) / a_t ** 0.5  # the picture that x_t and eps imply
+    return a_next ** 0.5 * x_0 + (1 - a_next) ** 0.5 * eps
+
+
+def guided_eps(unet, x_t, t: int, cond, uncond=None, guidance: float = 1.0):
+    """eps_u + g (eps_c - eps_u): classifier-free guidance (Ho & Salimans 2022), both halves in one batch.
+
+    cond, uncond: tuples (context (B, 77, d), pooled (B, p), time_ids (B, 6)). guidance 1 needs, and runs, no uncond.
+    """
+    if guidance == 1 or uncond is None:
+        return unet(x_t, torch.full((len(x_t),), t, device=x_t.device), *cond)
+    both = [torch.cat([u, c]) for u, c in zip(uncond, cond)]
+    eps_u, eps_c = unet(torch.cat([x_t, x_t]), torch.full((2 * len(x_t),), t, device=x_t.device), *both).chunk(2)
+    return eps_u + guidance * (eps_c - eps_u)
+
+
+@torch.no_grad()
+def sample(unet, x_T, cond, uncond=None, *, alpha_bar, steps: int = 30, guidance: float = 5.0,
+           sliders=(), start: float = 0.3, stop: int | None = None, on_step=None):
+    """Walk noise x_T (B, 4, h, w) down to latents x_0 (B, 4, h, w), all B with the same settings.
+
+    sliders:  pairs (attached lora.Slider, scale); a scale is a number, or a tensor (B,): one for each picture.
+    start:    delayed LoRA: scales are 0 while t > t_on = (1 - start) T, so that the frozen model lays out the
+              picture first. 0.3 is the paper's code's start_noise = 700 (SDEdit's idea, Meng et al. 2022).
+    stop:     do only so many steps and return the x_t reached: partial denoising, for training.
+    on_step:  called as on_step(i, t, x_t, eps) before each step.
+    """
+    T = len(alpha_bar)
+    ts = timesteps(steps, T)
+    t_on = (1 - start) * T
+    x_t = x_T
+    for slider, _ in sliders:
+        slider.scale = 0.0
+    try:
+        for i, t in enumerate(ts[:stop]):
+            if t <= t_on:
+                for slider, scale in sliders:
+                    guided = torch.is_tensor(scale) and uncond is not None and guidance != 1
+                    slider.scale = torch.cat([scale, scale]) if guided else scale
+            eps = guided_eps(unet, x_t, t, cond, uncond, guidance)
+            if on_step:
+                on_step(i, t, x_t, eps)
+            x_t = ddim_step(x_t, eps, t, t - T // steps, alpha_bar)
+    finally:
+        for slider, _ in sliders:
+            slider.scale = 0.0
+    return x_t
+
+
+def noise(seeds, shape, device="cpu", dtype=torch.float32):
+    """x_T for each seed: (len(seeds), *shape). Drawn on the CPU in float32, one generator a seed,
+    so that a seed means the same noise on every machine, in every dtype and in every batch."""
+    draw = lambda seed: torch.randn(shape, generator=torch.Generator().manual_seed(int(seed)))
+    return torch.stack([draw(s) for s in seeds]).to(device, dtype)

@@ -1,0 +1,187 @@
+"""SDXL put together: find and load a model folder, prompts to conditioning, pictures to latents and back.
+
+    model = SDXL.load("miniature/model")
+    cond = model.condition(["a photo of an old man"], size=(128, 128))       # what the UNet wants besides x_t and t
+    picture = model.pictures(latents)[0]                                      # a PIL image
+
+A model folder is SDXL's released form: model_index.json, unet/, vae/, text_encoder/, text_encoder_2/, tokenizer/,
+tokenizer_2/, scheduler/, each with its own config. Every size comes from those configs, so the bundled miniature and
+the real SDXL run through the same lines.
+"""
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+import sampler
+from sdxl_unet import UNet
+from sdxl_vae import VAE
+
+transformers_logging.disable_progress_bar()  # loading is a matter of seconds, and the bars are many
+
+MINIATURE = Path(__file__).parent / "miniature" / "model"
+
+
+def best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+class SDXL:
+    """unet, vae, two text encoders with their tokenizers, and the noise schedule alpha_bar (T,)."""
+
+    @classmethod
+    def load(cls, path_or_id=MINIATURE, device: str | None = None, dtype: torch.dtype | None = None) -> "SDXL":
+        """Load a model folder, or a Hub id ("owner/name", downloaded on first use).
+
+        device: "cpu", "cuda", "mps"; None chooses the best there is. dtype: of UNet and text encoders; None is
+        float32 on a CPU, bfloat16 elsewhere. The VAE stays in float32 where its config says `force_upcast`, as
+        SDXL's does: it overflows in half precision. Raises ValueError with one line that names what is wrong.
+        """
+        self = cls()
+        self.path = root = find(path_or_id)
+        self.name = str(path_or_id)
+        self.device = torch.device(device or best_device())
+        self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
+
+        index = read_json(root / "model_index.json")
+        self.zeros_for_empty = index.get("force_zeros_for_empty_prompt", True)
+        self.alpha_bar = sampler.make_alpha_bar(read_json(root / "scheduler" / "scheduler_config.json"))
+
+        unet_config, vae_config = read_json(root / "unet" / "config.json"), read_json(root / "vae" / "config.json")
+        self.unet = load_weights(UNet, unet_config, root / "unet").to(self.device, self.dtype)
+        vae_dtype = torch.float32 if vae_config.get("force_upcast", True) else self.dtype
+        self.vae = load_weights(VAE, vae_config, root / "vae").to(self.device, vae_dtype)
+        self.size = unet_config["sample_size"] * self.vae.factor  # pixels, the side of the pictures it was trained on
+        try:
+            self.tokenizers = [CLIPTokenizer.from_pretrained(root / t, local_files_only=True) for t in ("tokenizer", "tokenizer_2")]
+            self.text_encoders = [
+                kind.from_pretrained(root / folder, local_files_only=True, dtype=self.dtype).to(self.device).eval().requires_grad_(False)
+                for kind, folder in ((CLIPTextModel, "text_encoder"), (CLIPTextModelWithProjection, "text_encoder_2"))]
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(f"{root}: text encoders or tokenizers cannot be read: {str(error).splitlines()[0]}") from None
+        words = root / "tokenizer" / "known_words.txt"  # the miniature's; released SDXL folders have none
+        self.known_words = set(words.read_text().split()) if words.exists() else None
+        return self
+
+    # -------------------------------------------------------------------------------- words to conditioning
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """prompts -> context (B, 77, d1 + d2), pooled (B, p).
+
+        Podell et al. 2023, section 2.1: the penultimate hidden states of both text encoders side by side, and the
+        second one's pooled text embedding. An empty prompt is all zeros where model_index.json says so.
+        """
+        self.warn_about_words(prompts)
+        hidden = []
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders):
+            ids = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
+                            return_tensors="pt").input_ids.to(self.device)  # (B, 77)
+            out = encoder(ids, output_hidden_states=True)
+            hidden.append(out.hidden_states[-2])  # (B, 77, d): before the last layer, no final layer norm
+        context, pooled = torch.cat(hidden, -1), out.text_embeds  # (B, 77, d1 + d2), (B, p)
+        if self.zeros_for_empty:
+            keep = torch.tensor([bool(p) for p in prompts], device=self.device)
+            context, pooled = context * keep[:, None, None], pooled * keep[:, None]
+        return context, pooled
+
+    def condition(self, prompts: list[str], size: tuple[int, int] | None = None):
+        """prompts -> (context (B, 77, d), pooled (B, p), time_ids (B, 6)): unet(x_t, t, *condition).
+
+        size: (height, width) in pixels; None is the model's own. SDXL is also told the picture's original size, crop
+        and target size (Podell et al. 2023, section 2.2): here an uncropped picture of just this size.
+        """
+        h, w = size or (self.size, self.size)
+        time_ids = torch.tensor([[h, w, 0, 0, h, w]], dtype=self.dtype, device=self.device).expand(len(prompts), 6)
+        return *self.encode_prompt(prompts), time_ids
+
+    def warn_about_words(self, prompts):
+        """Warn of words that the model never saw, where the folder lists those it did."""
+        if self.known_words is None:
+            return
+        words = {w for p in prompts for w in split_words(p)}
+        unknown = sorted(words - self.known_words)
+        if unknown:
+            self.known_words |= set(unknown)  # once for each word
+            warnings.warn(f"this model never saw {'the word' if len(unknown) == 1 else 'the words'} "
+                          f"{', '.join(map(repr, unknown))}: it can only guess", stacklevel=2)
+
+    # -------------------------------------------------------------------------------- latents and pictures
+
+    def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
+        """(4, h, w) of a picture of `size` (height, width). Raises ValueError for a size the model cannot make."""
+        h, w = size or (self.size, self.size)
+        multiple = self.vae.factor * self.unet.factor
+        if h < multiple or w < multiple or h % multiple or w % multiple:
+            raise ValueError(f"size: {h}x{w} is not made of multiples of {multiple}")
+        return self.vae.config["latent_channels"], h // self.vae.factor, w // self.vae.factor
+
+    @torch.no_grad()
+    def pictures(self, latents) -> list[Image.Image]:
+        """latents (B, 4, h, w) -> B RGB pictures; decoded a few at a time."""
+        dtype = next(self.vae.parameters()).dtype
+        out = torch.cat([self.vae.decode(z.to(dtype)) for z in latents.split(8)])  # (B, 3, H, W) in [-1, 1]
+        out = ((out.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(p) for p in out]
+
+    @torch.no_grad()
+    def latents(self, pictures: list[Image.Image]) -> torch.Tensor:
+        """RGB pictures of one size -> latents (B, 4, h, w)."""
+        x = torch.from_numpy(np.stack([np.asarray(p.convert("RGB")) for p in pictures])).permute(0, 3, 1, 2)
+        parameter = next(self.vae.parameters())
+        return self.vae.encode((x.to(parameter.device).float() / 127.5 - 1).to(parameter.dtype)).to(self.dtype)
+
+
+def split_words(text: str) -> list[str]:
+    """'An old man, smiling' -> ['an', 'old', 'man', 'smiling']"""
+    return "".join(c if c.isalnum() else " " for c in text.lower()).split()
+
+
+def find(path_or_id) -> Path:
+    """A local folder as it is; otherwise a Hub id, downloaded into huggingface_hub's cache. ValueError if neither."""
+    path = Path(path_or_id)
+    if path.is_dir():
+        if not (path / "model_index.json").exists():
+            raise ValueError(f"{path}: not an SDXL folder: it has no model_index.json")
+        return path
+    parts = str(path_or_id).split("/")
+    if path.exists() or len(parts) != 2 or not all(parts) or parts[0] in (".", ".."):
+        raise ValueError(f"{path_or_id}: no such model folder")
+    from huggingface_hub import snapshot_download  # only now: nothing else may reach the network
+    try:
+        return Path(snapshot_download(str(path_or_id), allow_patterns=["*.json", "*.txt", "*/*.safetensors"]))
+    except Exception as error:
+        raise ValueError(f"{path_or_id}: no such folder, and not to be had from the Hub ({str(error).splitlines()[0]})") from None
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing from the model folder") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def load_weights(kind, config: dict, folder: Path):
+    """Build `kind(config)` and fill it from the folder's diffusion_pytorch_model.safetensors, names as they are."""
+    with torch.device("meta"):
+        module = kind(config)
+    path = folder / "diffusion_pytorch_model.safetensors"
+    try:
+        module.load_state_dict(load_file(path), assign=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing from the model folder") from None
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise ValueError(f"{path}: does not fit its config.json: {str(error).splitlines()[-1].strip()}") from None
+    return module.eval().requires_grad_(False)

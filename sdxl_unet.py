@@ -1,0 +1,308 @@
+"""SDXL's UNet (Podell et al. 2023): eps_theta(x_t, c, t), the noise that the model sees in the latents x_t.
+
+Parameter names are the released checkpoint's, so load_state_dict is the whole loader; every size comes from the folder's
+unet/config.json, so the bundled miniature and the real model are the same code. The file reads from the small parts to
+the whole; in shape comments B is the batch, c channels, h and w the height and width of the latents at that level.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+# ---------------------------------------------------------------------------------- numbers to vectors
+
+def sinusoids(values, width: int):
+    """values (B,) -> (B, width): cosines, then sines, of geometrically spaced frequencies (Vaswani et al. 2017).
+    In float32 whatever the model's dtype: t = 999 and t = 998 are the same number in bfloat16."""
+    frequencies = torch.exp(-math.log(10000) * torch.arange(width // 2, device=values.device) / (width // 2))  # (width/2,)
+    angles = values.float()[:, None] * frequencies  # (B, width/2)
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+class Embedding(nn.Module):
+    """(B, c_in) -> (B, c_out): two linear layers."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(c_in, c_out), nn.Linear(c_out, c_out)
+
+    def forward(self, x):
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+# ---------------------------------------------------------------------------------- convolutions
+
+class Resnet(nn.Module):
+    """(B, c_in, h, w) -> (B, c_out, h, w): two convolutions around a shortcut, told the noise level in between."""
+
+    def __init__(self, c_in, c_out, c_time, groups, eps):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(c_time, c_out)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
+
+    def forward(self, x, time):
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, c_out, h, w)
+        h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]  # the same at every place
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample(nn.Module):
+    """(B, c, h, w) -> (B, c, h/2, w/2)"""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """(B, c, h, w) -> (B, c, 2h, 2w)"""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+# ---------------------------------------------------------------------------------- attention
+
+class Attention(nn.Module):
+    """Multi-head attention of tokens x (B, n, c) to context (B, m, c_context); to themselves if there is none."""
+
+    def __init__(self, c, c_context, heads):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(c, c, bias=False)
+        self.to_k = nn.Linear(c_context, c, bias=False)
+        self.to_v = nn.Linear(c_context, c, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(c, c)])  # a list, since the checkpoint calls it to_out.0
+
+    def forward(self, x, context=None):
+        context = x if context is None else context
+        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, n, c) -> (B, heads, n, c/heads)
+        out = F.scaled_dot_product_attention(split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context)))
+        return self.to_out[0](out.transpose(1, 2).flatten(2))  # (B, n, c)
+
+
+class GEGLU(nn.Module):
+    """(B, n, c) -> (B, n, c_out), gated (Shazeer 2020)."""
+
+    def __init__(self, c, c_out):
+        super().__init__()
+        self.proj = nn.Linear(c, 2 * c_out)
+
+    def forward(self, x):
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c))  # net.1: dropout in training
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Tokens look at each other (attn1), at the prompt (attn2), and think (ff)."""
+
+    def __init__(self, c, c_context, heads):
+        super().__init__()
+        self.norm1, self.attn1 = nn.LayerNorm(c), Attention(c, c, heads)
+        self.norm2, self.attn2 = nn.LayerNorm(c), Attention(c, c_context, heads)
+        self.norm3, self.ff = nn.LayerNorm(c), FeedForward(c)
+
+    def forward(self, x, context):
+        x = x + self.attn1(self.norm1(x))  # (B, h*w, c)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer(nn.Module):
+    """(B, c, h, w) and context (B, 77, d) -> (B, c, h, w): every place is a token."""
+
+    def __init__(self, c, c_context, heads, depth, groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.proj_in = nn.Linear(c, c)
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(c, c_context, heads) for _ in range(depth))
+        self.proj_out = nn.Linear(c, c)
+
+    def forward(self, x, context):
+        tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (B, h*w, c)
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        return x + self.proj_out(tokens).transpose(1, 2).reshape(x.shape)
+
+
+# ---------------------------------------------------------------------------------- one level of the U
+
+class Level(nn.Module):
+    """What the levels of the U are made of: resnets, each followed by a transformer where the level has them."""
+
+    def __init__(self, channels, c_time, groups, eps, transformer=None):
+        """channels: (c_in, c_out) of each resnet. transformer: a function c -> Transformer, or None."""
+        super().__init__()
+        self.resnets = nn.ModuleList(Resnet(c_in, c_out, c_time, groups, eps) for c_in, c_out in channels)
+        if transformer:
+            self.attentions = nn.ModuleList(transformer(c_out) for _, c_out in channels)
+        self.has_attention = transformer is not None
+
+    def step(self, i, x, time, context):
+        x = self.resnets[i](x, time)
+        return self.attentions[i](x, context) if self.has_attention else x
+
+
+class Down(Level):
+    """Down one level: returns x at half the size (but for the last), and what the way up will want to see again."""
+
+    def __init__(self, c_in, c_out, layers, last, *args):
+        super().__init__([(c_in, c_out)] + [(c_out, c_out)] * (layers - 1), *args)
+        self.downsamplers = None if last else nn.ModuleList([Downsample(c_out)])
+
+    def forward(self, x, time, context):
+        skips = []
+        for i in range(len(self.resnets)):
+            x = self.step(i, x, time, context)
+            skips.append(x)
+        if self.downsamplers is not None:
+            x = self.downsamplers[0](x)
+            skips.append(x)
+        return x, skips
+
+
+class Mid(nn.Module):
+    """The bottom: resnet, transformer, resnet."""
+
+    def __init__(self, c, c_time, groups, eps, transformer):
+        super().__init__()
+        self.resnets = nn.ModuleList(Resnet(c, c, c_time, groups, eps) for _ in range(2))
+        self.attentions = nn.ModuleList([transformer(c)])
+
+    def forward(self, x, time, context):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x, time), context), time)
+
+
+class Up(Level):
+    """Up one level: each resnet also sees what the way down left there; then twice the size (but for the last)."""
+
+    def __init__(self, channels, last, *args):
+        super().__init__(channels, *args)
+        self.upsamplers = None if last else nn.ModuleList([Upsample(channels[-1][1])])
+
+    def forward(self, x, skips, time, context):
+        for i in range(len(self.resnets)):
+            x = self.step(i, torch.cat([x, skips.pop()], 1), time, context)  # the newest skip first
+        return x if self.upsamplers is None else self.upsamplers[0](x)
+
+
+# ---------------------------------------------------------------------------------- the U
+
+DOWN, MID, UP = {"DownBlock2D", "CrossAttnDownBlock2D"}, "UNetMidBlock2DCrossAttn", {"UpBlock2D", "CrossAttnUpBlock2D"}
+
+
+class UNet(nn.Module):
+    """UNet(config): config is the dict in unet/config.json. Raises ValueError if it is not of SDXL's kind.
+
+    `factor`: latents' height and width must be multiples of it. Set `gradient_checkpointing = True` to trade time for
+    memory in training: each level is computed again on the way back.
+    """
+
+    def __init__(self, config: dict):
+        super().__init__()
+        check(config)
+        self.config = config
+        self.gradient_checkpointing = False
+        widths, layers = config["block_out_channels"], config["layers_per_block"]
+        depths, heads = config["transformer_layers_per_block"], config["attention_head_dim"]  # it means their number
+        groups, eps = config["norm_num_groups"], config["norm_eps"]
+        self.factor = 2 ** (len(widths) - 1)
+        c_time = 4 * widths[0]
+
+        def transformer(level):
+            return lambda c: Transformer(c, config["cross_attention_dim"], heads[level], depths[level], groups)
+
+        self.time_embedding = Embedding(widths[0], c_time)
+        self.add_embedding = Embedding(config["projection_class_embeddings_input_dim"], c_time)
+        self.conv_in = nn.Conv2d(config["in_channels"], widths[0], 3, padding=1)
+
+        self.down_blocks = nn.ModuleList()
+        skips = [widths[0]]  # channels of everything the way down leaves for the way up
+        for level, kind in enumerate(config["down_block_types"]):
+            last = level == len(widths) - 1
+            self.down_blocks.append(Down(widths[max(level - 1, 0)], widths[level], layers, last, c_time, groups, eps,
+                                         transformer(level) if "CrossAttn" in kind else None))
+            skips += [widths[level]] * (layers if last else layers + 1)
+
+        self.mid_block = Mid(widths[-1], c_time, groups, eps, transformer(-1))
+
+        self.up_blocks = nn.ModuleList()
+        c = widths[-1]
+        for level, kind in zip(reversed(range(len(widths))), config["up_block_types"]):
+            channels = []
+            for _ in range(layers + 1):  # one more than on the way down: the downsampler's output is a skip too
+                channels.append((c + skips.pop(), widths[level]))
+                c = widths[level]
+            self.up_blocks.append(Up(channels, level == 0, c_time, groups, eps,
+                                     transformer(level) if "CrossAttn" in kind else None))
+
+        self.conv_norm_out = nn.GroupNorm(groups, widths[0], eps)
+        self.conv_out = nn.Conv2d(widths[0], config["out_channels"], 3, padding=1)
+
+    def forward(self, latents, t, context, pooled, time_ids):
+        """The predicted noise eps, shape (B, 4, h, w).
+
+        latents   (B, 4, h, w)   x_t
+        t         (B,)           noise level, 0 ... 999
+        context   (B, 77, d)     the prompt, token by token
+        pooled    (B, p)         the prompt as a whole
+        time_ids  (B, 6)         original height, width, crop top, left, target height, width, in pixels
+        """
+        run = checkpoint_each if self.gradient_checkpointing and torch.is_grad_enabled() else lambda f, *args: f(*args)
+        time = self.time_embedding(sinusoids(t, self.config["block_out_channels"][0]).to(latents.dtype))  # (B, c_time)
+        sizes = sinusoids(time_ids.flatten(), self.config["addition_time_embed_dim"]).view(len(time_ids), -1)  # (B, 6 * 256)
+        time = time + self.add_embedding(torch.cat([pooled, sizes.to(pooled.dtype)], -1))  # (B, c_time)
+
+        x = self.conv_in(latents)  # (B, c0, h, w)
+        skips = [x]
+        for level in self.down_blocks:
+            x, left = run(level, x, time, context)
+            skips += left
+        x = run(self.mid_block, x, time, context)  # (B, c2, h/4, w/4)
+        for level in self.up_blocks:
+            n = len(level.resnets)
+            skips, here = skips[:-n], skips[-n:]
+            x = run(level, x, here, time, context)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, 4, h, w)
+
+
+def checkpoint_each(function, *args):
+    return checkpoint(function, *args, use_reentrant=False)
+
+
+def check(config: dict):
+    """Raise ValueError, with one line, unless `config` describes a UNet of SDXL's kind."""
+    try:
+        down, mid, up = config["down_block_types"], config["mid_block_type"], config["up_block_types"]
+        fits = (set(down) <= DOWN and mid == MID and set(up) <= UP and config["addition_embed_type"] == "text_time"
+                and config["use_linear_projection"] and len(config["attention_head_dim"]) == len(down) == len(up)
+                == len(config["block_out_channels"]) == len(config["transformer_layers_per_block"]))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"unet config: not SDXL's kind of UNet (missing or odd: {error})") from None
+    if not fits:
+        raise ValueError(f"unet config: not SDXL's kind of UNet: {', '.join(down)} / {mid} / {', '.join(up)}")

@@ -1,0 +1,163 @@
+"""SDXL's autoencoder: pictures (B, 3, H, W) to latents (B, 4, H/8, W/8) and back.
+
+A variational autoencoder (Kingma & Welling 2014) with convolutions and one self-attention at the bottom (Rombach et
+al. 2022, section 3.1). Parameter names are the released checkpoint's, so load_state_dict is the whole loader; every
+size comes from the folder's vae/config.json. The file reads in the order in which a picture flows through it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Resnet(nn.Module):
+    """(B, c_in, h, w) -> (B, c_out, h, w): two 3x3 convolutions around a shortcut."""
+
+    def __init__(self, c_in, c_out, groups):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, c_out, h, w)
+        h = self.conv2(F.silu(self.norm2(h)))  # (B, c_out, h, w)
+        return h + (self.conv_shortcut(x) if self.conv_shortcut else x)
+
+
+class Attention(nn.Module):
+    """(B, c, h, w) -> same: one head of self-attention over all h*w places."""
+
+    def __init__(self, c, groups):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
+        self.to_out = nn.ModuleList([nn.Linear(c, c)])  # a list, since the checkpoint calls it to_out.0
+
+    def forward(self, x):
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, h*w, c)
+        q, k, v = (to(tokens).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))  # (B, 1, h*w, c)
+        out = self.to_out[0](F.scaled_dot_product_attention(q, k, v).squeeze(1))  # (B, h*w, c)
+        return x + out.transpose(1, 2).reshape(x.shape)
+
+
+class MidBlock(nn.Module):
+    def __init__(self, c, groups):
+        super().__init__()
+        self.resnets = nn.ModuleList([Resnet(c, c, groups), Resnet(c, c, groups)])
+        self.attentions = nn.ModuleList([Attention(c, groups)])
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Downsample(nn.Module):
+    """(B, c, h, w) -> (B, c, h/2, w/2). One row and column of padding, right and below only."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """(B, c, h, w) -> (B, c, 2h, 2w)"""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """One resolution: a few resnets, then the way to the next resolution (none at the last)."""
+
+    def __init__(self, c_in, c_out, resnets, groups, **sampler):
+        super().__init__()
+        self.resnets = nn.ModuleList(Resnet(c_in if i == 0 else c_out, c_out, groups) for i in range(resnets))
+        for name, module in sampler.items():  # the checkpoint's names: downsamplers.0 or upsamplers.0
+            setattr(self, name, nn.ModuleList([module]))
+        self.samplers = list(sampler)
+
+    def forward(self, x):
+        for resnet in self.resnets:
+            x = resnet(x)
+        for name in self.samplers:
+            x = getattr(self, name)[0](x)
+        return x
+
+
+class Encoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        widths, groups = config["block_out_channels"], config["norm_num_groups"]
+        self.conv_in = nn.Conv2d(config["in_channels"], widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        for i, (c_in, c_out) in enumerate(zip(widths[:1] + widths[:-1], widths)):
+            sampler = {} if i == len(widths) - 1 else {"downsamplers": Downsample(c_out)}
+            self.down_blocks.append(Level(c_in, c_out, config["layers_per_block"], groups, **sampler))
+        self.mid_block = MidBlock(widths[-1], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config["latent_channels"], 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)  # (B, c0, H, W)
+        for level in self.down_blocks:
+            x = level(x)  # (B, c_i, H/2^i, W/2^i)
+        x = self.mid_block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, 8, h, w)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        widths, groups = config["block_out_channels"][::-1], config["norm_num_groups"]
+        self.conv_in = nn.Conv2d(config["latent_channels"], widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0], groups)
+        self.up_blocks = nn.ModuleList()
+        for i, (c_in, c_out) in enumerate(zip(widths[:1] + widths[:-1], widths)):
+            sampler = {} if i == len(widths) - 1 else {"upsamplers": Upsample(c_out)}
+            self.up_blocks.append(Level(c_in, c_out, config["layers_per_block"] + 1, groups, **sampler))
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], config["out_channels"], 3, padding=1)
+
+    def forward(self, z):
+        x = self.mid_block(self.conv_in(z))  # (B, c3, h, w)
+        for level in self.up_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, 3, H, W)
+
+
+class VAE(nn.Module):
+    """VAE(config): config is the dict in vae/config.json. `factor` is how many pixels a latent is wide (SDXL: 8)."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.config = config
+        self.factor = 2 ** (len(config["block_out_channels"]) - 1)
+        c = config["latent_channels"]
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
+        self.post_quant_conv = nn.Conv2d(c, c, 1)
+
+    def moments(self, pictures):
+        """pictures (B, 3, H, W) in [-1, 1] -> mean, log variance of the unscaled latents, each (B, 4, h, w)."""
+        return self.quant_conv(self.encoder(pictures)).chunk(2, dim=1)
+
+    def decode_moments(self, z):
+        """Unscaled latents (B, 4, h, w) -> pictures (B, 3, H, W), about in [-1, 1]."""
+        return self.decoder(self.post_quant_conv(z))
+
+    def encode(self, pictures):
+        """pictures (B, 3, H, W) in [-1, 1] -> latents (B, 4, h, w): the mean, scaled to unit variance."""
+        return self.moments(pictures)[0] * self.config["scaling_factor"]
+
+    def decode(self, latents):
+        """latents (B, 4, h, w) -> pictures (B, 3, H, W), about in [-1, 1]."""
+        return self.decode_moments(latents / self.config["scaling_factor"])

@@ -1,0 +1,146 @@
+"""Train a text slider:  python train_text.py --pos "a photo of a person, very old" --neg "a photo of a person, very young"
+
+The paper's eq. (8). With theta the frozen model, theta* the model with the slider, and P the preserved concepts,
+
+    eps_theta*(x_t, c_t, t)  <-  eps_theta(x_t, c_t, t)
+                                 + eta * mean_{p in P} ( eps_theta(x_t, (c+, p), t) - eps_theta(x_t, (c-, p), t) )
+
+(The paper writes a sum over P; the mean keeps eta's meaning whatever the size of P, and is what its code does on
+average, which draws one p for each step.) x_t comes from partially denoising noise with the frozen model. So nothing on
+the right depends on what is trained: the teacher below collects it once, the student (student.py) fits it.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import cli
+import lora
+import sampler
+import student
+
+
+@torch.no_grad()
+def collect(model, targets: list[str], pos: str, neg: str, preserve: list[str], *, eta: float, trajectories: int, per_trajectory: int,
+            denoising_steps: int, guidance: float, size: tuple[int, int], seed: int, batch: int) -> student.Targets:
+    """The teacher. Walks `trajectories` noises down with the frozen model, guided toward the target prompts in turn,
+    and keeps `per_trajectory` of the x_t on each way, evenly spread and from another offset each, with the right-hand
+    side of eq. (8) there. Returns student.Targets of trajectories * per_trajectory samples; delta is eta * mean(...).
+    """
+    unet, device = model.unet, model.device
+    ends = [with_concept(end, p) for end in (pos, neg) for p in preserve or [""]]  # (c+, p) for each p, then (c-, p)
+    cond = model.condition(targets, size)  # (m, ...)
+    cond_ends = model.condition(ends, size)  # (2 |P|, ...)
+    uncond = model.condition([""] * trajectories, size)
+    prompt = torch.arange(trajectories, device=device) % len(targets)
+    generator = torch.Generator().manual_seed(seed)
+    offset = torch.rand(trajectories, generator=generator)
+    # Step indices kept on each trajectory: (trajectories, per_trajectory)
+    keep = ((torch.arange(per_trajectory) + offset[:, None]) * denoising_steps / per_trajectory).long()
+
+    kept = []
+    bar = tqdm(total=denoising_steps, unit="step", desc="teacher")
+
+    def on_step(i, t, x_t, eps):
+        rows = (keep == i).any(1).nonzero()[:, 0].to(device)
+        bar.update()
+        if len(rows) == 0:
+            return
+        # Every frozen prediction wanted at these x_t: c_t's, and those of both ends with every p. One row after another.
+        x, n = x_t[rows], 1 + len(ends)
+        inputs = [torch.cat([c[prompt[rows], None], e[None].expand(len(rows), *e.shape)], 1).flatten(0, 1) for c, e in zip(cond, cond_ends)]
+        xs = x.repeat_interleave(n, 0)  # (rows * n, 4, h, w)
+        out = torch.cat([unet(xs[k], torch.full((len(k),), t, device=device), *(c[k] for c in inputs))
+                         for k in torch.arange(len(xs), device=device).split(batch)])
+        out = out.view(len(rows), n, *x.shape[1:])  # (rows, 1 + 2|P|, 4, h, w)
+        eps_pos, eps_neg = out[:, 1:].chunk(2, 1)  # (rows, |P|, 4, h, w) each
+        delta = eta * (eps_pos - eps_neg).float().mean(1)
+        kept.append((x, torch.full((len(rows),), t, device=device), prompt[rows], out[:, 0], delta.to(x.dtype)))
+
+    x_T = sampler.noise(range(seed * 1000, seed * 1000 + trajectories), model.latent_shape(size), device, model.dtype)
+    sampler.sample(unet, x_T, tuple(c[prompt] for c in cond), uncond, alpha_bar=model.alpha_bar, steps=denoising_steps,
+                   guidance=guidance, on_step=on_step)
+    bar.close()
+    return student.Targets(*(torch.cat(part) for part in zip(*kept)), cond)
+
+
+def with_concept(prompt: str, concept: str) -> str:
+    """(c, p) as one prompt: 'a photo of an old person' and 'with glasses' -> 'a photo of an old person, with glasses'."""
+    return f"{prompt}, {concept}" if concept else prompt
+
+
+def shared_part(pos: str, neg: str) -> str:
+    """What two prompts share before their first comma: the target prompt when none is given. ValueError if nothing."""
+    first, other = pos.split(",")[0].strip(), neg.split(",")[0].strip()
+    if first != other or pos == neg:
+        raise ValueError("--prompt is needed: what should the slider act on? (it can be left out only if --pos and --neg "
+                         'differ after a comma, as in "a photo of a person, very old")')
+    return first
+
+
+def parse_args():
+    p = cli.parser(__doc__)
+    p.add_argument("--pos", required=True, help="prompt of the slider's positive end, c+")
+    p.add_argument("--neg", required=True, help="prompt of its negative end, c-")
+    p.add_argument("--prompt", action="append", help="target prompt c_t; may be repeated (default: what --pos and --neg share before a comma)")
+    p.add_argument("--preserve", action="append", default=[], help='concepts P that must stay, "man, woman, ..."; may be repeated')
+    p.add_argument("--out", default="slider.safetensors", help="slider file to write (default: %(default)s)")
+    p.add_argument("--eta", type=float, default=2.0, help="strength of the teacher's change (default: %(default)s)")
+    p.add_argument("--positive-only", action="store_true", help="eq. (8) as printed: train scale +1 alone, not both ends")
+    p.add_argument("--layers", choices=lora.LAYERS, default="noxattn", help="which layers the slider changes (default: %(default)s)")
+    p.add_argument("--no-conv", action="store_true", help="leave convolutions out")
+    p.add_argument("--rank", type=int, default=4, help="default: %(default)s")
+    p.add_argument("--alpha", type=float, default=1.0, help="the LoRA's constant alpha (default: %(default)s)")
+    p.add_argument("--steps", type=int, default=300, help="optimiser steps (default: %(default)s)")
+    p.add_argument("--batch", type=int, default=4, help="x_t in a step; both ends of each are trained (default: %(default)s)")
+    p.add_argument("--lr", type=float, help="learning rate (default: 0.256 / the UNet's widest channel count, which is 2e-4 for SDXL)")
+    p.add_argument("--trajectories", type=int, default=16, help="noises that the teacher denoises (default: %(default)s)")
+    p.add_argument("--per-trajectory", type=int, default=16, help="x_t kept from each (default: %(default)s)")
+    p.add_argument("--denoising-steps", type=int, default=50, help="default: %(default)s")
+    p.add_argument("--guidance", type=float, default=3.0, help="while denoising (default: %(default)s)")
+    p.add_argument("--size", type=int, help="pixels (default: the model's own, at most 512)")
+    p.add_argument("--seed", type=int, default=0)
+    return p.parse_args()
+
+
+def main():
+    args = parse_args()
+    for name in ("pos", "neg"):
+        if not getattr(args, name).strip():
+            raise ValueError(f"--{name} is empty: give the words of this end of the slider")
+    for name in ("eta", "rank", "alpha", "steps", "batch", "trajectories", "per_trajectory", "denoising_steps"):
+        if not getattr(args, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
+    prompts = args.prompt or [shared_part(args.pos, args.neg)]
+    preserve = [c.strip() for text in args.preserve for c in text.split(",") if c.strip()]
+    cli.check_output(args.out)
+    model = cli.load_model(args)
+    size = (args.size or min(model.size, 512),) * 2
+    model.latent_shape(size)  # refuses a size the model cannot make before any work is done
+    lr = args.lr or 0.256 / max(model.unet.config["block_out_channels"])
+
+    started = time.time()
+    torch.manual_seed(args.seed)
+    slider = lora.Slider(lora.target_layers(model.unet, args.layers, not args.no_conv), args.rank, args.alpha)
+    slider.to(model.device)
+    print(f"target: {' | '.join(prompts)}\npositive: {args.pos}\nnegative: {args.neg}\npreserved: {', '.join(preserve) or 'nothing'}")
+    held_out_share = max(1, args.trajectories // 4)
+    teach = lambda n, seed: collect(model, prompts, args.pos, args.neg, preserve, eta=args.eta, trajectories=n, seed=seed,
+                                    per_trajectory=args.per_trajectory, denoising_steps=args.denoising_steps, guidance=args.guidance,
+                                    size=size, batch=16)
+    train, held_out = teach(args.trajectories, 2 * args.seed + 1), teach(held_out_share, 2 * args.seed + 2)
+    difference = (train.delta.float().norm() / args.eta / train.eps_0.float().norm()).item()
+    slider.attach(model.unet)
+    reading = student.fit(model.unet, slider, train, held_out, steps=args.steps, batch=args.batch, lr=lr,
+                          both_ends=not args.positive_only, seed=args.seed)
+    settings = vars(args) | {"prompt": prompts, "preserve": preserve, "lr": lr, "size": size[0]}
+    lora.save(args.out, slider, {"kind": "text slider", "settings": settings, "meter": reading, "difference": difference,
+                                 "model": model.name, "seconds": round(time.time() - started, 1)})
+    print(*student.verdict(reading, difference), sep="\n")
+    print(f"{args.out}: written, {Path(args.out).stat().st_size / 1e6:.2f} MB, after {time.time() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    cli.run(main)
