@@ -206,8 +206,8 @@ class Up(Level):
         self.upsamplers = None if last else nn.ModuleList([Upsample(channels[-1][1])])
 
     def forward(self, x, skips, time, context):
-        for i in range(len(self.resnets)):
-            x = self.step(i, torch.cat([x, skips.pop()], 1), time, context)  # the newest skip first
+        for i, skip in enumerate(reversed(skips)):  # the newest first
+            x = self.step(i, torch.cat([x, skip], 1), time, context)
         return x if self.upsamplers is None else self.upsamplers[0](x)
 
 
@@ -273,7 +273,8 @@ class UNet(nn.Module):
         pooled    (B, p)         the prompt as a whole
         time_ids  (B, 6)         original height, width, crop top, left, target height, width, in pixels
         """
-        run = checkpoint_each if self.gradient_checkpointing and torch.is_grad_enabled() else lambda f, *args: f(*args)
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
+        run = (lambda f, *args: checkpoint(f, *args, use_reentrant=False)) if again else (lambda f, *args: f(*args))
         time = self.time_embedding(sinusoids(t, self.config["block_out_channels"][0]).to(latents.dtype))  # (B, c_time)
         sizes = sinusoids(time_ids.flatten(), self.config["addition_time_embed_dim"]).view(len(time_ids), -1)  # (B, 6 * 256)
         time = time + self.add_embedding(torch.cat([pooled, sizes.to(pooled.dtype)], -1))  # (B, c_time)
@@ -289,10 +290,6 @@ class UNet(nn.Module):
             skips, here = skips[:-n], skips[-n:]
             x = run(level, x, here, time, context)
         return self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, 4, h, w)
-
-
-def checkpoint_each(function, *args):
-    return checkpoint(function, *args, use_reentrant=False)
 
 
 def check(config: dict):

@@ -1,0 +1,85 @@
+"""What a slider does on the miniature, by the measuring stick:  python -m miniature.effect age.safetensors --attribute age
+
+Generates the same seeds at scales -3 ... 3, on prompts that no slider here is trained on, and prints the mean of every
+attribute at every scale, and how far each moves: its largest less its smallest mean, as a share of its range.
+"""
+
+import json
+
+import numpy as np
+
+import cli
+import lora
+import slider
+from miniature import world
+from miniature.measure import WORDS, measure
+
+PROMPTS = ["a portrait of a woman with brown hair", "a picture of a man, green background", "a person with short hair, medium skin",
+           "a portrait of a female person on a pink background", "a man with long hair", "a picture of a person, light skin",
+           "a woman, blue background", "a portrait of a male person with black hair"]
+SCALES = [-3, -2, -1, 0, 1, 2, 3]
+
+
+def readings(model, sliders_at, seeds, scales=SCALES, prompts=PROMPTS, **settings):
+    """{attribute: array (scales, seeds)}. sliders_at: scale -> the pairs (slider, scale) to generate with. Seeds take the
+    prompts in turn; hair and background become one yes/no attribute for each of their words."""
+    table = {}
+    for scale in scales:
+        pictures = {}
+        for i, prompt in enumerate(prompts):
+            mine = seeds[i::len(prompts)]
+            if len(mine):
+                pictures.update(zip(mine, slider.generate(model, prompt, mine, sliders_at(scale), **settings)))
+        read = measure([pictures[s] for s in seeds])
+        for name in world.RANGES:
+            table.setdefault(name, []).append(read[name])
+        for name in ("hair", "background"):
+            for word in WORDS[name]:
+                table.setdefault(f"{name} {word}", []).append((read[name] == word).astype(float))
+        table.setdefault("face", []).append((read["kind"] == "face").astype(float))
+    return {name: np.array(rows) for name, rows in table.items()}
+
+
+def moved(rows, name) -> float:
+    """How far an attribute's mean moves over the scales, as a share of its range."""
+    low, high = world.RANGES.get(name, (0, 1))
+    means = rows.mean(1)
+    return float((means.max() - means.min()) / (high - low))
+
+
+def summary(table, attribute, scales=SCALES) -> dict:
+    means = table[attribute].mean(1)
+    others = {name: moved(rows, name) for name, rows in table.items() if name != attribute}
+    return {"attribute": attribute, "scales": list(scales), "means": [round(float(m), 4) for m in means],
+            "moved": moved(table[attribute], attribute), "monotonic": bool((np.diff(means) > 0).all()),
+            "worst_other": max(others, key=others.get), "worst_other_moved": max(others.values())}
+
+
+def main():
+    p = cli.parser(__doc__)
+    p.add_argument("slider", help="slider file")
+    p.add_argument("--attribute", required=True, choices=world.RANGES, help="what it is meant to move")
+    p.add_argument("--seeds", type=cli.integers, default=list(range(1000, 1064)), help="default: 1000-1063")
+    p.add_argument("--scales", type=cli.numbers, default=SCALES)
+    p.add_argument("--steps", type=int, default=30)
+    p.add_argument("--start", type=float, default=0.3)
+    p.add_argument("--guidance", type=float, default=5.0)
+    p.add_argument("--json", help="also write the summary and the means to this file")
+    args = p.parse_args()
+    model = cli.load_model(args)
+    loaded = lora.load(args.slider, model.unet).attach(model.unet)
+    table = readings(model, lambda scale: [(loaded, scale)], args.seeds, args.scales, steps=args.steps, start=args.start, guidance=args.guidance)
+    print(f"{'':18}" + "".join(f"{s:+8g}" for s in args.scales) + "   moved")
+    for name, rows in table.items():
+        print(f"{name:18}" + "".join(f"{m:8.2f}" for m in rows.mean(1)) + f"{moved(rows, name):8.0%}")
+    result = summary(table, args.attribute, args.scales)
+    print(f"{args.attribute}: moves {result['moved']:.0%} of its range, {'strictly monotonic' if result['monotonic'] else 'NOT monotonic'}; "
+          f"most moved of the others: {result['worst_other']}, {result['worst_other_moved']:.0%}")
+    if args.json:
+        means = {name: [round(float(m), 4) for m in rows.mean(1)] for name, rows in table.items()}
+        with open(args.json, "w") as f:
+            json.dump(result | {"seeds": len(args.seeds), "all": means}, f, indent=1)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,25 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def model():
+    """The bundled miniature SDXL in float32 on the CPU. Tests leave it as they found it."""
+    from sdxl import SDXL
+    return SDXL.load(device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture
+def inputs(model):
+    """Random inputs of the miniature's UNet, batch 3: latents, t, context, pooled, time_ids."""
+    g = torch.Generator().manual_seed(0)
+    c = model.unet.config
+    pooled = c["projection_class_embeddings_input_dim"] - 6 * c["addition_time_embed_dim"]
+    return (torch.randn(3, 4, 16, 16, generator=g), torch.tensor([1, 400, 981]), torch.randn(3, 77, c["cross_attention_dim"], generator=g),
+            torch.randn(3, pooled, generator=g), torch.tensor([[128.0, 128, 0, 0, 128, 128]] * 3))

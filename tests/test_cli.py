@@ -1,0 +1,100 @@
+"""The command lines as a stranger uses them: what works, and one clear line with exit status 2 for what cannot."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+ROOT = Path(__file__).parent.parent
+TRAIN = ["train_text.py", "--pos", "a photo of a person, smiling", "--neg", "a photo of a person, frowning"]
+DRAW = ["slider.py", "--prompt", "a photo of a person"]
+
+
+def run(*command, cwd=ROOT):
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    return subprocess.run([sys.executable, ROOT / command[0], *map(str, command[1:])], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A quickly trained slider, and what its training printed."""
+    path = tmp_path_factory.mktemp("cli") / "smile.safetensors"
+    done = run(*TRAIN, "--preserve", "man, woman", "--steps", 4, "--trajectories", 2, "--per-trajectory", 3, "--denoising-steps", 6, "--out", path)
+    assert done.returncode == 0, done.stderr
+    return path, done
+
+
+def test_training_reports_and_records_itself(trained):
+    path, done = trained
+    assert "target: a photo of a person\n" in done.stdout and "teacher's change on unseen x_t" in done.stdout
+    assert "learned" in done.stderr and "loss" in done.stderr  # the progress bar with the meter
+    with safe_open(path, "pt") as f:
+        metadata = f.metadata()
+    settings = json.loads(metadata["settings"])
+    assert settings["pos"] == "a photo of a person, smiling" and settings["preserve"] == ["man", "woman"] and settings["rank"] == 4
+    assert settings["lr"] > 0 and settings["prompt"] == ["a photo of a person"] and "share" in json.loads(metadata["meter"])
+
+
+def test_a_strip_and_single_files_from_any_folder(trained, tmp_path):
+    done = run(*DRAW, "--slider", trained[0], "--scales=-2,0,2", "--seeds", "1-2", "--steps", 3, "--out", tmp_path / "o", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = {f"seed{s}_scale{x}.png" for s in (1, 2) for x in ("-2", "0", "+2")} | {"strip.png"}
+    assert {f.name for f in (tmp_path / "o").iterdir()} == names
+    single, strip = Image.open(tmp_path / "o" / "seed1_scale0.png"), Image.open(tmp_path / "o" / "strip.png")
+    assert single.size == (128, 128) and strip.width > 3 * 128 and strip.height > 2 * 128
+    # Scale 0 is the untouched model, bit for bit, and the same seed is the same picture.
+    plain = run(*DRAW, "--seeds", "1-2", "--steps", 3, "--out", tmp_path / "p")
+    assert plain.returncode == 0 and (tmp_path / "p" / "seed1.png").read_bytes() == (tmp_path / "o" / "seed1_scale0.png").read_bytes()
+
+
+def test_an_unknown_word_is_named(tmp_path):
+    done = run("slider.py", "--prompt", "a photo of a zebra", "--seeds", 0, "--steps", 1, "--out", tmp_path)
+    assert done.returncode == 0 and "'zebra'" in done.stderr and "photo" not in done.stderr
+
+
+BAD = [
+    ([*TRAIN, "--frobnicate"], "--frobnicate"),
+    ([*TRAIN, "--step", "3"], "--step"),
+    ([*TRAIN, "--rank", "0"], "--rank"),
+    ([*TRAIN, "--rank", "5000"], "rank: 5000"),
+    ([*TRAIN, "--rank", "four"], "--rank"),
+    ([*TRAIN, "--model", "nowhere"], "nowhere: no such model folder"),
+    ([*TRAIN, "--model", "tests"], "model_index.json"),
+    ([*TRAIN, "--layers", "everything"], "--layers"),
+    ([*TRAIN, "--size", "100"], "size: 100x100"),
+    ([*TRAIN, "--out", "tests"], "is a folder"),
+    ([*TRAIN, "--steps", "0"], "--steps"),
+    (["train_text.py", "--pos", "", "--neg", "a"], "--pos is empty"),
+    (["train_text.py", "--pos", "an old man", "--neg", "a young man"], "--prompt is needed"),
+    (["train_text.py", "--pos", "an old man"], "--neg"),
+    ([*DRAW, "--slider", "missing.safetensors"], "missing.safetensors: no such file"),
+    ([*DRAW, "--slider", "README.md"], "README.md"),
+    ([*DRAW, "--size", "130"], "size: 130x130"),
+    ([*DRAW, "--start", "1.5"], "--start"),
+    ([*DRAW, "--steps", "0"], "steps: 0"),
+    ([*DRAW, "--scales", "a,b"], "--scales"),
+    ([*DRAW, "--seeds", "x"], "--seeds"),
+    ([*DRAW, "--out", "README.md"], "README.md"),
+    (["slider.py", "--prompt", " "], "--prompt is empty"),
+]
+
+
+@pytest.mark.parametrize("command, names", BAD, ids=[" ".join(c[-2:]) for c, _ in BAD])
+def test_bad_input_is_one_clear_line(command, names):
+    before = {f: f.stat().st_mtime_ns for f in ROOT.glob("*.*")}
+    done = run(*command)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert names in last and "error: " in last, done.stderr
+    assert {f: f.stat().st_mtime_ns for f in ROOT.glob("*.*")} == before
+
+
+@pytest.mark.parametrize("script", ["train_text.py", "slider.py"])
+def test_help(script):
+    done = run(script, "--help")
+    assert done.returncode == 0 and "--model" in done.stdout and "default" in done.stdout

@@ -1,0 +1,96 @@
+"""UNet and VAE: names and shapes of the released SDXL, arithmetic of an independent implementation (diffusers)."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sdxl_unet import UNet
+from sdxl_vae import VAE
+
+FACTS = Path(__file__).parent / "facts"
+CONFIGS = json.loads((FACTS / "sdxl_configs.json").read_text())
+UNET = CONFIGS["unet"] | {"block_out_channels": [32, 64, 96], "transformer_layers_per_block": [1, 2, 3], "attention_head_dim": [1, 2, 3],
+                          "cross_attention_dim": 40, "addition_time_embed_dim": 16, "projection_class_embeddings_input_dim": 24 + 96,
+                          "norm_num_groups": 16}
+VAE_ = CONFIGS["vae"] | {"block_out_channels": [16, 32, 48], "down_block_types": ["DownEncoderBlock2D"] * 3,
+                         "up_block_types": ["UpDecoderBlock2D"] * 3, "norm_num_groups": 8, "layers_per_block": 1}
+
+
+def randomise(module, seed=0):
+    """Every parameter away from its initial value, so that every branch matters."""
+    g = torch.Generator().manual_seed(seed)
+    for p in module.parameters():
+        p.data = torch.randn(p.shape, generator=g) * (0.08 if p.ndim > 1 else 0.3) + (0.0 if p.ndim > 1 else 0.4)
+    return module.eval()
+
+
+def unet_inputs(batch=3, h=8, w=12, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randn(batch, 4, h, w, generator=g), torch.tensor([1, 500, 981][:batch]), torch.randn(batch, 77, 40, generator=g),
+            torch.randn(batch, 24, generator=g), torch.rand(batch, 6, generator=g) * 1024)
+
+
+def relative_error(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@pytest.mark.parametrize("kind, part", [(UNet, "unet"), (VAE, "vae")])
+def test_full_size_names_and_shapes_are_the_released_ones(kind, part):
+    with torch.device("meta"):
+        module = kind(CONFIGS[part])
+    facts = json.loads((FACTS / f"sdxl_{part}_keys.json").read_text())
+    assert {name: list(p.shape) for name, p in module.state_dict().items()} == facts
+    assert sum(p.numel() for p in module.parameters()) == CONFIGS["totals"][f"{part}_parameters"]
+
+
+@pytest.mark.parametrize("h, w", [(8, 8), (8, 12), (16, 4)])
+def test_unet_agrees_with_diffusers(h, w):
+    diffusers = pytest.importorskip("diffusers")
+    ours = randomise(UNet(UNET))
+    theirs = diffusers.UNet2DConditionModel(**UNET).eval()
+    theirs.load_state_dict(ours.state_dict())
+    x, t, context, pooled, time_ids = unet_inputs(h=h, w=w)
+    with torch.no_grad():
+        a = ours(x, t, context, pooled, time_ids)
+        b = theirs(x, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids}).sample
+    assert a.std() > 0.1 and relative_error(a, b) < 1e-5
+
+
+def test_vae_agrees_with_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    ours = randomise(VAE(VAE_))
+    theirs = diffusers.AutoencoderKL(**{k: v for k, v in VAE_.items()}).eval()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    with torch.no_grad():
+        latents = ours.encode(x)
+        assert latents.shape == (2, 4, 8, 12)
+        assert relative_error(latents, theirs.encode(x).latent_dist.mean * VAE_["scaling_factor"]) < 1e-5
+        assert relative_error(ours.decode(latents), theirs.decode(latents / VAE_["scaling_factor"]).sample) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_close_to_float32(dtype):
+    unet = randomise(UNet(UNET))
+    x, t, *cond = unet_inputs()
+    with torch.no_grad():
+        exact = unet(x, t, *cond)
+        half = unet.to(dtype)(x.to(dtype), t, *(c.to(dtype) for c in cond))
+    assert half.dtype == dtype and relative_error(half.float(), exact) < (0.1 if dtype == torch.bfloat16 else 0.02)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    unet, gradients = randomise(UNet(UNET)), []
+    for unet.gradient_checkpointing in (False, True):
+        unet.zero_grad()
+        unet(*unet_inputs()).square().mean().backward()
+        gradients.append([p.grad.clone() for p in unet.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize("change", [{"down_block_types": ["AttnDownBlock2D"] * 3}, {"addition_embed_type": None}, {"attention_head_dim": 8}])
+def test_another_kind_of_unet_is_refused(change):
+    with pytest.raises(ValueError, match="not SDXL's kind"):
+        UNet(UNET | change)

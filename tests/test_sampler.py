@@ -1,0 +1,109 @@
+"""The schedule against its definition, DDIM against a closed form and against diffusers, guidance and the late LoRA."""
+
+import pytest
+import torch
+
+import sampler
+
+CONFIG = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+ALPHA_BAR = sampler.make_alpha_bar(CONFIG)
+COND = (torch.zeros(1), torch.zeros(1), torch.zeros(1))
+
+
+def test_alpha_bar_is_the_product_of_one_minus_beta():
+    product, expected = 1.0, []
+    for i in range(1000):
+        product *= 1 - (0.00085 ** 0.5 + (0.012 ** 0.5 - 0.00085 ** 0.5) * i / 999) ** 2
+        expected.append(product)
+    assert torch.allclose(ALPHA_BAR, torch.tensor(expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 30, 50, 77])
+def test_schedule_and_steps_agree_with_diffusers(steps):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.DDIMScheduler(**CONFIG, steps_offset=1, timestep_spacing="leading", set_alpha_to_one=False, clip_sample=False)
+    theirs.set_timesteps(steps)
+    ts = sampler.timesteps(steps)
+    assert ts == theirs.timesteps.tolist()
+    g = torch.Generator().manual_seed(0)
+    x, eps = torch.randn(2, 4, 5, 5, generator=g), torch.randn(2, 4, 5, 5, generator=g)
+    for t in (ts[0], ts[-1]):
+        ours = sampler.ddim_step(x, eps, t, t - 1000 // steps, ALPHA_BAR)
+        assert torch.allclose(ours, theirs.step(eps, t, x).prev_sample, rtol=1e-4, atol=1e-5)
+
+
+def gaussian_unet(mean, std):
+    """The exact eps for data x_0 ~ N(mean, std^2): eps = sqrt(1 - a) (x_t - sqrt(a) mean) / (a std^2 + 1 - a)."""
+    def unet(x, t, *cond):
+        a = ALPHA_BAR[t].view(-1, 1, 1, 1).to(x.dtype)
+        return (1 - a).sqrt() * (x - a.sqrt() * mean) / (a * std ** 2 + 1 - a)
+    return unet
+
+
+def test_ddim_follows_the_closed_form_on_gaussian_data():
+    """On Gaussian data the probability-flow ODE keeps (x_t - sqrt(a_t) mean) / sqrt(a_t std^2 + 1 - a_t) constant."""
+    mean, std = 0.7, 0.3
+    x_T = torch.randn(4, 4, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    errors = []
+    for steps in (50, 200, 1000):
+        x_0 = sampler.sample(gaussian_unet(mean, std), x_T, COND, alpha_bar=ALPHA_BAR, steps=steps, guidance=1)
+        first, last = ALPHA_BAR[sampler.timesteps(steps)[0]].double(), ALPHA_BAR[0].double()
+        constant = (x_T - first.sqrt() * mean) / (first * std ** 2 + 1 - first).sqrt()
+        exact = last.sqrt() * mean + constant * (last * std ** 2 + 1 - last).sqrt()
+        errors.append((x_0 - exact).abs().max().item())
+    assert errors[0] > errors[1] > errors[2] and errors[2] < 5e-3
+
+
+def test_add_noise_keeps_unit_variance_and_mixes_as_written():
+    x_0, eps = torch.full((2, 4, 3, 3), 2.0), torch.full((2, 4, 3, 3), -1.0)
+    x_t = sampler.add_noise(x_0, eps, torch.tensor([0, 999]), ALPHA_BAR)
+    for row, t in zip(x_t, (0, 999)):
+        assert torch.allclose(row, 2 * ALPHA_BAR[t].sqrt() - (1 - ALPHA_BAR[t]).sqrt())
+
+
+def test_guidance_is_linear_and_runs_one_batch():
+    calls = []
+
+    def unet(x, t, context, pooled, time_ids):
+        calls.append(len(x))
+        return x * 0 + context.view(-1, 1, 1, 1)
+    cond, uncond = (torch.full((2,), 3.0),) * 3, (torch.full((2,), 1.0),) * 3
+    x = torch.zeros(2, 4, 2, 2)
+    assert torch.equal(sampler.guided_eps(unet, x, 5, cond, uncond, 4.0), x + 1 + 4 * (3 - 1))
+    assert torch.equal(sampler.guided_eps(unet, x, 5, cond, uncond, 1.0), x + 3)
+    assert calls == [4, 2]
+
+
+class Knob:
+    scale = 9.0
+
+
+@pytest.mark.parametrize("start, on_from", [(0.0, 1000), (0.3, 700), (0.5, 500), (1.0, 0)])
+def test_the_slider_is_off_while_t_is_above_t_on(start, on_from):
+    knob, seen = Knob(), []
+
+    def unet(x, t, *cond):
+        seen.append((int(t[0]), knob.scale))
+        return x
+    sampler.sample(unet, torch.zeros(1, 4, 2, 2), COND, alpha_bar=ALPHA_BAR, steps=20, guidance=1, sliders=[(knob, 2.0)], start=start)
+    assert [scale for _, scale in seen] == [2.0 if t <= on_from else 0.0 for t, _ in seen]
+    assert knob.scale == 0.0 and len({scale for _, scale in seen}) == (2 if 0 < start < 1 else 1)
+
+
+def test_stop_gives_the_x_t_on_the_way_and_noise_belongs_to_its_seed():
+    x_T = sampler.noise([3, 4], (4, 5, 5))
+    assert torch.equal(x_T[1], sampler.noise([4], (4, 5, 5))[0])
+    unet, visited = gaussian_unet(0.1, 0.9), []
+    sampler.sample(unet, x_T, COND, alpha_bar=ALPHA_BAR, steps=10, guidance=1, on_step=lambda i, t, x, eps: visited.append(x))
+    part = sampler.sample(unet, x_T, COND, alpha_bar=ALPHA_BAR, steps=10, guidance=1, stop=4)
+    assert torch.equal(part, visited[4])
+
+
+def test_impossible_steps_and_models_are_refused():
+    for steps in (0, -3, 1001):
+        with pytest.raises(ValueError, match="steps"):
+            sampler.timesteps(steps)
+    with pytest.raises(ValueError, match="v_prediction"):
+        sampler.make_alpha_bar(CONFIG | {"prediction_type": "v_prediction"})
+    with pytest.raises(ValueError, match="beta_schedule"):
+        sampler.make_alpha_bar(CONFIG | {"beta_schedule": "linear"})

@@ -1,0 +1,114 @@
+"""The teacher against eq. (8) computed the slow way, and the student against what it must be able to learn."""
+
+import pytest
+import torch
+
+import lora
+import sampler
+import student
+import train_text
+
+POS, NEG, TARGET = "a photo of a person, very old", "a photo of a person, very young", "a photo of a person"
+PRESERVE = ["with glasses", "without glasses", "man"]
+
+
+def collect(model, preserve=PRESERVE, **changes):
+    settings = dict(eta=2.0, trajectories=3, per_trajectory=4, denoising_steps=8, guidance=3.0, size=(128, 128), seed=5, batch=7)
+    return train_text.collect(model, [TARGET, "a photo of a man"], POS, NEG, preserve, **(settings | changes))
+
+
+@pytest.mark.parametrize("preserve", [[], PRESERVE])
+def test_the_teachers_targets_are_the_right_hand_side_of_eq_8(model, preserve):
+    targets = collect(model, preserve)
+    assert len(targets) == 12
+    eps = lambda i, prompt: model.unet(targets.x_t[i:i + 1], targets.t[i:i + 1], *model.condition([prompt]))[0]
+    with torch.no_grad():
+        for i in (0, 5, 11):
+            total = 0
+            for p in preserve or [None]:
+                total = total + eps(i, POS if p is None else f"{POS}, {p}") - eps(i, NEG if p is None else f"{NEG}, {p}")
+            delta = 2.0 * total / len(preserve or [None])
+            assert torch.allclose(targets.eps_0[i], eps(i, [TARGET, "a photo of a man"][targets.prompt[i]]), atol=1e-4)
+            assert (targets.delta[i] - delta).norm() < 1e-3 * delta.norm() + 1e-4
+
+
+def test_x_t_lie_on_the_frozen_models_own_way(model):
+    """Each kept x_t is what partial denoising to its t gives; every trajectory keeps the same number, at its own levels."""
+    targets = collect(model)
+    x_T = sampler.noise(range(5000, 5003), (4, 16, 16))
+    prompts = [TARGET, "a photo of a man", TARGET]
+    levels = sampler.timesteps(8)
+    for i in (0, 6, 11):
+        reached = sampler.sample(model.unet, x_T, model.condition(prompts), model.condition([""] * 3), alpha_bar=model.alpha_bar,
+                                 steps=8, guidance=3.0, stop=levels.index(int(targets.t[i])))
+        assert min((reached - targets.x_t[i]).abs().amax((1, 2, 3))) < 1e-4
+    assert sorted(targets.prompt.tolist()) == [0] * 8 + [1] * 4
+
+
+def test_meter_reads_what_is_there(model):
+    """A slider whose effect is taken as the target reads share 1 and cosine 1; twice that target, a half; its negative, -1."""
+    targets = collect(model)
+    torch.manual_seed(0)
+    slider = lora.Slider(lora.target_layers(model.unet, "noxattn")).requires_grad_(False)
+    assert not any(slider.scale for _ in [0])
+    for name, p in slider.named_parameters():
+        if "lora_up" in name:
+            p.normal_(std=1e-3)  # small, so that scale +1 and -1 are opposite
+    slider.attach(model.unet)
+    with torch.no_grad():
+        effect = student.predict(model.unet, slider, targets, 1.0) - targets.eps_0
+    for factor, share, cosine in ((1.0, 1.0, 1.0), (2.0, 0.5, 1.0), (-1.0, -1.0, -1.0)):
+        targets.delta = factor * effect
+        reading = student.meter(model.unet, slider, targets, batch=5)
+        assert reading["share"] == pytest.approx(share, rel=0.05) and reading["cosine"] == pytest.approx(cosine, rel=0.05)
+    slider.detach()
+
+
+@pytest.mark.parametrize("both_ends", [True, False])
+def test_the_student_learns_unseen_x_t_and_touches_nothing_else(model, both_ends):
+    before = {k: v.clone() for k, v in model.unet.state_dict().items()}
+    train, held_out = collect(model, trajectories=4, per_trajectory=6), collect(model, trajectories=2, seed=6)
+    torch.manual_seed(0)
+    slider = lora.Slider(lora.target_layers(model.unet)).attach(model.unet)
+    start = student.meter(model.unet, slider, held_out, 4)
+    reading = student.fit(model.unet, slider, train, held_out, steps=30, batch=4, lr=1.3e-3, both_ends=both_ends)
+    slider.detach()
+    assert abs(start["share"]) < 1e-6 and reading["share"] > 0.2 and reading["cosine"] > 0.4 and reading["loss"] < 0.9
+    if not both_ends:
+        assert reading["plus"] > reading["minus"]
+    assert all(torch.equal(v, before[k]) for k, v in model.unet.state_dict().items())
+    assert all(p.grad is None for p in model.unet.parameters())
+
+
+def test_same_seed_same_slider(model):
+    train, sliders = collect(model), []
+    for meter_every in (1, 100):  # readings in between change nothing
+        torch.manual_seed(0)
+        slider = lora.Slider(lora.target_layers(model.unet, "attn")).attach(model.unet)
+        student.fit(model.unet, slider, train, train[torch.arange(3)], steps=3, batch=2, lr=1e-3, meter_every=meter_every)
+        slider.detach()
+        sliders.append(slider.state_dict())
+    assert all(torch.equal(v, sliders[1][k]) for k, v in sliders[0].items())
+
+
+def test_divergence_stops_training(model):
+    train = collect(model)
+    slider = lora.Slider(lora.target_layers(model.unet)).attach(model.unet)
+    with pytest.raises(FloatingPointError, match="lower --lr"):
+        student.fit(model.unet, slider, train, train, steps=30, batch=2, lr=10.0)
+    slider.detach()
+
+
+def test_verdicts():
+    good = {"share": 0.8, "cosine": 0.9, "plus": 0.8, "minus": 0.8}
+    assert "It works" in " ".join(student.verdict(good, 0.1)) and "WARNING" not in " ".join(student.verdict(good, 0.1))
+    assert "next to nothing" in " ".join(student.verdict(good | {"share": 0.05}, 0.1))
+    assert "something else" in " ".join(student.verdict(good | {"cosine": 0.2}, 0.1))
+    assert "hardly tells" in " ".join(student.verdict(good, 0.01))
+
+
+def test_shared_part():
+    assert train_text.shared_part(POS, NEG) == TARGET
+    for pos, neg in (("an old man", "a young man"), ("a", "a")):
+        with pytest.raises(ValueError, match="--prompt"):
+            train_text.shared_part(pos, neg)
