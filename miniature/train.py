@@ -269,7 +269,7 @@ def make_tokenizers(attributes):
     return len(vocab)
 
 
-def train_clip(pictures, attributes, steps=1500, batch=256, lr=1e-3):
+def train_clip(pictures, attributes, steps=900, batch=256, lr=1e-3):
     """Two text encoders against one vision tower: InfoNCE over the batch, a caption's twins not counted as wrong."""
     from transformers import (CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, CLIPTextModel,
                               CLIPVisionConfig, CLIPVisionModelWithProjection)
