@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -16,6 +17,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def parser(description: str) -> argparse.ArgumentParser:
     """A parser with --model, --device and --dtype. Option names may not be shortened, so that a typo is an error."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p._negative_number_matcher = re.compile(r"^-[\d.][-\d.,]*$")  # so that "--scales -2,0,2" is a value, not an option
     p.add_argument("--model", default=str(MINIATURE), help="SDXL folder or Hub id (default: the bundled miniature)")
     p.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: the best there is")
     p.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere")

@@ -49,16 +49,15 @@ class LowRank(nn.Module):
 
     def __init__(self, layer: nn.Module, rank: int, alpha: float):
         super().__init__()
+        most = min(layer.weight.shape[0], layer.weight[0].numel())  # the full rank: min(out, in), a kernel's places counted as in
+        if not 1 <= rank <= most:
+            raise ValueError(f"rank: {rank} is not between 1 and {most}, the full rank of one of the layers")
         if isinstance(layer, nn.Conv2d):
             self.lora_down = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, bias=False)
             self.lora_up = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
-            most = min(layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1], layer.out_channels)
         else:
             self.lora_down = nn.Linear(layer.in_features, rank, bias=False)
             self.lora_up = nn.Linear(rank, layer.out_features, bias=False)
-            most = min(layer.in_features, layer.out_features)
-        if not 1 <= rank <= most:
-            raise ValueError(f"rank: {rank} is not between 1 and {most}, the full rank of one of the layers")
         nn.init.kaiming_uniform_(self.lora_down.weight, a=1)
         nn.init.zeros_(self.lora_up.weight)
         self.register_buffer("alpha", torch.tensor(float(alpha)))

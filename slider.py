@@ -1,4 +1,4 @@
-"""Apply sliders:  python slider.py --prompt "a photo of a person" --slider age.safetensors --scales=-2,0,2 --seeds 0-3
+"""Apply sliders:  python slider.py --prompt "a photo of a person" --slider age.safetensors --scales -2,0,2 --seeds 0-3
 
 Writes a labelled strip (rows are seeds, columns are scales) and every picture as a file of its own.
 `--slider FILE` may be repeated; FILE:1.5 keeps that one at 1.5 while the others sweep over --scales.
@@ -72,7 +72,7 @@ def parse_args():
     p.add_argument("--prompt", required=True, help="what the pictures show")
     p.add_argument("--slider", action="append", default=[], type=parse_slider, metavar="FILE[:SCALE]", help="slider file; may be repeated")
     p.add_argument("--scales", type=cli.numbers, default=[-3, -2, -1, 0, 1, 2, 3],
-                   help="scales to sweep over; write --scales=-2,0,2 with = if the first is negative (default: -3 to 3)")
+                   help="scales to sweep over (default: -3,-2,-1,0,1,2,3)")
     p.add_argument("--seeds", type=cli.integers, default=[0, 1, 2, 3], help="0,5,7 or 0-3 (default: 0-3)")
     p.add_argument("--negative", default="", help="negative prompt")
     p.add_argument("--guidance", type=float, default=5.0, help="classifier-free guidance (default: %(default)s)")

@@ -28,41 +28,41 @@ def collect(model, targets: list[str], pos: str, neg: str, preserve: list[str], 
     """The teacher. Walks `trajectories` noises down with the frozen model, guided toward the target prompts in turn,
     and keeps `per_trajectory` of the x_t on each way, evenly spread and from another offset each, with the right-hand
     side of eq. (8) there. Returns student.Targets of trajectories * per_trajectory samples; delta is eta * mean(...).
+    No more than `batch` samples go through the UNet at once (twice that with guidance).
     """
     unet, device = model.unet, model.device
     ends = [with_concept(end, p) for end in (pos, neg) for p in preserve or [""]]  # (c+, p) for each p, then (c-, p)
-    cond = model.condition(targets, size)  # (m, ...)
-    cond_ends = model.condition(ends, size)  # (2 |P|, ...)
-    uncond = model.condition([""] * trajectories, size)
-    prompt = torch.arange(trajectories, device=device) % len(targets)
-    generator = torch.Generator().manual_seed(seed)
-    offset = torch.rand(trajectories, generator=generator)
+    cond, cond_ends, uncond = (model.condition(prompts, size) for prompts in (targets, ends, [""]))  # (m, ...), (2|P|, ...), (1, ...)
+    offsets = torch.rand(trajectories, generator=torch.Generator().manual_seed(seed))
     # Step indices kept on each trajectory: (trajectories, per_trajectory)
-    keep = ((torch.arange(per_trajectory) + offset[:, None]) * denoising_steps / per_trajectory).long()
-
+    keep = ((torch.arange(per_trajectory) + offsets[:, None]) * denoising_steps / per_trajectory).long()
     kept = []
-    bar = tqdm(total=denoising_steps, unit="step", desc="teacher")
 
-    def on_step(i, t, x_t, eps):
-        rows = (keep == i).any(1).nonzero()[:, 0].to(device)
-        bar.update()
-        if len(rows) == 0:
-            return
-        # Every frozen prediction wanted at these x_t: c_t's, and those of both ends with every p. One row after another.
-        x, n = x_t[rows], 1 + len(ends)
-        inputs = [torch.cat([c[prompt[rows], None], e[None].expand(len(rows), *e.shape)], 1).flatten(0, 1) for c, e in zip(cond, cond_ends)]
-        xs = x.repeat_interleave(n, 0)  # (rows * n, 4, h, w)
-        out = torch.cat([unet(xs[k], torch.full((len(k),), t, device=device), *(c[k] for c in inputs))
-                         for k in torch.arange(len(xs), device=device).split(batch)])
-        out = out.view(len(rows), n, *x.shape[1:])  # (rows, 1 + 2|P|, 4, h, w)
-        eps_pos, eps_neg = out[:, 1:].chunk(2, 1)  # (rows, |P|, 4, h, w) each
+    def look(x, t, which):
+        """At x (n, 4, h, w): every frozen prediction that eq. (8) wants, of c_t and of both ends with every p."""
+        n, k = len(x), 1 + len(ends)
+        every = [torch.cat([c[which, None], e[None].expand(n, *e.shape)], 1).flatten(0, 1) for c, e in zip(cond, cond_ends)]
+        xs = x.repeat_interleave(k, 0)  # (n * k, 4, h, w)
+        out = torch.cat([unet(xs[part], torch.full((len(part),), t, device=device), *(c[part] for c in every))
+                         for part in torch.arange(n * k, device=device).split(batch)])
+        out = out.view(n, k, *x.shape[1:])  # (n, 1 + 2|P|, 4, h, w)
+        eps_pos, eps_neg = out[:, 1:].chunk(2, 1)  # (n, |P|, 4, h, w) each
         delta = eta * (eps_pos - eps_neg).float().mean(1)
-        kept.append((x, torch.full((len(rows),), t, device=device), prompt[rows], out[:, 0], delta.to(x.dtype)))
+        kept.append((x, torch.full((n,), t, device=device), which, out[:, 0], delta.to(x.dtype)))
 
-    x_T = sampler.noise(range(seed * 1000, seed * 1000 + trajectories), model.latent_shape(size), device, model.dtype)
-    sampler.sample(unet, x_T, tuple(c[prompt] for c in cond), uncond, alpha_bar=model.alpha_bar, steps=denoising_steps,
-                   guidance=guidance, on_step=on_step)
-    bar.close()
+    with tqdm(total=-(-trajectories // batch) * denoising_steps, unit="step", desc="teacher") as bar:
+        for walk in torch.arange(trajectories).split(batch):
+            which = (walk % len(targets)).to(device)  # each trajectory's target prompt
+
+            def on_step(i, t, x_t, eps):
+                rows = (keep[walk] == i).any(1).nonzero()[:, 0].to(device)
+                if len(rows):
+                    look(x_t[rows], t, which[rows])
+                bar.update()
+
+            x_T = sampler.noise((seed * 1000 + walk).tolist(), model.latent_shape(size), device, model.dtype)
+            sampler.sample(unet, x_T, tuple(c[which] for c in cond), tuple(u.expand(len(walk), *u.shape[1:]) for u in uncond),
+                           alpha_bar=model.alpha_bar, steps=denoising_steps, guidance=guidance, on_step=on_step)
     return student.Targets(*(torch.cat(part) for part in zip(*kept)), cond)
 
 
@@ -129,7 +129,7 @@ def main():
     held_out_share = max(1, args.trajectories // 4)
     teach = lambda n, seed: collect(model, prompts, args.pos, args.neg, preserve, eta=args.eta, trajectories=n, seed=seed,
                                     per_trajectory=args.per_trajectory, denoising_steps=args.denoising_steps, guidance=args.guidance,
-                                    size=size, batch=16)
+                                    size=size, batch=4 * args.batch)
     train, held_out = teach(args.trajectories, 2 * args.seed + 1), teach(held_out_share, 2 * args.seed + 2)
     difference = (train.delta.float().norm() / args.eta / train.eps_0.float().norm()).item()
     slider.attach(model.unet)

@@ -22,7 +22,7 @@ def main():
     step("train_text.py", "--pos", "a photo of a person, very old", "--neg", "a photo of a person, very young",
          "--preserve", "man, woman, with glasses, without glasses, with a hat, without a hat", "--out", str(OUT / "age.safetensors"))
     step("slider.py", "--prompt", "a portrait of a person", "--slider", str(OUT / "age.safetensors"),
-         "--scales=" + ",".join(SCALES), "--seeds", f"{SEEDS[0]}-{SEEDS[-1]}", "--out", str(OUT))
+         "--scales", ",".join(SCALES), "--seeds", f"{SEEDS[0]}-{SEEDS[-1]}", "--out", str(OUT))
     from miniature.measure import measure
     print("\nage (0 young, 1 old) as the measuring stick reads it, mean of the rows:")
     for scale in SCALES:

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -91,6 +92,11 @@ def grid(pictures, path, columns=8):
     for i, picture in enumerate(pictures):
         sheet.paste(Image.fromarray(picture), (i % columns * w, i // columns * h))
     sheet.save(path)
+
+
+def two_rounds(step, first, second):
+    """Learning-rate factor of two schedules, one after the other, the second at half the height."""
+    return warm_then_cosine(step, first) if step < first else 0.5 * warm_then_cosine(step - first, second)
 
 
 class Muon(torch.optim.Optimizer):
@@ -175,8 +181,9 @@ def edges(x):
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 
-def train_vae(pictures, steps=3000, whole=500, batch=16):
-    """Mostly on 64x64 crops (the network is convolutional: four times cheaper), at the end on whole pictures."""
+def train_vae(pictures, first=3000, crop=2500, second=1400):
+    """Two rounds, each with its own learning-rate schedule: `first` steps, of which `crop` on 64x64 crops (the network is
+    convolutional: four times cheaper), then `second` steps on whole pictures, where thin lines weigh double."""
     from sdxl_vae import VAE
     folder = MODEL / "vae"
     if (folder / "diffusion_pytorch_model.safetensors").exists():
@@ -186,12 +193,12 @@ def train_vae(pictures, steps=3000, whole=500, batch=16):
     opt = Optimiser(vae, 0.01, 1e-3)
     checkpoint = Checkpoint("vae", vae=vae, opt=opt)
     started = time.time()
-    for step in range(checkpoint.load(), steps):
+    for step in range(checkpoint.load(), first + second):
         rng = np.random.default_rng((2, step))
-        crops = step < steps - whole
-        x = pictures[np.sort(rng.choice(len(pictures), batch if crops else batch // 2, replace=False))]
-        if crops:  # a corner for each picture
-            corners = rng.integers(0, world.SIZE - 63, (batch, 2))
+        fine = step >= first
+        x = pictures[np.sort(rng.choice(len(pictures), 16 if step < crop else 6 if fine else 8, replace=False))]
+        if step < crop:  # a corner for each picture
+            corners = rng.integers(0, world.SIZE - 63, (len(x), 2))
             x = np.stack([p[r:r + 64, c:c + 64] for p, (r, c) in zip(x, corners)])
         x = to_tensor(x)
         with torch.autocast("cpu", torch.bfloat16):
@@ -200,13 +207,14 @@ def train_vae(pictures, steps=3000, whole=500, batch=16):
             z = mean.float() + torch.randn_like(mean, dtype=torch.float32) * (0.5 * logvar).exp()
             y = vae.decode_moments(z)
         y = y.float()
-        reconstruction = (y - x).abs().mean() + sum((a - b).abs().mean() for a, b in zip(edges(y), edges(x)))
+        thin = sum((a - b).abs().mean() for a, b in zip(edges(y), edges(x)))
+        reconstruction = (y - x).abs().mean() + (2 if fine else 1) * thin
         kl = 0.5 * (mean.float() ** 2 + logvar.exp() - 1 - logvar).mean()
         loss = reconstruction + 2e-4 * kl
-        opt.step(loss, vae, warm_then_cosine(step, steps))
+        opt.step(loss, vae, two_rounds(step, first, second))
         if step % 50 == 0:
-            log(f"vae {step}/{steps} rec {reconstruction.item():.4f} kl {kl.item():.3f} {time.time() - started:.0f}s")
-        if (step + 1) % 250 == 0:
+            log(f"vae {step}/{first + second} L1 {(y - x).abs().mean().item():.4f} edges {thin.item():.4f} kl {kl.item():.3f} {time.time() - started:.0f}s")
+        if (step + 1) % 200 == 0:
             checkpoint.save(step + 1)
             with torch.no_grad():
                 x = to_tensor(pictures[:8])
@@ -343,7 +351,7 @@ def load_vae():
     return load_weights(VAE, read_json(MODEL / "vae" / "config.json"), MODEL / "vae").float()
 
 
-def train_judge(pictures, attributes, latents, steps=1600, batch=64, lr=2e-3, round_trips=5000):
+def train_judge(pictures, attributes, latents, steps=1000, batch=64, lr=2e-3, round_trips=3000):
     """The network half of the measuring stick, on drawn pictures and on what the VAE makes of them, half and half."""
     from miniature.measure import Judge, judge_loss, targets
     path = WORK / "judge.safetensors"
@@ -411,7 +419,7 @@ SAMPLE_PROMPTS = ["a photo of a person", "a photo of an old man", "a photo of a 
                   "poorly drawn hands, distorted hands, misplaced fingers", "a photo of a person, distorted, deformed"]
 
 
-def train_unet(attributes, latents, steps=6000, batch=32, lr=6e-4, ema_decay=0.999):
+def train_unet(attributes, latents, first=1500, second=3000, batch=48):
     """eps-prediction: minimise |eps_theta(x_t, c, t) - eps|^2 (Ho et al. 2020), prompts dropped one time in ten for guidance."""
     import sampler
     from sdxl import SDXL
@@ -425,8 +433,9 @@ def train_unet(attributes, latents, steps=6000, batch=32, lr=6e-4, ema_decay=0.9
         save_half(UNet(UNET_CONFIG).state_dict(), weights)
     model = SDXL.load(MODEL, device="cpu", dtype=torch.float32)
     unet = model.unet.train().requires_grad_(True)
-    ema = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema_decay))
-    opt = torch.optim.AdamW(unet.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-2)
+    ema = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99))
+    opt = Optimiser(unet, 0.01, 1e-3)
+    steps = first + second
     checkpoint = Checkpoint("unet", unet=unet, ema=ema, opt=opt)
     alpha_bar = model.alpha_bar
     started, average = time.time(), None
@@ -440,21 +449,17 @@ def train_unet(attributes, latents, steps=6000, batch=32, lr=6e-4, ema_decay=0.9
         eps = torch.randn_like(x_0)
         snr = alpha_bar[t] / (1 - alpha_bar[t])
         weight = snr.clamp(max=5) / snr  # min-SNR-5
-        for group in opt.param_groups:
-            group["lr"] = lr * warm_then_cosine(step, steps)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # for so few tokens faster than the fused one
             prediction = unet(sampler.add_noise(x_0, eps, t, alpha_bar), t, *model.condition(captions))
         errors = (prediction.float() - eps).square().mean((1, 2, 3))
         loss = (weight * errors).mean()
-        opt.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        opt.step()
-        ema.update_parameters(unet)
+        opt.step(loss, unet, two_rounds(step, first, second))
+        if step % 4 == 0:
+            ema.update_parameters(unet)
         average = loss.item() if average is None else 0.99 * average + 0.01 * loss.item()
         if step % 50 == 0:
             log(f"unet {step}/{steps} loss {average:.4f} {time.time() - started:.0f}s")
-        if (step + 1) % 500 == 0 or step + 1 == steps:
+        if (step + 1) % 250 == 0 or step + 1 == steps:
             checkpoint.save(step + 1)
             save_half(ema.module.state_dict(), weights)
             samples(WORK / "unet.png")
@@ -493,8 +498,8 @@ def main():
     train_vae(pictures)
     train_clip(pictures, attributes)
     latents = make_latents(pictures)
-    train_judge(pictures, attributes, latents)
     train_unet(attributes, latents)
+    train_judge(pictures, attributes, latents)
     install()
 
 
