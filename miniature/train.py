@@ -181,7 +181,7 @@ def edges(x):
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 
-def train_vae(pictures, first=3000, crop=2500, second=1400):
+def train_vae(pictures, first=3000, crop=2500, second=1400, save_every=200):
     """Two rounds, each with its own learning-rate schedule: `first` steps, of which `crop` on 64x64 crops (the network is
     convolutional: four times cheaper), then `second` steps on whole pictures, where thin lines weigh double."""
     from sdxl_vae import VAE
@@ -195,6 +195,7 @@ def train_vae(pictures, first=3000, crop=2500, second=1400):
     started = time.time()
     for step in range(checkpoint.load(), first + second):
         rng = np.random.default_rng((2, step))
+        torch.manual_seed(2_000_000 + step)  # by step, so that a resumed training is the same training
         fine = step >= first
         x = pictures[np.sort(rng.choice(len(pictures), 16 if step < crop else 6 if fine else 8, replace=False))]
         if step < crop:  # a corner for each picture
@@ -214,7 +215,7 @@ def train_vae(pictures, first=3000, crop=2500, second=1400):
         opt.step(loss, vae, two_rounds(step, first, second))
         if step % 50 == 0:
             log(f"vae {step}/{first + second} L1 {(y - x).abs().mean().item():.4f} edges {thin.item():.4f} kl {kl.item():.3f} {time.time() - started:.0f}s")
-        if (step + 1) % 200 == 0:
+        if (step + 1) % save_every == 0:
             checkpoint.save(step + 1)
             with torch.no_grad():
                 x = to_tensor(pictures[:8])
