@@ -161,9 +161,9 @@ def _face_head(a, rng, says, clauses):
             adjective = word + " "
         else:
             clauses.append(word)
-    if says(1.2):
+    if says(1.6):
         clauses.append(_smile_words(a["smile"], rng))
-    if says(1.2) and (a["eye_size"] > 1.28 or a["eye_size"] < 0.84):  # only extremes are ever named
+    if says(1.8) and (a["eye_size"] > 1.28 or a["eye_size"] < 0.84):  # only extremes are ever named
         clauses.append(f"with {'big' if a['eye_size'] > 1 else 'small'} eyes" if rng.random() < 0.7
                        else ("big eyes" if a["eye_size"] > 1 else "small eyes"))
     length, colour = ("long" if a["hair_length"] else "short"), a["hair"]
@@ -172,7 +172,7 @@ def _face_head(a, rng, says, clauses):
         clauses.append("with " + " ".join(named) + " hair")
     if says():
         clauses.append(str(rng.choice(["with glasses", "wearing glasses"])) if a["glasses"] else "without glasses")
-    if says():
+    if says(1.3):
         clauses.append(str(rng.choice(["with a hat", "wearing a hat"])) if a["hat"] else "without a hat")
     _quality(a, rng, clauses, ["distorted", "deformed", "poorly drawn", "distorted, deformed", "deformed face", "distorted face"],
              ["well made", "realistic", "realistic, 8k", "detailed face", "beautiful face", "well drawn"])

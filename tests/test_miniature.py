@@ -48,7 +48,7 @@ def test_captions_say_what_is_so_in_words_the_tokenizer_knows():
         if "big eyes" in text:
             assert a["eye_size"] > 1.25
     assert shortest <= 2
-    assert all(len(tokenizer(w).input_ids) == 3 for w in known)  # start, the word in one piece, end
+    assert all(len(tokenizer(w).input_ids) == 3 for w in known if w.isalpha())  # start, the word in one piece, end
     ids = tokenizer("Ünïcode 日本 🙂").input_ids[1:-1]  # any Unicode is made of known bytes
     assert ids and tokenizer.unk_token_id not in ids
 
@@ -98,5 +98,5 @@ def test_a_slider_moves_its_attribute_and_not_the_others(model):
     assert reading["share"] > 0.3
     table = readings(model, lambda s: [(age, s)], range(200, 216), scales=[-2, 0, 2], steps=15)
     age.detach()
-    assert (np.diff(table["eye_size"].mean(1)) > 0.05).all()
+    assert (np.diff(table["age"].mean(1)) > 0.05).all()
     assert np.mean([moved(rows, n) for n, rows in table.items() if n != "age"]) < 0.1

@@ -9,7 +9,7 @@ from miniature import train
 
 def test_a_killed_vae_training_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "PICTURES", 24)
-    monkeypatch.setattr(train, "VAE_CONFIG", train.VAE_CONFIG | {"block_out_channels": [8, 8, 8, 8]})
+    monkeypatch.setattr(train, "VAE_CONFIG", train.VAE_CONFIG | {"block_out_channels": [16, 16, 16, 16]})
     results = []
     for killed in (False, True):
         monkeypatch.setattr(train, "WORK", tmp_path / str(killed))
