@@ -1,0 +1,202 @@
+"""SDXL as one .safetensors file in the original naming, the form most fine-tunes are shared in.
+
+The same tensors as in the released folder under other names (Rombach et al.'s latent-diffusion code for UNet and VAE,
+OpenCLIP for the second text encoder), so reading one is renaming: `rename` gives for each tensor of the file the part
+it belongs to, its released name, and what else is to be done to it. `configs` reads every size from the shapes.
+
+What the file does not hold (tokenizers, noise schedule, what shapes cannot tell) comes from a base folder; see `sdxl.find`.
+"""
+
+import re
+
+import torch
+
+PARTS = {"model.diffusion_model.": "unet", "first_stage_model.": "vae",
+         "conditioner.embedders.0.transformer.": "text_encoder", "conditioner.embedders.1.model.": "text_encoder_2"}
+
+# Never used: integers 0 ... 76, the contrastive temperature, buffers of the training code, a merged-in EMA's bookkeeping.
+UNUSED = re.compile(r"(.*\.)?(position_ids|logit_scale|attn_mask)$|denoiser\.|model_ema\.|(betas|alphas_cumprod.*|sqrt_.*|"
+                    r"log_one_.*|posterior_.*|model\.diffusion_model\.(betas|alphas).*)$")
+
+RESNET = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
+          "out_layers.3": "conv2", "skip_connection": "conv_shortcut"}
+UNET_ENDS = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
+             "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2",
+             "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out"}
+VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+OPENCLIP = {"token_embedding.weight": "embeddings.token_embedding.weight", "positional_embedding": "embeddings.position_embedding.weight",
+            "ln_final.weight": "final_layer_norm.weight", "ln_final.bias": "final_layer_norm.bias"}
+OPENCLIP_LAYER = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+                  "attn.out_proj": "self_attn.out_proj"}
+
+
+def rename(shapes: dict[str, tuple]) -> dict[str, list[tuple[str, str, str]]]:
+    """{name in the file: shape} -> {part: [(released name, name in the file, what to do)]}.
+
+    What to do: "" nothing; "squeeze" a 1x1 convolution to a matrix; "transpose"; "q", "k" or "v": that third of the rows.
+    Raises ValueError for a tensor that belongs to no part of SDXL.
+    """
+    out, strangers = {part: [] for part in PARTS.values()}, []
+    per_level = _first_level(shapes)
+    vae_levels = 1 + max([int(n.split(".")[3]) for n in shapes if n.startswith("first_stage_model.decoder.up.")], default=-1)
+    for name, shape in shapes.items():
+        if UNUSED.match(name):
+            continue
+        prefix = next((p for p in PARTS if name.startswith(p)), None)
+        short = name.removeprefix(prefix or "")
+        module, _, leaf = short.rpartition(".")
+        renamed = []
+        if prefix == "model.diffusion_model.":
+            new = _unet(module, per_level)
+            renamed = [(f"{new}.{leaf}", "")] if new else []
+        elif prefix == "first_stage_model.":
+            new = _vae(module, vae_levels)
+            squeeze = ".attentions." in (new or "") and len(shape) == 4
+            renamed = [(f"{new}.{leaf}", "squeeze" if squeeze else "")] if new else []
+        elif prefix == "conditioner.embedders.0.transformer.":
+            renamed = [(short, "")]
+        elif prefix == "conditioner.embedders.1.model.":
+            renamed = _openclip(short)
+        strangers += [] if renamed else [name]
+        for new, action in renamed:
+            out[PARTS[prefix]].append((new, name, action))
+    if strangers:
+        raise ValueError(f"{len(strangers)} tensors that SDXL does not have, such as {strangers[0]}")
+    return out
+
+
+def _first_level(shapes) -> int:
+    """Input blocks in a level: its layers and a downsampler, 3 in SDXL."""
+    downs = [int(n.split(".")[3]) for n in shapes if re.match(r"model\.diffusion_model\.input_blocks\.\d+\.0\.op\.weight", n)]
+    return min(downs, default=3)
+
+
+def _unet(module: str, per_level: int) -> str | None:
+    """input_blocks.4.1.norm -> down_blocks.1.attentions.0.norm and so on; None for no module of SDXL's."""
+    if module in UNET_ENDS:
+        return UNET_ENDS[module]
+    if m := re.match(r"(input|output)_blocks\.(\d+)\.(\d)\.(.*)", module):
+        side, n, slot, rest = m[1], int(m[2]), int(m[3]), m[4]
+        level, layer = divmod(n - 1 if side == "input" else n, per_level)  # input block 0 is conv_in
+        where = f"down_blocks.{level}" if side == "input" else f"up_blocks.{level}"
+        if rest == "op":
+            return f"{where}.downsamplers.0.conv"
+        if rest == "conv":
+            return f"{where}.upsamplers.0.conv"
+        kind = "attentions" if slot else "resnets"
+    elif m := re.match(r"middle_block\.(\d)\.(.*)", module):
+        where, layer, rest = "mid_block", int(m[1]) // 2, m[2]  # resnet, transformer, resnet
+        kind = "attentions" if m[1] == "1" else "resnets"
+    else:
+        return None
+    if kind == "resnets":
+        rest = RESNET.get(rest)
+    return rest and f"{where}.{kind}.{layer}.{rest}"
+
+
+def _vae(module: str, levels: int) -> str | None:
+    """decoder.up.3.block.0.conv1 -> decoder.up_blocks.0.resnets.0.conv1: the original counts its decoder backwards."""
+    module = module.replace("nin_shortcut", "conv_shortcut").replace("norm_out", "conv_norm_out")
+    if m := re.match(r"(encoder|decoder)\.(down|up)\.(\d+)\.(block\.(\d+)\.(\w+)|(?:down|up)sample\.conv)$", module):
+        side, way, level, rest, layer, leaf = m.groups()
+        level = int(level) if way == "down" else levels - 1 - int(level)
+        return f"{side}.{way}_blocks.{level}." + (f"resnets.{layer}.{leaf}" if layer else f"{way}samplers.0.conv")
+    if m := re.match(r"(encoder|decoder)\.mid\.block_([12])\.(\w+)$", module):
+        return f"{m[1]}.mid_block.resnets.{int(m[2]) - 1}.{m[3]}"
+    if m := re.match(r"(encoder|decoder)\.mid\.attn_1\.(\w+)$", module):
+        return m[2] in VAE_ATTENTION and f"{m[1]}.mid_block.attentions.0.{VAE_ATTENTION[m[2]]}" or None
+    known = re.fullmatch(r"(post_)?quant_conv|(encoder|decoder)\.(conv_in|conv_out|conv_norm_out)", module)
+    return module if known else None
+
+
+def _openclip(name: str) -> list[tuple[str, str]]:
+    """OpenCLIP's name -> transformers' names; its q, k and v are one matrix, so that one can become three."""
+    if name == "text_projection":
+        return [("text_projection.weight", "transpose")]
+    if name in OPENCLIP:
+        return [("text_model." + OPENCLIP[name], "")]
+    m = re.match(r"transformer\.resblocks\.(\d+)\.(.*?)[._](weight|bias)$", name)
+    if not m:
+        return []
+    layer = f"text_model.encoder.layers.{m[1]}."
+    if m[2] == "attn.in_proj":
+        return [(f"{layer}self_attn.{c}_proj.{m[3]}", c) for c in "qkv"]
+    return [(f"{layer}{OPENCLIP_LAYER[m[2]]}.{m[3]}", "")] if m[2] in OPENCLIP_LAYER else []
+
+
+def act(tensor: torch.Tensor, action: str) -> torch.Tensor:
+    """Do to a tensor what `rename` said. Views where possible: no copy of the mapped file."""
+    if action == "squeeze":
+        return tensor.flatten(1)
+    if action == "transpose":
+        return tensor.T.contiguous()
+    if action:
+        return tensor.chunk(3)["qkv".index(action)]
+    return tensor
+
+
+# ------------------------------------------------------------------------------------------------ sizes
+
+def configs(shapes: dict[str, tuple], base: dict[str, dict]) -> dict[str, dict]:
+    """base: {part: config}, SDXL's or a folder's -> the same with every size that shapes tell. shapes: by names in the file."""
+    shape = lambda part, name: shapes[{v: k for k, v in PARTS.items()}[part] + name]
+    count = lambda pattern: len({m[1] for n in shapes if (m := re.match(pattern, n))})
+    out = {part: dict(config) for part, config in base.items()}
+
+    unet, per_level = out["unet"], _first_level(shapes)
+    levels = -(-(count(r"model\.diffusion_model\.input_blocks\.(\d+)\.") - 1) // per_level)
+    width = lambda level: shape("unet", f"input_blocks.{1 + level * per_level}.0.out_layers.3.weight")[0]
+    widths = [width(level) for level in range(levels)]
+    depths = [count(rf"model\.diffusion_model\.input_blocks\.{1 + level * per_level}\.1\.transformer_blocks\.(\d+)\.") or 1
+              for level in range(levels)]
+    head = unet["block_out_channels"][0] // unet["attention_head_dim"][0]  # channels in a head: no shape tells
+    unet |= dict(block_out_channels=widths, layers_per_block=per_level - 1, transformer_layers_per_block=depths,
+                 attention_head_dim=[w // head for w in widths],
+                 in_channels=shape("unet", "input_blocks.0.0.weight")[1], out_channels=shape("unet", "out.2.weight")[0],
+                 projection_class_embeddings_input_dim=shape("unet", "label_emb.0.0.weight")[1])
+    context = next(s[1] for n, s in shapes.items() if n.startswith("model.diffusion_model.") and n.endswith("attn2.to_k.weight"))
+    unet["cross_attention_dim"] = context
+
+    vae = out["vae"]
+    vae_levels = count(r"first_stage_model\.encoder\.down\.(\d+)\.")
+    vae |= dict(block_out_channels=[shape("vae", f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(vae_levels)],
+                layers_per_block=count(r"first_stage_model\.encoder\.down\.0\.block\.(\d+)\."),
+                latent_channels=shape("vae", "decoder.conv_in.weight")[1])
+
+    one, two = out["text_encoder"], out["text_encoder_2"]
+    head = {part: out[part]["hidden_size"] // out[part]["num_attention_heads"] for part in ("text_encoder", "text_encoder_2")}
+    table = shape("text_encoder", "text_model.embeddings.token_embedding.weight")
+    one |= dict(vocab_size=table[0], hidden_size=table[1], num_attention_heads=table[1] // head["text_encoder"],
+                intermediate_size=shape("text_encoder", "text_model.encoder.layers.0.mlp.fc1.weight")[0],
+                num_hidden_layers=count(r"conditioner\.embedders\.0\.transformer\.text_model\.encoder\.layers\.(\d+)\."))
+    table = shape("text_encoder_2", "token_embedding.weight")
+    two |= dict(vocab_size=table[0], hidden_size=table[1], num_attention_heads=table[1] // head["text_encoder_2"],
+                intermediate_size=shape("text_encoder_2", "transformer.resblocks.0.mlp.c_fc.weight")[0],
+                projection_dim=shape("text_encoder_2", "text_projection")[1],
+                num_hidden_layers=count(r"conditioner\.embedders\.1\.model\.transformer\.resblocks\.(\d+)\."))
+    return out
+
+
+# ---------------------------------------------------------------------------------------- what a file is
+
+def kind_of(shapes: dict[str, tuple]) -> str:
+    """"sdxl", or in words what else a file with these tensors is."""
+    if any(re.search(r"lora_(up|down|[AB])\b|\.lora\.|lokr_|hada_|\.dora_scale|\.lora_", n) for n in shapes):
+        return "a LoRA or slider file, which changes a model and is none (--slider takes sliders, --merge other LoRAs)"
+    if any(n.startswith("cond_stage_model.model.") for n in shapes):
+        return "a Stable Diffusion 2 checkpoint; only SDXL is supported"
+    if any(n.startswith("cond_stage_model.") for n in shapes):
+        return "a Stable Diffusion 1.x checkpoint; only SDXL is supported"
+    if any(n.startswith(("joint_blocks.", "model.diffusion_model.joint_blocks.", "double_blocks.",
+                         "model.diffusion_model.double_blocks.")) for n in shapes):
+        return "a diffusion transformer (SD 3 or Flux); only SDXL is supported"
+    if "conditioner.embedders.0.model.ln_final.weight" in shapes:
+        return "the SDXL refiner, which has one text encoder; sliders need the base model"
+    has = {part: any(n.startswith(prefix) for n in shapes) for prefix, part in PARTS.items()}
+    if not any(has.values()):
+        if "conv_in.weight" in shapes and "add_embedding.linear_1.weight" in shapes:
+            return "one part (the UNet) of an SDXL folder; give the folder"
+        return "no SDXL checkpoint: none of its tensors has a name that SDXL's have"
+    if not all(has.values()):
+        return f"an incomplete SDXL checkpoint: it lacks the {' and the '.join(p for p, yes in has.items() if not yes)}"
+    return "sdxl"
