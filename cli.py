@@ -18,14 +18,15 @@ def parser(description: str) -> argparse.ArgumentParser:
     """A parser with --model, --device and --dtype. Option names may not be shortened, so that a typo is an error."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p._negative_number_matcher = re.compile(r"^-[\d.][-\d.,]*$")  # so that "--scales -2,0,2" is a value, not an option
-    p.add_argument("--model", default=str(MINIATURE), help="SDXL folder or Hub id (default: the bundled miniature)")
+    p.add_argument("--model", default=str(MINIATURE), help="SDXL folder, .safetensors checkpoint or Hub id (default: the bundled miniature)")
+    p.add_argument("--base", help="SDXL folder or Hub id that lends its tokenizers to a --model in one file")
     p.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: the best there is")
     p.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere")
     return p
 
 
 def load_model(args) -> SDXL:
-    return SDXL.load(args.model, device=args.device, dtype=DTYPES.get(args.dtype))
+    return SDXL.load(args.model, device=args.device, dtype=DTYPES.get(args.dtype), base=args.base)
 
 
 def check_output(path):

@@ -1,4 +1,4 @@
-"""SDXL put together: find and load a model folder, prompts to conditioning, pictures to latents and back.
+"""SDXL put together: load a model, prompts to conditioning, pictures to latents and back.
 
     model = SDXL.load("miniature/model")
     cond = model.condition(["a photo of an old man"], size=(128, 128))       # what the UNet wants besides x_t and t
@@ -9,19 +9,17 @@ tokenizer_2/, scheduler/, each with its own config. Every size comes from those 
 the real SDXL run through the same lines.
 """
 
-import json
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 import sampler
+import weights
 from sdxl_unet import UNet
 from sdxl_vae import VAE
 
@@ -40,36 +38,33 @@ class SDXL:
     """unet, vae, two text encoders with their tokenizers, and the noise schedule alpha_bar (T,)."""
 
     @classmethod
-    def load(cls, path_or_id=MINIATURE, device: str | None = None, dtype: torch.dtype | None = None) -> "SDXL":
-        """Load a model folder, or a Hub id ("owner/name", downloaded on first use).
+    def load(cls, path_or_id=MINIATURE, device: str | None = None, dtype: torch.dtype | None = None, base=None) -> "SDXL":
+        """Load a model folder, one .safetensors file, or a Hub id ("owner/name", downloaded on first use).
 
         device: "cpu", "cuda", "mps"; None chooses the best there is. dtype: of UNet and text encoders; None is
         float32 on a CPU, bfloat16 elsewhere. The VAE stays in float32 where its config says `force_upcast`, as
-        SDXL's does: it overflows in half precision. Raises ValueError with one line that names what is wrong.
+        SDXL's does: it overflows in half precision. base: where a single file's tokenizers are (weights.py). Raises ValueError with one line that names what is wrong.
         """
         self = cls()
-        self.path = root = find(path_or_id)
+        files = weights.find(path_or_id, base)
+        configs = files.configs
         self.name = str(path_or_id)
         self.device = torch.device(device or best_device())
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
+        self.zeros_for_empty = configs["model_index"].get("force_zeros_for_empty_prompt", True)
+        self.alpha_bar = sampler.make_alpha_bar(configs["scheduler"])
 
-        index = read_json(root / "model_index.json")
-        self.zeros_for_empty = index.get("force_zeros_for_empty_prompt", True)
-        self.alpha_bar = sampler.make_alpha_bar(read_json(root / "scheduler" / "scheduler_config.json"))
-
-        unet_config, vae_config = read_json(root / "unet" / "config.json"), read_json(root / "vae" / "config.json")
-        self.unet = load_weights(UNet, unet_config, root / "unet").to(self.device, self.dtype)
-        vae_dtype = torch.float32 if vae_config.get("force_upcast", True) else self.dtype
-        self.vae = load_weights(VAE, vae_config, root / "vae").to(self.device, vae_dtype)
-        self.size = unet_config["sample_size"] * self.vae.factor  # pixels, the side of the pictures it was trained on
+        load = lambda pour, kind, part, dtype=self.dtype: pour(kind, configs[part], files.where[part], self.device, dtype, part)
         try:
-            self.tokenizers = [CLIPTokenizer.from_pretrained(root / t, local_files_only=True) for t in ("tokenizer", "tokenizer_2")]
-            self.text_encoders = [
-                kind.from_pretrained(root / folder, local_files_only=True, dtype=self.dtype).to(self.device).eval().requires_grad_(False)
-                for kind, folder in ((CLIPTextModel, "text_encoder"), (CLIPTextModelWithProjection, "text_encoder_2"))]
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ValueError(f"{root}: text encoders or tokenizers cannot be read: {str(error).splitlines()[0]}") from None
-        words = root / "tokenizer" / "known_words.txt"  # the miniature's; released SDXL folders have none
+            self.tokenizers = [CLIPTokenizer.from_pretrained(folder, local_files_only=True) for folder in files.tokenizers]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{files.tokenizers[0].parent}: the tokenizers cannot be read: {str(error).splitlines()[0]}") from None
+        self.text_encoders = [load(weights.pour_text_encoder, CLIPTextModel, "text_encoder"),
+                              load(weights.pour_text_encoder, CLIPTextModelWithProjection, "text_encoder_2")]
+        self.vae = load(weights.pour, VAE, "vae", torch.float32 if configs["vae"].get("force_upcast", True) else self.dtype)
+        self.unet = load(weights.pour, UNet, "unet")
+        self.size = self.unet.config["sample_size"] * self.vae.factor  # pixels, the side of the pictures it was trained on
+        words = files.tokenizers[0] / "known_words.txt"  # the miniature's; released SDXL folders have none
         self.known_words = set(words.read_text().split()) if words.exists() else None
         return self
 
@@ -145,43 +140,3 @@ class SDXL:
 def split_words(text: str) -> list[str]:
     """'An old man, smiling' -> ['an', 'old', 'man', 'smiling']"""
     return "".join(c if c.isalnum() else " " for c in text.lower()).split()
-
-
-def find(path_or_id) -> Path:
-    """A local folder as it is; otherwise a Hub id, downloaded into huggingface_hub's cache. ValueError if neither."""
-    path = Path(path_or_id)
-    if path.is_dir():
-        if not (path / "model_index.json").exists():
-            raise ValueError(f"{path}: not an SDXL folder: it has no model_index.json")
-        return path
-    parts = str(path_or_id).split("/")
-    if path.exists() or len(parts) != 2 or not all(parts) or parts[0] in (".", ".."):
-        raise ValueError(f"{path_or_id}: no such model folder")
-    from huggingface_hub import snapshot_download  # only now: nothing else may reach the network
-    try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=["*.json", "*.txt", "*/*.safetensors"]))
-    except Exception as error:
-        raise ValueError(f"{path_or_id}: no such folder, and not to be had from the Hub ({str(error).splitlines()[0]})") from None
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path}: missing from the model folder") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-
-
-def load_weights(kind, config: dict, folder: Path):
-    """Build `kind(config)` and fill it from the folder's diffusion_pytorch_model.safetensors, names as they are."""
-    with torch.device("meta"):
-        module = kind(config)
-    path = folder / "diffusion_pytorch_model.safetensors"
-    try:
-        module.load_state_dict(load_file(path), assign=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: missing from the model folder") from None
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise ValueError(f"{path}: does not fit its config.json: {str(error).splitlines()[-1].strip()}") from None
-    return module.eval().requires_grad_(False)

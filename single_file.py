@@ -4,7 +4,8 @@ The same tensors as in the released folder under other names (Rombach et al.'s l
 OpenCLIP for the second text encoder), so reading one is renaming: `rename` gives for each tensor of the file the part
 it belongs to, its released name, and what else is to be done to it. `configs` reads every size from the shapes.
 
-What the file does not hold (tokenizers, noise schedule, what shapes cannot tell) comes from a base folder; see `sdxl.find`.
+What the file does not hold (tokenizers, noise schedule, what shapes cannot tell) comes from a base folder, or is SDXL
+1.0's; see weights.in_single_file.
 """
 
 import re
@@ -137,6 +138,24 @@ def act(tensor: torch.Tensor, action: str) -> torch.Tensor:
 
 # ------------------------------------------------------------------------------------------------ sizes
 
+CLIP = dict(max_position_embeddings=77, bos_token_id=49406, eos_token_id=49407, vocab_size=49408)
+SDXL = {  # the configurations of SDXL 1.0, for what shapes do not tell
+    "model_index": dict(_class_name="StableDiffusionXLPipeline", force_zeros_for_empty_prompt=True),
+    "scheduler": dict(num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
+                      prediction_type="epsilon", timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False),
+    "unet": dict(sample_size=128, in_channels=4, out_channels=4, down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+                 mid_block_type="UNetMidBlock2DCrossAttn", up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+                 block_out_channels=[320, 640, 1280], layers_per_block=2, transformer_layers_per_block=[1, 2, 10],
+                 attention_head_dim=[5, 10, 20], cross_attention_dim=2048, addition_embed_type="text_time", addition_time_embed_dim=256,
+                 projection_class_embeddings_input_dim=2816, use_linear_projection=True, norm_num_groups=32, norm_eps=1e-5),
+    "vae": dict(in_channels=3, out_channels=3, block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=4,
+                norm_num_groups=32, sample_size=1024, scaling_factor=0.13025, force_upcast=True),
+    "text_encoder": CLIP | dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+                                hidden_act="quick_gelu", projection_dim=768, pad_token_id=49407),
+    "text_encoder_2": CLIP | dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
+                                  hidden_act="gelu", projection_dim=1280, pad_token_id=0)}
+
+
 def configs(shapes: dict[str, tuple], base: dict[str, dict]) -> dict[str, dict]:
     """base: {part: config}, SDXL's or a folder's -> the same with every size that shapes tell. shapes: by names in the file."""
     shape = lambda part, name: shapes[{v: k for k, v in PARTS.items()}[part] + name]
@@ -192,6 +211,8 @@ def kind_of(shapes: dict[str, tuple]) -> str:
         return "a diffusion transformer (SD 3 or Flux); only SDXL is supported"
     if "conditioner.embedders.0.model.ln_final.weight" in shapes:
         return "the SDXL refiner, which has one text encoder; sliders need the base model"
+    if "v_pred" in shapes:
+        return "a v-prediction SDXL checkpoint; only models that predict the noise (eps) are supported"
     has = {part: any(n.startswith(prefix) for n in shapes) for prefix, part in PARTS.items()}
     if not any(has.values()):
         if "conv_in.weight" in shapes and "add_embedding.linear_1.weight" in shapes:

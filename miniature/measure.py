@@ -29,9 +29,11 @@ OUTPUTS = len(NUMBERS) + len(CHANCES) + sum(map(len, WORDS.values()))
 
 
 class Judge(nn.Module):
-    """pictures (B, 3, 128, 128) in [-1, 1] -> (B, OUTPUTS): numbers scaled to [-1, 1], then logits."""
+    """pictures (B, 3, 128, 128) in [-1, 1] -> (B, OUTPUTS): numbers scaled to [-1, 1], then logits.
 
-    def __init__(self):
+    With other `outputs` it is the vision tower that the miniature's text encoders are trained against."""
+
+    def __init__(self, outputs: int = OUTPUTS):
         super().__init__()
         c = [24, 48, 96, 160]
         layers = [nn.Conv2d(3, c[0], 5, stride=2, padding=2), nn.BatchNorm2d(c[0]), nn.ReLU()]  # 64x64
@@ -39,7 +41,7 @@ class Judge(nn.Module):
             layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.BatchNorm2d(c_out), nn.ReLU(),
                        nn.Conv2d(c_out, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU()]  # 32, 16, 8
         self.features = nn.Sequential(*layers, nn.Conv2d(c[-1], 48, 1), nn.ReLU(), nn.Flatten())  # (B, 48 * 8 * 8)
-        self.head = nn.Sequential(nn.Linear(48 * 64, 160), nn.ReLU(), nn.Linear(160, OUTPUTS))
+        self.head = nn.Sequential(nn.Linear(48 * 64, 160), nn.ReLU(), nn.Linear(160, outputs))
 
     def forward(self, x):
         return self.head(self.features(x))

@@ -1,0 +1,237 @@
+"""Find a model's weights, in whichever form SDXL comes, and pour them into its modules.
+
+Three forms: a folder as released (fp32 or `fp16` files, whole or in shards), one .safetensors file in the original
+naming (single_file.py), a Hub id. `find` turns each into the same thing, a table of where every tensor is; `pour` and
+`pour_text_encoder` read tensor by tensor from there. Nothing is unpickled, and nothing but a Hub id reaches the network.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+import single_file
+
+PARTS = ["unet", "vae", "text_encoder", "text_encoder_2"]
+SDXL_ID = "stabilityai/stable-diffusion-xl-base-1.0"
+OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # some released VAEs'
+
+
+@dataclass
+class Files:
+    """A model on disk."""
+    configs: dict[str, dict]  # of each of PARTS, "scheduler" and "model_index"
+    where: dict[str, dict[str, tuple[Path, str, str]]]  # part -> released name -> file, name there, what to do to it
+    tokenizers: list[Path]  # two folders
+
+
+def find(path_or_id, base=None) -> Files:
+    """A folder or file as it is; otherwise a Hub id, downloaded into huggingface_hub's cache.
+
+    base: the SDXL folder or Hub id that a single file takes its tokenizers from. Raises ValueError, one line.
+    """
+    path = Path(path_or_id)
+    if path.is_dir():
+        return in_folder(path)
+    if path.is_file():
+        return in_single_file(path, base)
+    return in_folder(from_hub(path_or_id))
+
+
+def from_hub(name, patterns=("*.json", "*.txt", "*/*.safetensors"), **options) -> Path:
+    """The local copy of Hub model "owner/name", downloaded if need be."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
+        raise ValueError(f"{name}: no such model folder or file")
+    from huggingface_hub import snapshot_download  # only now: nothing else may reach the network
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=list(patterns), **options))
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{name}: no such folder or file, and not to be had from the Hub ({reason})") from None
+
+
+# ------------------------------------------------------------------------------------------ an SDXL folder
+
+def in_folder(root: Path) -> Files:
+    if not (root / "model_index.json").exists():
+        raise ValueError(f"{root}: not an SDXL folder: it has no model_index.json")
+    index = read_json(root / "model_index.json")
+    if "Refiner" in str(index.get("_class_name")) or index.get("text_encoder", [1])[0] is None:
+        raise ValueError(f"{root}: the SDXL refiner, which has one text encoder; sliders need the base model")
+    if "text_encoder_2" not in index:
+        raise ValueError(f"{root}: holds a {index.get('_class_name', 'model')} without a second text encoder; only SDXL is supported")
+    configs = {part: read_json(root / part / "config.json") for part in PARTS}
+    configs |= {"model_index": index, "scheduler": read_json(root / "scheduler" / "scheduler_config.json")}
+    return Files(configs, {part: table(root, part) for part in PARTS}, [root / "tokenizer", root / "tokenizer_2"])
+
+
+def table(root: Path, part: str) -> dict[str, tuple[Path, str, str]]:
+    """Where each tensor of one part of a folder is."""
+    out = {}
+    for file in weight_files(root / part):
+        for name, shape in header(file).items():
+            old_attention = part == "vae" and ".attentions." in name and len(shape) == 4  # as 1x1 convolutions
+            if not name.endswith("position_ids"):
+                out[released(part, name)] = (file, name, "squeeze" if old_attention else "")
+    return out
+
+
+def released(part: str, name: str) -> str:
+    """The name that a released folder of today gives a tensor: some older VAEs', and transformers 5's, are others."""
+    if part == "vae":
+        return re.sub(r"(attentions\.0)\.(query|key|value|proj_attn)\b", lambda m: f"{m[1]}.{OLD_VAE_ATTENTION[m[2]]}", name)
+    if part.startswith("text_encoder") and not name.startswith(("text_model.", "text_projection.")):
+        return "text_model." + name
+    return name
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The .safetensors files of one part: the whole or its shards, plain or fp16, the plain ones first."""
+    for stem in ("diffusion_pytorch_model", "model"):
+        for variant in ("", ".fp16"):
+            whole, index = folder / f"{stem}{variant}.safetensors", folder / f"{stem}.safetensors.index{variant}.json"
+            if whole.exists():
+                return [whole]
+            if index.exists():
+                names = sorted({str(name) for name in dict(read_json(index).get("weight_map", {})).values()})
+                odd = [name for name in names if Path(name).name != name]
+                if odd or not names:
+                    raise ValueError(f"{index}: names no files beside it" + (f": {odd[0]!r}" if odd else ""))
+                return [folder / name for name in names]
+    pickled = next((f.name for f in folder.glob("*.bin")), None)
+    raise ValueError(f"{folder}: has only {pickled}, a pickle; only .safetensors files are read" if pickled else
+                     f"{folder / 'diffusion_pytorch_model.safetensors'}: missing from the model folder" if folder.name in PARTS[:2] else
+                     f"{folder / 'model.safetensors'}: missing from the model folder")
+
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing from the model folder") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return value
+
+
+def header(file: Path) -> dict[str, tuple]:
+    """{name: shape} of a .safetensors file; reads its header alone."""
+    try:
+        with safe_open(file, "pt") as f:
+            return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: {what_is(file)} ({str(error).splitlines()[0]})") from None
+
+
+def what_is(file: Path) -> str:
+    with open(file, "rb") as f:
+        start = f.read(4)
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        return "a pickle (.ckpt, .pt, .bin), which can run code when it is read; only .safetensors files are read"
+    return "not a readable .safetensors file: cut short, or something else"
+
+
+# ------------------------------------------------------------------------------------------ one file
+
+def in_single_file(path: Path, base=None) -> Files:
+    """A checkpoint in one file holds no tokenizers and no noise schedule: those come from `base`; without it from the
+    file's own folder, then from SDXL 1.0's folder where huggingface_hub has cached it before."""
+    shapes = header(path)
+    kind = single_file.kind_of(shapes)
+    if kind != "sdxl":
+        raise ValueError(f"{path}: {kind}")
+    try:
+        renamed = single_file.rename(shapes)
+        root = base_folder(path, base)
+        known = {part: read_json(root / part / "config.json") if (root / part / "config.json").exists() else single_file.SDXL[part]
+                 for part in PARTS}
+        configs = single_file.configs(shapes, known)
+    except (KeyError, IndexError, StopIteration) as error:
+        raise ValueError(f"{path}: an incomplete SDXL checkpoint: it lacks {error}") from None
+    for part, file in (("model_index", root / "model_index.json"), ("scheduler", root / "scheduler" / "scheduler_config.json")):
+        configs[part] = read_json(file) if file.exists() else single_file.SDXL[part]
+    where = {part: {new: (path, old, action) for new, old, action in entries} for part, entries in renamed.items()}
+    return Files(configs, where, [root / "tokenizer", root / "tokenizer_2"])
+
+
+def base_folder(path: Path, base) -> Path:
+    has = lambda folder: all((folder / t / "vocab.json").exists() or (folder / t / "tokenizer.json").exists() for t in ("tokenizer", "tokenizer_2"))
+    if base:
+        root = Path(base) if Path(base).is_dir() else from_hub(base, ("*.json", "*/*.json", "*/*.txt"))
+        if not has(root):
+            raise ValueError(f"{base}: has no tokenizer/ and tokenizer_2/ to use with {path.name}")
+        return root
+    if has(path.parent):
+        return path.parent
+    try:
+        root = from_hub(SDXL_ID, local_files_only=True)
+        if has(root):
+            return root
+    except ValueError:
+        pass
+    raise ValueError(f"{path}: one file holds no tokenizers: name an SDXL folder, or {SDXL_ID}, with --base")
+
+
+# ------------------------------------------------------------------------------------------ pouring
+
+def tensors(where: dict, device, dtype, chunk: int = 2**28):
+    """Yield {released name: tensor} some `chunk` bytes at a time, each tensor on `device` in `dtype`.
+
+    The file is mapped, not read: a tensor that is already as it is wanted stays a view of the mapping, and costs no
+    memory of its own; one that is converted is copied, and its chunk's mapping closed before the next is opened.
+    """
+    rest = sorted(where.items(), key=lambda item: (str(item[1][0]), item[1][1]))
+    while rest:
+        file, part, size = rest[0][1][0], {}, 0
+        with safe_open(file, "pt") as f:
+            while rest and rest[0][1][0] == file and size < chunk:
+                name, (_, old, action) = rest.pop(0)
+                tensor = single_file.act(f.get_tensor(old), action)
+                part[name] = tensor.to(device, dtype)
+                size += tensor.nbytes
+                del tensor
+        yield part
+
+
+def pour(kind, config: dict, where: dict, device, dtype, part: str):
+    """Build kind(config) without memory, then fill it. Raises ValueError unless names and shapes fit exactly."""
+    try:
+        with torch.device("meta"):
+            module = kind(config)
+    except (KeyError, TypeError, IndexError, ZeroDivisionError, RuntimeError) as error:
+        raise ValueError(f"{part}/config.json: missing or odd: {error}") from None
+    check_names(module.state_dict(), where, part)
+    try:
+        for some in tensors(where, device, dtype):
+            module.load_state_dict(some, strict=False, assign=True)
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise ValueError(f"{part}: the weights do not fit config.json: {str(error).splitlines()[-1].strip()}") from None
+    return module.eval().requires_grad_(False)
+
+
+def pour_text_encoder(kind, config: dict, where: dict, device, dtype, part: str):
+    """The same for transformers' `kind`, by its own loading: its names for the parameters change with its version."""
+    settings = kind.config_class(**{k: v for k, v in config.items() if k not in ("architectures", "transformers_version", "dtype", "torch_dtype")})
+    state = {name: t for some in tensors(where, "cpu", dtype) for name, t in some.items()}
+    try:
+        module, info = kind.from_pretrained(None, config=settings, state_dict=state, dtype=dtype, output_loading_info=True)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ValueError(f"{part}: the weights do not fit config.json: {str(error).splitlines()[-1].strip()}") from None
+    lacking = [n for n in info["missing_keys"] if not n.endswith("position_ids")]
+    if lacking or info["unexpected_keys"] or info["mismatched_keys"]:
+        raise ValueError(f"{part}: the weights do not fit config.json: {[*lacking, *info['unexpected_keys'], *info['mismatched_keys']][0]}")
+    return module.to(device).eval().requires_grad_(False)
+
+
+def check_names(wanted, where: dict, part: str):
+    missing, extra = wanted.keys() - where.keys(), where.keys() - wanted.keys()
+    if missing or extra:
+        raise ValueError(f"{part}: the weights do not fit config.json: " + "; ".join(
+            f"{len(names)} {what}, such as {min(names)}" for names, what in ((missing, "missing"), (extra, "too many")) if names))
