@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+import lora
 from sdxl import MINIATURE, SDXL
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -20,13 +21,27 @@ def parser(description: str) -> argparse.ArgumentParser:
     p._negative_number_matcher = re.compile(r"^-[\d.][-\d.,]*$")  # so that "--scales -2,0,2" is a value, not an option
     p.add_argument("--model", default=str(MINIATURE), help="SDXL folder, .safetensors checkpoint or Hub id (default: the bundled miniature)")
     p.add_argument("--base", help="SDXL folder or Hub id that lends its tokenizers to a --model in one file")
+    p.add_argument("--merge", action="append", default=[], type=file_and_scale, metavar="FILE[:WEIGHT]",
+                   help="LoRA to merge into the model first (weight 1 if none is given); may be repeated")
     p.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: the best there is")
     p.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere")
     return p
 
 
 def load_model(args) -> SDXL:
-    return SDXL.load(args.model, device=args.device, dtype=DTYPES.get(args.dtype), base=args.base)
+    model = SDXL.load(args.model, device=args.device, dtype=DTYPES.get(args.dtype), base=args.base)
+    for path, weight in args.merge:
+        lora.load(path, model.unet).merge(model.unet, 1.0 if weight is None else weight)
+    return model
+
+
+def file_and_scale(text: str) -> tuple[str, float | None]:
+    """'age.safetensors:1.5' -> ('age.safetensors', 1.5); without a scale (..., None). For argparse's type=."""
+    path, colon, scale = text.rpartition(":")
+    try:
+        return (path, float(scale)) if colon and path else (text, None)
+    except ValueError:
+        return text, None
 
 
 def check_output(path):

@@ -108,6 +108,16 @@ class Slider(nn.Module):
             handle.remove()
         self.handles = []
 
+    @torch.no_grad()
+    def merge(self, unet: nn.Module, scale: float = 1.0):
+        """W <- W + scale * (alpha / r) B A, for good: what follows trains or draws on top of the changed model."""
+        modules = {file_name(name): m for name, m in unet.named_modules()}
+        for name, part in self.named_children():
+            layer = modules[name]
+            change = part.lora_up.weight.flatten(1).float() @ part.lora_down.weight.flatten(1).float()  # (out, in * k * k)
+            changed = layer.weight.float() + scale * part.factor * change.view_as(layer.weight)
+            layer.weight = nn.Parameter(changed.to(layer.weight.dtype), requires_grad=False)
+
     @contextmanager
     def at(self, scale):
         """with slider.at(2.0): ... sets the scale inside, and puts the old one back."""

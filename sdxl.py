@@ -123,9 +123,9 @@ class SDXL:
 
     @torch.no_grad()
     def pictures(self, latents) -> list[Image.Image]:
-        """latents (B, 4, h, w) -> B RGB pictures; decoded a few at a time."""
-        dtype = next(self.vae.parameters()).dtype
-        out = torch.cat([self.vae.decode(z.to(dtype)) for z in latents.split(8)])  # (B, 3, H, W) in [-1, 1]
+        """latents (B, 4, h, w) -> B RGB pictures; decoded a few at a time, large ones one by one."""
+        dtype, few = next(self.vae.parameters()).dtype, max(1, 8 * 32 ** 2 // latents[0, 0].numel())
+        out = torch.cat([self.vae.decode(z.to(dtype)) for z in latents.split(few)])  # (B, 3, H, W) in [-1, 1]
         out = ((out.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(p) for p in out]
 

@@ -141,6 +141,7 @@ class VAE(nn.Module):
         super().__init__()
         self.config = config
         self.factor = 2 ** (len(config["block_out_channels"]) - 1)
+        self.tile = 128  # latents: SDXL's 1024 pixels; a smaller tile takes less memory to decode
         c = config["latent_channels"]
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
@@ -159,5 +160,23 @@ class VAE(nn.Module):
         return self.moments(pictures)[0] * self.config["scaling_factor"]
 
     def decode(self, latents):
-        """latents (B, 4, h, w) -> pictures (B, 3, H, W), about in [-1, 1]."""
-        return self.decode_moments(latents / self.config["scaling_factor"])
+        """latents (B, 4, h, w) -> pictures (B, 3, H, W), about in [-1, 1]; in overlapping tiles if larger than `tile`."""
+        z = latents / self.config["scaling_factor"]
+        return self.decode_moments(z) if max(z.shape[2:]) <= self.tile else self.decode_in_tiles(z)
+
+    def decode_in_tiles(self, z):
+        """The same a tile at a time, so that memory does not grow with the picture. Each tile fades out over a quarter of
+        its side into the next; group norms and attention see only the tile, so colours may differ by a shade."""
+        tile, f = self.tile, self.factor
+        starts = lambda n: [*range(0, n - tile, tile - tile // 4), max(n - tile, 0)]  # the last one ends at the edge
+        fade = lambda n: ((torch.arange(n, device=z.device) + 0.5).minimum(n - torch.arange(n, device=z.device) - 0.5)
+                          / (tile // 4 * f)).clamp(max=1)  # (n,): up from the edges to 1
+        total = picture = 0
+        for top in starts(z.shape[2]):
+            for left in starts(z.shape[3]):
+                part = self.decode_moments(z[:, :, top:top + tile, left:left + tile])  # (B, 3, <= tile * f, <= tile * f)
+                window = fade(part.shape[2])[:, None] * fade(part.shape[3])
+                around = (left * f, z.shape[3] * f - left * f - part.shape[3], top * f, z.shape[2] * f - top * f - part.shape[2])
+                picture = picture + F.pad(part * window.to(part.dtype), around)
+                total = total + F.pad(window, around)
+        return picture / total.to(picture.dtype)

@@ -58,19 +58,10 @@ def save_picture(picture: Image.Image, path: Path):
     os.replace(temporary, path)
 
 
-def parse_slider(text: str) -> tuple[str, float | None]:
-    """'age.safetensors:1.5' -> ('age.safetensors', 1.5); without a scale (..., None)."""
-    path, colon, scale = text.rpartition(":")
-    try:
-        return (path, float(scale)) if colon and path else (text, None)
-    except ValueError:
-        return text, None
-
-
 def parse_args():
     p = cli.parser(__doc__)
     p.add_argument("--prompt", required=True, help="what the pictures show")
-    p.add_argument("--slider", action="append", default=[], type=parse_slider, metavar="FILE[:SCALE]", help="slider file; may be repeated")
+    p.add_argument("--slider", action="append", default=[], type=cli.file_and_scale, metavar="FILE[:SCALE]", help="slider file; may be repeated")
     p.add_argument("--scales", type=cli.numbers, default=[-3, -2, -1, 0, 1, 2, 3],
                    help="scales to sweep over (default: -3,-2,-1,0,1,2,3)")
     p.add_argument("--seeds", type=cli.integers, default=[0, 1, 2, 3], help="0,5,7 or 0-3 (default: 0-3)")

@@ -81,8 +81,9 @@ def test_several_sliders_add_up_as_dense_weights_do(model, inputs):
     """Two attached sliders of different ranks and layers against a copy of the UNet with both merged into its weights."""
     import copy
     first, second = trained_slider(model.unet, 1, rank=2, layers="attn"), trained_slider(model.unet, 2, rank=5, alpha=3.0, layers="noxattn")
-    merged = copy.deepcopy(model.unet)
+    merged, also_merged = copy.deepcopy(model.unet), copy.deepcopy(model.unet)
     for slider, scale in ((first, 1.5), (second, -0.7)):
+        slider.merge(also_merged, scale)
         for name, module in merged.named_modules():
             part = getattr(slider, lora.file_name(name), None)
             if part is not None:
@@ -91,6 +92,7 @@ def test_several_sliders_add_up_as_dense_weights_do(model, inputs):
     first.attach(model.unet), second.attach(model.unet)
     with torch.no_grad(), first.at(1.5), second.at(-0.7):
         ours, expected = model.unet(*inputs), merged(*inputs)
+        assert torch.allclose(also_merged(*inputs), expected, atol=1e-5)
     first.detach(), second.detach()
     assert ((ours - expected).abs().max() / expected.abs().max()) < 1e-4
 
