@@ -63,7 +63,8 @@ class SDXL:
                               load(weights.pour_text_encoder, CLIPTextModelWithProjection, "text_encoder_2")]
         self.vae = load(weights.pour, VAE, "vae", torch.float32 if configs["vae"].get("force_upcast", True) else self.dtype)
         self.unet = load(weights.pour, UNet, "unet")
-        self.size = self.unet.config["sample_size"] * self.vae.factor  # pixels, the side of the pictures it was trained on
+        self.factor, self.channels = self.vae.factor, self.vae.config["latent_channels"]
+        self.size = self.unet.config["sample_size"] * self.factor  # pixels, the side of the pictures it was trained on
         words = files.tokenizers[0] / "known_words.txt"  # the miniature's; released SDXL folders have none
         self.known_words = set(words.read_text().split()) if words.exists() else None
         return self
@@ -116,10 +117,14 @@ class SDXL:
     def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
         """(4, h, w) of a picture of `size` (height, width). Raises ValueError for a size the model cannot make."""
         h, w = size or (self.size, self.size)
-        multiple = self.vae.factor * self.unet.factor
+        multiple = self.factor * self.unet.factor
         if h < multiple or w < multiple or h % multiple or w % multiple:
             raise ValueError(f"size: {h}x{w} is not made of multiples of {multiple}")
-        return self.vae.config["latent_channels"], h // self.vae.factor, w // self.vae.factor
+        return self.channels, h // self.factor, w // self.factor
+
+    def release(self):
+        """Free the memory of the text encoders and the VAE, which training no longer needs once all is encoded."""
+        self.text_encoders = self.vae = None
 
     @torch.no_grad()
     def pictures(self, latents) -> list[Image.Image]:

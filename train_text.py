@@ -22,17 +22,25 @@ import sampler
 import student
 
 
+def encode(model, targets: list[str], pos: str, neg: str, preserve: list[str], size: tuple[int, int]):
+    """Every prompt of eq. (8), once: the conditioning of c_t (m rows), of (c+, p) for each p then (c-, p) for each p
+    (2|P| rows; 2 where P is empty), and of the empty prompt (1 row)."""
+    ends = [with_concept(end, p) for end in (pos, neg) for p in preserve or [""]]
+    return tuple(model.condition(prompts, size) for prompts in (targets, ends, [""]))
+
+
 @torch.no_grad()
-def collect(model, targets: list[str], pos: str, neg: str, preserve: list[str], *, eta: float, trajectories: int, per_trajectory: int,
-            denoising_steps: int, guidance: float, size: tuple[int, int], seed: int, batch: int) -> student.Targets:
+def collect(model, prompts, *, eta: float, trajectories: int, per_trajectory: int, denoising_steps: int, guidance: float,
+            size: tuple[int, int], seed: int, batch: int) -> student.Targets:
     """The teacher. Walks `trajectories` noises down with the frozen model, guided toward the target prompts in turn,
     and keeps `per_trajectory` of the x_t on each way, evenly spread and from another offset each, with the right-hand
     side of eq. (8) there. Returns student.Targets of trajectories * per_trajectory samples; delta is eta * mean(...).
-    No more than `batch` samples go through the UNet at once (twice that with guidance).
+
+    prompts: from `encode`. No more than `batch` samples go through the UNet at once (twice that with guidance).
     """
     unet, device = model.unet, model.device
-    ends = [with_concept(end, p) for end in (pos, neg) for p in preserve or [""]]  # (c+, p) for each p, then (c-, p)
-    cond, cond_ends, uncond = (model.condition(prompts, size) for prompts in (targets, ends, [""]))  # (m, ...), (2|P|, ...), (1, ...)
+    cond, cond_ends, uncond = prompts
+    n_ends, n_targets = len(cond_ends[0]), len(cond[0])
     offsets = torch.rand(trajectories, generator=torch.Generator().manual_seed(seed))
     # Step indices kept on each trajectory: (trajectories, per_trajectory)
     keep = ((torch.arange(per_trajectory) + offsets[:, None]) * denoising_steps / per_trajectory).long()
@@ -40,7 +48,7 @@ def collect(model, targets: list[str], pos: str, neg: str, preserve: list[str], 
 
     def look(x, t, which):
         """At x (n, 4, h, w): every frozen prediction that eq. (8) wants, of c_t and of both ends with every p."""
-        n, k = len(x), 1 + len(ends)
+        n, k = len(x), 1 + n_ends
         every = [torch.cat([c[which, None], e[None].expand(n, *e.shape)], 1).flatten(0, 1) for c, e in zip(cond, cond_ends)]
         xs = x.repeat_interleave(k, 0)  # (n * k, 4, h, w)
         out = torch.cat([unet(xs[part], torch.full((len(part),), t, device=device), *(c[part] for c in every))
@@ -52,7 +60,7 @@ def collect(model, targets: list[str], pos: str, neg: str, preserve: list[str], 
 
     with tqdm(total=-(-trajectories // batch) * denoising_steps, unit="step", desc="teacher") as bar:
         for walk in torch.arange(trajectories).split(batch):
-            which = (walk % len(targets)).to(device)  # each trajectory's target prompt
+            which = (walk % n_targets).to(device)  # each trajectory's target prompt
 
             def on_step(i, t, x_t, eps):
                 rows = (keep[walk] == i).any(1).nonzero()[:, 0].to(device)
@@ -127,9 +135,10 @@ def main():
     slider.to(model.device)
     print(f"target: {' | '.join(prompts)}\npositive: {args.pos}\nnegative: {args.neg}\npreserved: {', '.join(preserve) or 'nothing'}")
     held_out_share = max(1, args.trajectories // 4)
-    teach = lambda n, seed: collect(model, prompts, args.pos, args.neg, preserve, eta=args.eta, trajectories=n, seed=seed,
-                                    per_trajectory=args.per_trajectory, denoising_steps=args.denoising_steps, guidance=args.guidance,
-                                    size=size, batch=4 * args.batch)
+    encoded = encode(model, prompts, args.pos, args.neg, preserve, size)
+    model.release()  # text encoders and VAE have done their part
+    teach = lambda n, seed: collect(model, encoded, eta=args.eta, trajectories=n, seed=seed, per_trajectory=args.per_trajectory,
+                                    denoising_steps=args.denoising_steps, guidance=args.guidance, size=size, batch=4 * args.batch)
     train, held_out = teach(args.trajectories, 2 * args.seed + 1), teach(held_out_share, 2 * args.seed + 2)
     difference = (train.delta.float().norm() / args.eta / train.eps_0.float().norm()).item()
     slider.attach(model.unet)

@@ -13,8 +13,9 @@ PRESERVE = ["with glasses", "without glasses", "man"]
 
 
 def collect(model, preserve=PRESERVE, **changes):
+    prompts = train_text.encode(model, [TARGET, "a photo of a man"], POS, NEG, preserve, (128, 128))
     settings = dict(eta=2.0, trajectories=3, per_trajectory=4, denoising_steps=8, guidance=3.0, size=(128, 128), seed=5, batch=7)
-    return train_text.collect(model, [TARGET, "a photo of a man"], POS, NEG, preserve, **(settings | changes))
+    return train_text.collect(model, prompts, **(settings | changes))
 
 
 @pytest.mark.parametrize("preserve", [[], PRESERVE])
