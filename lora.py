@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -64,7 +65,11 @@ class LowRank(nn.Module):
         self.factor = float(alpha) / rank  # alpha / r, as a number: no tensor read in the hot path
 
     def forward(self, x):
-        return self.factor * self.lora_up(self.lora_down(x))
+        # In the UNet's dtype, whatever A's and B's: in training they stay in float32, where small steps are not lost.
+        A, B = self.lora_down.weight.to(x.dtype), self.lora_up.weight.to(x.dtype)
+        if A.ndim == 2:
+            return self.factor * F.linear(F.linear(x, A), B)  # (..., in) -> (..., r) -> (..., out)
+        return self.factor * F.conv2d(F.conv2d(x, A, None, self.lora_down.stride, self.lora_down.padding), B)
 
 
 class Slider(nn.Module):

@@ -4,9 +4,9 @@ Five stages, each resumable: kill it at any time and start it again.
 
     data    draw the training pictures                                   (world.py)
     vae     the autoencoder: L1 + edges + KL
+    judge   the network half of the measuring stick                      (measure.py)
     clip    tokenizer, two text encoders and a vision tower, contrastive (Radford et al. 2021)
     unet    the UNet: predict eps on the VAE's latents (Ho et al. 2020), min-SNR weights (Hang et al. 2023)
-    judge   the network half of the measuring stick                      (measure.py)
 
 Work in progress lives in miniature/work/ (checkpoints, log.txt, sample grids);
 the result is an ordinary SDXL folder, miniature/model/.
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from miniature import world
 
@@ -277,12 +277,14 @@ def make_tokenizers(attributes):
 
 
 def contradict(a, rng):
-    """Attributes `a` with one of them at its other end or another word: for a caption that is wrong about a's picture."""
-    hard = ["smile"] * 8  # the one that is learned last
+    """Attributes `a` with one of them mirrored, or another word: for a caption that is wrong about a's picture."""
+    hard = ["smile"] * 3  # the one that is learned last
     name = str(rng.choice([n for n in [*world.RANGES, "hair", "background", "fingers", *hard] if n in a]))
     if name in world.RANGES:
         low, high = world.RANGES[name]
-        value = low if a[name] > (low + high) / 2 else high
+        value = low + high - a[name]  # as extreme as the true one: else "very" alone would give it away
+        if abs(value - a[name]) < 0.2 * (high - low):
+            value = float(rng.choice([low, high]))
     else:
         words = {"hair": [*world.HAIR], "background": [*world.BACKGROUNDS], "fingers": [3, 4, 5, 6, 7]}[name]
         value = words[(words.index(a[name]) + rng.integers(1, len(words))) % len(words)]
@@ -300,7 +302,7 @@ def true_and_wrong(a, rng):
     return true, wrong
 
 
-def train_clip(pictures, attributes, steps=1400, batch=128, lr=2e-3):
+def train_clip(pictures, attributes, steps=700, batch=128, lr=2e-3):
     """Two text encoders against one convolutional vision tower: InfoNCE over the batch, a caption's twins not counted as wrong.
 
     Each picture also has to tell its caption from one that is wrong in a single thing (as NegCLIP, Yuksekgonul et al.
@@ -316,7 +318,11 @@ def train_clip(pictures, attributes, steps=1400, batch=128, lr=2e-3):
     ids = dict(vocab_size=size, bos_token_id=size - 2, eos_token_id=size - 1, pad_token_id=size - 1, max_position_embeddings=77)
     torch.manual_seed(1)
     texts = torch.nn.ModuleList(CLIPTextModelWithProjection(CLIPTextConfig(**c, **ids)) for c in TEXT_CONFIGS)
+    # The tower starts from what the judge has learned to see. From nothing it tells neither smiles from frowns nor gives
+    # the texts a reason to: each waits for the other, for more than a thousand steps.
     vision = Judge(outputs=128)
+    seen = {k: v for k, v in load_file(WORK / "judge.safetensors").items() if not k.startswith("head.2.")}
+    vision.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in seen.items()}, strict=False)
     towers = torch.nn.ModuleDict({"texts": texts, "vision": vision, "to_96": torch.nn.Linear(128, 96, bias=False)})
     towers.register_parameter("log_scale", torch.nn.Parameter(torch.tensor([math.log(1 / 0.07)] * 2)))
     opt = torch.optim.AdamW(towers.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -535,10 +541,10 @@ def main():
     WORK.mkdir(parents=True, exist_ok=True)
     pictures, attributes = make_data()
     train_vae(pictures)
-    train_clip(pictures, attributes)
     latents = make_latents(pictures)
-    train_unet(attributes, latents)
     train_judge(pictures, attributes, latents)
+    train_clip(pictures, attributes)
+    train_unet(attributes, latents)
     install()
 
 

@@ -7,6 +7,7 @@ import lora
 import sampler
 import student
 import train_text
+from sdxl import SDXL
 
 POS, NEG, TARGET = "a photo of a person, very old", "a photo of a person, very young", "a photo of a person"
 PRESERVE = ["with glasses", "without glasses", "man"]
@@ -79,6 +80,15 @@ def test_the_student_learns_unseen_x_t_and_touches_nothing_else(model, both_ends
         assert reading["plus"] > reading["minus"]
     assert all(torch.equal(v, before[k]) for k, v in model.unet.state_dict().items())
     assert all(p.grad is None for p in model.unet.parameters())
+
+
+def test_training_in_bfloat16_keeps_the_slider_in_float32(model):
+    half = SDXL.load(device="cpu", dtype=torch.bfloat16)
+    train = collect(half, trajectories=4, per_trajectory=6)
+    torch.manual_seed(0)
+    slider = lora.Slider(lora.target_layers(half.unet)).attach(half.unet)
+    reading = student.fit(half.unet, slider, train, collect(half, trajectories=2, seed=6), steps=30, batch=4, lr=1.3e-3)
+    assert all(p.dtype == torch.float32 for p in slider.parameters()) and reading["share"] > 0.2
 
 
 def test_same_seed_same_slider(model):
