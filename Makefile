@@ -1,12 +1,14 @@
 # make demo       train a slider on the bundled miniature SDXL and draw its strip (a few minutes on a laptop)
 # make test       all tests
+# make test-full  the checks on full-size SDXL with random weights (20 GB of memory and of disk, some minutes)
+# make bench      timings and memory against diffusers and peft
 # make miniature  train the miniature again from nothing (hours), resumable
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test miniature clean
+.PHONY: demo test test-full bench miniature clean
 
 $(VENV)/run.stamp: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +24,12 @@ demo: $(VENV)/run.stamp
 
 test: $(VENV)/test.stamp
 	$(PY) -m pytest -q tests
+
+test-full: $(VENV)/test.stamp
+	FULL_SIZE=1 $(PY) -m pytest -q -s tests/test_full_size.py
+
+bench: $(VENV)/test.stamp
+	$(PY) -m bench.full_size
 
 miniature: $(VENV)/run.stamp
 	$(PY) -m miniature.train

@@ -10,6 +10,7 @@ average, which draws one p for each step.) x_t comes from partially denoising no
 the right depends on what is trained: the teacher below collects it once, the student (student.py) fits it.
 """
 
+import itertools
 import time
 from pathlib import Path
 
@@ -79,6 +80,13 @@ def with_concept(prompt: str, concept: str) -> str:
     return f"{prompt}, {concept}" if concept else prompt
 
 
+def combinations(groups: list[str]) -> list[str]:
+    """P from the --preserve options: each is a list of alternatives; of several, one from each in every combination.
+    ["man, woman", "with a hat"] -> ["man, with a hat", "woman, with a hat"]. [] -> []."""
+    groups = [[c.strip() for c in text.split(",") if c.strip()] for text in groups]
+    return [", ".join(p) for p in itertools.product(*(g for g in groups if g)) if p]
+
+
 def shared_part(pos: str, neg: str) -> str:
     """What two prompts share before their first comma: the target prompt when none is given. ValueError if nothing."""
     first, other = pos.split(",")[0].strip(), neg.split(",")[0].strip()
@@ -93,17 +101,20 @@ def parse_args():
     p.add_argument("--pos", required=True, help="prompt of the slider's positive end, c+")
     p.add_argument("--neg", required=True, help="prompt of its negative end, c-")
     p.add_argument("--prompt", action="append", help="target prompt c_t; may be repeated (default: what --pos and --neg share before a comma)")
-    p.add_argument("--preserve", action="append", default=[], help='concepts P that must stay, "man, woman, ..."; may be repeated')
+    p.add_argument("--preserve", action="append", default=[], help='concepts P that must stay, "with a hat, without a hat"; '
+                   "repeat it, and every combination of one from each is in P")
     p.add_argument("--out", default="slider.safetensors", help="slider file to write (default: %(default)s)")
-    p.add_argument("--eta", type=float, default=2.0, help="strength of the teacher's change (default: %(default)s)")
+    p.add_argument("--eta", type=float, help="strength of the teacher's change (default: 2; for a UNet of SDXL's size 4)")
+    p.add_argument("--reach", type=float, default=1.0, help="train scales from 1 up to this one (default: %(default)s)")
     p.add_argument("--positive-only", action="store_true", help="eq. (8) as printed: train scale +1 alone, not both ends")
     p.add_argument("--layers", choices=lora.LAYERS, default="noxattn", help="which layers the slider changes (default: %(default)s)")
     p.add_argument("--no-conv", action="store_true", help="leave convolutions out")
     p.add_argument("--rank", type=int, default=4, help="default: %(default)s")
     p.add_argument("--alpha", type=float, default=1.0, help="the LoRA's constant alpha (default: %(default)s)")
-    p.add_argument("--steps", type=int, default=300, help="optimiser steps (default: %(default)s)")
-    p.add_argument("--batch", type=int, default=4, help="x_t in a step; both ends of each are trained (default: %(default)s)")
+    p.add_argument("--steps", type=int, help="optimiser steps (default: 300; for a UNet of SDXL's size 500)")
+    p.add_argument("--batch", type=int, help="x_t in a step; both ends of each are trained (default: 4; for a UNet of SDXL's size 1)")
     p.add_argument("--lr", type=float, help="learning rate (default: 0.256 / the UNet's widest channel count, which is 2e-4 for SDXL)")
+    p.add_argument("--checkpointing", action="store_true", help="less memory, more time: compute each level of the UNet again on the way back")
     p.add_argument("--trajectories", type=int, default=16, help="noises that the teacher denoises (default: %(default)s)")
     p.add_argument("--per-trajectory", type=int, default=16, help="x_t kept from each (default: %(default)s)")
     p.add_argument("--denoising-steps", type=int, default=50, help="default: %(default)s")
@@ -113,21 +124,29 @@ def parse_args():
     return p.parse_args()
 
 
+def recipe(unet) -> dict:
+    """Defaults: for a small UNet what was measured to work on the miniature, for one of SDXL's size the published recipe."""
+    widest = max(unet.config["block_out_channels"])
+    return dict(lr=0.256 / widest) | (dict(eta=2.0, batch=4, steps=300) if widest < 640 else dict(eta=4.0, batch=1, steps=500))
+
+
 def main():
     args = parse_args()
     for name in ("pos", "neg"):
         if not getattr(args, name).strip():
             raise ValueError(f"--{name} is empty: give the words of this end of the slider")
-    for name in ("eta", "rank", "alpha", "steps", "batch", "trajectories", "per_trajectory", "denoising_steps"):
-        if not getattr(args, name) > 0:
+    for name in ("eta", "rank", "alpha", "steps", "batch", "lr", "trajectories", "per_trajectory", "denoising_steps"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
     prompts = args.prompt or [shared_part(args.pos, args.neg)]
-    preserve = [c.strip() for text in args.preserve for c in text.split(",") if c.strip()]
+    preserve = combinations(args.preserve)
     cli.check_output(args.out)
     model = cli.load_model(args)
     size = (args.size or min(model.size, 512),) * 2
     model.latent_shape(size)  # refuses a size the model cannot make before any work is done
-    lr = args.lr or 0.256 / max(model.unet.config["block_out_channels"])
+    for name, value in recipe(model.unet).items():
+        setattr(args, name, getattr(args, name) or value)
+    model.unet.gradient_checkpointing = args.checkpointing
 
     started = time.time()
     torch.manual_seed(args.seed)
@@ -142,9 +161,9 @@ def main():
     train, held_out = teach(args.trajectories, 2 * args.seed + 1), teach(held_out_share, 2 * args.seed + 2)
     difference = (train.delta.float().norm() / args.eta / train.eps_0.float().norm()).item()
     slider.attach(model.unet)
-    reading = student.fit(model.unet, slider, train, held_out, steps=args.steps, batch=args.batch, lr=lr,
-                          both_ends=not args.positive_only, seed=args.seed)
-    settings = vars(args) | {"prompt": prompts, "preserve": preserve, "lr": lr, "size": size[0]}
+    reading = student.fit(model.unet, slider, train, held_out, steps=args.steps, batch=args.batch, lr=args.lr,
+                          reach=args.reach, both_ends=not args.positive_only, seed=args.seed)
+    settings = vars(args) | {"prompt": prompts, "preserve": preserve, "size": size[0]}
     lora.save(args.out, slider, {"kind": "text slider", "settings": settings, "meter": reading, "difference": difference,
                                  "model": model.name, "seconds": round(time.time() - started, 1)})
     print(*student.verdict(reading, difference), sep="\n")

@@ -11,6 +11,7 @@ import student
 import train_text
 from miniature import measure, world
 from miniature.effect import moved, readings
+from miniature.follow import follows
 from sdxl import MINIATURE, split_words
 
 
@@ -58,33 +59,9 @@ def test_the_measuring_stick_on_renders_it_never_saw():
         assert value >= (0.9 if name == "malformed" else 0.94), (name, value)
 
 
-PROMPTS = {"a photo of a man": ("sex", 1), "a photo of a woman": ("sex", 0), "a photo of a person with glasses": ("glasses", 1),
-           "a photo of a person without glasses": ("glasses", 0), "a photo of a person with a hat": ("hat", 1),
-           "a photo of a person without a hat": ("hat", 0), "a photo of a person, very old": ("age", 1),
-           "a photo of a person, very young": ("age", 0), "a photo of a person, smiling": ("smile", 1),
-           "a photo of a person, frowning": ("smile", 0), "a photo of a person with big eyes": ("eye_size", 1),
-           "a photo of a person with small eyes": ("eye_size", 0), "a photo of a person with dark skin": ("skin", 1),
-           "a photo of a person with light skin": ("skin", 0), "a photo of a person with long hair": ("hair_length", 1),
-           "a photo of a person with short hair": ("hair_length", 0), "a photo of a person with red hair": ("hair", "red"),
-           "a photo of a person with black hair": ("hair", "black"), "a photo of a person, blue background": ("background", "blue"),
-           "a photo of a person on a pink background": ("background", "pink"), "a photo of a hand": ("kind", "hand"),
-           "a photo of a person": ("kind", "face")}
-
-
-def follows(model, n, steps=20) -> dict[str, float]:
-    """For each of PROMPTS, the share of n pictures on the right side of the attribute's middle, or of the right word."""
-    shares = {}
-    for prompt, (name, want) in PROMPTS.items():
-        read = measure.measure(slider.generate(model, prompt, range(100, 100 + n), steps=steps))[name]
-        middle = np.mean(world.RANGES.get(name, (0, 0)))
-        shares[prompt] = float(np.mean(read == want if isinstance(want, str) else (read > middle) == bool(want)))
-    return shares
-
-
 def test_samples_follow_their_prompts(model):
-    """0.875 with these weights, smile, eye size and "without a hat" being the weak ones; 0.9 is the aim."""
-    shares = follows(model, 8)
-    assert np.mean(list(shares.values())) >= 0.82, shares
+    shares = follows(model, 8, steps=20)
+    assert np.mean(list(shares.values())) >= 0.9, shares
 
 
 def test_a_slider_moves_its_attribute_and_not_the_others(model):

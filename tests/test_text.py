@@ -123,3 +123,9 @@ def test_shared_part():
     for pos, neg in (("an old man", "a young man"), ("a", "a")):
         with pytest.raises(ValueError, match="--prompt"):
             train_text.shared_part(pos, neg)
+
+
+def test_preserved_concepts_combine():
+    assert train_text.combinations([]) == train_text.combinations([" , "]) == []
+    assert train_text.combinations(["man, woman,"]) == ["man", "woman"]
+    assert train_text.combinations(["a, b", "c", "d, e"]) == ["a, c, d", "a, c, e", "b, c, d", "b, c, e"]

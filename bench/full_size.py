@@ -1,0 +1,115 @@
+"""One optimiser step of a rank-4 text slider on full-size SDXL, ours against diffusers + peft:  python -m bench.full_size
+
+Random weights in bfloat16, batch 1, 512 pixels, the layers that train_text.py changes by default. Each measurement is a
+process of its own, so that its peak resident memory is its own; the two take turns. Prints a table of medians.
+"""
+
+import argparse
+import json
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import lora
+from sdxl_unet import UNet
+from single_file import SDXL
+
+CONFIG = SDXL["unet"]
+
+
+def empty(kind, dtype=torch.bfloat16):
+    """kind(CONFIG) with random weights, made in place in `dtype`."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            unet = kind(CONFIG)
+        unet = unet.to_empty(device="cpu")
+    finally:
+        torch.set_default_dtype(default)
+    torch.manual_seed(0)
+    for name, p in unet.named_parameters():
+        if p.ndim > 1:
+            p.data.normal_(0, p[0].numel() ** -0.5)
+        else:
+            p.data.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    return unet.eval().requires_grad_(False)
+
+
+def inputs(dtype=torch.bfloat16, side=64):
+    g = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, generator=g).to(dtype)
+    return draw(1, 4, side, side), torch.tensor([500]), draw(1, 77, 2048), draw(1, 1280), torch.tensor([[8.0 * side, 8 * side, 0, 0, 8 * side, 8 * side]], dtype=dtype)
+
+
+def ours(checkpointing):
+    unet = empty(UNet)
+    unet.gradient_checkpointing = checkpointing
+    slider = lora.Slider(lora.target_layers(unet)).attach(unet)
+    slider.scale = 1.0
+    return slider.parameters(), unet
+
+
+def theirs(checkpointing):
+    import diffusers
+    import peft
+    unet = empty(lambda config: diffusers.UNet2DConditionModel(**config))
+    names = [n for n, m in unet.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)) and re.search(lora.LAYERS["noxattn"], n)]
+    unet.add_adapter(peft.LoraConfig(r=4, lora_alpha=1, target_modules=names))
+    trained = [p for n, p in unet.named_parameters() if "lora_" in n]
+    for p in trained:
+        p.data = p.data.float()
+        p.requires_grad_(True)
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+        unet.train()
+    return trained, lambda x, t, context, pooled, ids: unet(x, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}).sample
+
+
+def measure(who, checkpointing, steps):
+    """In its own process: seconds of each step (the first, a warm-up, left out) and the peak resident memory in GiB."""
+    parameters, unet = {"ours": ours, "diffusers": theirs}[who](checkpointing)
+    opt, x, seconds = torch.optim.AdamW(parameters, lr=2e-4), inputs(), []
+    for _ in range(steps + 1):
+        started = time.time()
+        opt.zero_grad()
+        unet(*x).float().square().mean().backward()
+        opt.step()
+        seconds.append(time.time() - started)
+    print(json.dumps({"seconds": seconds[1:], "GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--only", choices=["ours", "diffusers"], help=argparse.SUPPRESS)
+    p.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
+    p.add_argument("--steps", type=int, default=3, help="in each process, after a warm-up (default: %(default)s)")
+    p.add_argument("--rounds", type=int, default=2, help="processes of each kind, alternating (default: %(default)s)")
+    args = p.parse_args()
+    if args.only:
+        return measure(args.only, args.checkpointing, args.steps)
+    print(f"| checkpointing | who | s/step (median, range) | peak GiB |\n|---|---|---|---|")
+    for checkpointing in (False, True):
+        seconds, memory = {}, {}
+        for _ in range(args.rounds):
+            for who in ("ours", "diffusers"):
+                command = [sys.executable, "-m", "bench.full_size", "--only", who, "--steps", str(args.steps)] + ["--checkpointing"] * checkpointing
+                done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+                if done.returncode:
+                    sys.exit(done.stderr)
+                result = json.loads(done.stdout.splitlines()[-1])
+                seconds.setdefault(who, []).extend(result["seconds"])
+                memory[who] = max(memory.get(who, 0), result["GiB"])
+        for who, s in seconds.items():
+            print(f"| {'yes' if checkpointing else 'no'} | {who} | {statistics.median(s):.2f} ({min(s):.2f} to {max(s):.2f}) | {memory[who]:.2f} |", flush=True)
+        print(f"ratio of medians, ours to diffusers: {statistics.median(seconds['ours']) / statistics.median(seconds['diffusers']):.2f}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Full-size SDXL with random weights, against diffusers and between its forms: gigabytes and minutes, so only on request:
+
+    FULL_SIZE=1 python -m pytest tests/test_full_size.py          (make test-full)
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+pytestmark = pytest.mark.skipif(not os.environ.get("FULL_SIZE"), reason="set FULL_SIZE=1 to run the full-size checks")
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.05), (torch.float32, 1e-4)])
+def test_forward_agrees_with_diffusers(dtype, tolerance):
+    from bench.full_size import CONFIG, UNet, empty, inputs
+    diffusers = pytest.importorskip("diffusers")
+    ours = empty(UNet, dtype)
+    with torch.device("meta"):
+        theirs = diffusers.UNet2DConditionModel(**CONFIG)
+    theirs.load_state_dict(ours.state_dict(), assign=True)  # the same tensors: no second copy
+    x, t, context, pooled, ids = inputs(dtype, side=32)
+    with torch.no_grad():
+        a = ours(x, t, context, pooled, ids).float()
+        b = theirs.eval()(x, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}).sample.float()
+    assert a.isfinite().all() and a.std() > 0.01
+    assert (a - b).norm() / b.norm() < tolerance
+
+
+LOAD = """
+import resource, sys, torch
+from sdxl import SDXL
+from bench.full_size import inputs
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = SDXL.load(sys.argv[1], device="cpu", dtype=torch.float16, base=sys.argv[2])
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with torch.no_grad():
+    out = model.unet(*inputs(torch.float16, side=16)), model.vae.decoder.conv_in.weight, *model.condition(["an old man"])
+torch.save([t.float() for t in out], sys.argv[3])
+print((peak - before) * 1024)
+"""
+
+
+def test_one_full_size_file_and_the_folder_are_the_same_model(tmp_path):
+    """Every published name, fp16 (6.9 GB): none missing, none left over; the folder made from it gives the same outputs;
+    loading takes at most 1.1 times the weights (the VAE is wanted in float32, 4 bytes each)."""
+    import single_file
+    from weights import PARTS
+    from sdxl import MINIATURE
+    import shutil
+    shapes = json.loads((ROOT / "tests/facts/sdxl_single_file_keys.json").read_text())
+    g = torch.Generator().manual_seed(0)
+    scale = lambda name, shape: 0.02 if len(shape) > 1 else 0.1
+    tensors = {n: (torch.randn(s, generator=g) * scale(n, s)).half() for n, s in shapes.items()}
+    save_file(tensors, tmp_path / "one.safetensors")
+    base = tmp_path / "base"  # tokenizers: the miniature's; sizes: SDXL's
+    for t in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(MINIATURE / t, base / t)
+    renamed = single_file.rename({n: tuple(s) for n, s in shapes.items()})
+    for part in PARTS:
+        (base / part).mkdir()
+        state = {new: single_file.act(tensors[old], action).contiguous().clone() for new, old, action in renamed[part]}
+        save_file(state, base / part / ("model.safetensors" if "text" in part else "diffusion_pytorch_model.safetensors"))
+        (base / part / "config.json").write_text(json.dumps(single_file.SDXL[part]))
+    (base / "scheduler").mkdir()
+    (base / "scheduler" / "scheduler_config.json").write_text(json.dumps(single_file.SDXL["scheduler"]))
+    (base / "model_index.json").write_text(json.dumps(single_file.SDXL["model_index"] | {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}))
+    count = {part: sum(torch.Size(shapes[o]).numel() // (3 if a in "qkv" and a else 1) for _, o, a in renamed[part]) for part in PARTS}
+    size = sum(n * (4 if part == "vae" else 2) for part, n in count.items())
+    del tensors, state
+    outputs = []
+    for form in ("one.safetensors", "base"):
+        done = subprocess.run([sys.executable, "-c", LOAD, tmp_path / form, base, tmp_path / "out.pt"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout.split()[-1]) < 1.1 * size, (form, int(done.stdout.split()[-1]) / size)
+        print(form, "peak while loading / size of the weights:", int(done.stdout.split()[-1]) / size)
+        outputs.append(torch.load(tmp_path / "out.pt", weights_only=True))
+    assert all(torch.equal(a, b) for a, b in zip(*outputs))
