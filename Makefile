@@ -1,6 +1,7 @@
 # make demo       train a slider on the bundled miniature SDXL and draw its strip (a few minutes on a laptop)
 # make test       all tests
 # make test-full  the checks on full-size SDXL with random weights (20 GB of memory and of disk, some minutes)
+# make test-oldest  loading and prompts with the oldest supported transformers
 # make bench      timings and memory against diffusers and peft
 # make miniature  train the miniature again from nothing (hours), resumable
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test test-full bench miniature clean
+.PHONY: demo test test-full test-oldest bench miniature clean
 
 $(VENV)/run.stamp: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +29,12 @@ test: $(VENV)/test.stamp
 test-full: $(VENV)/test.stamp
 	FULL_SIZE=1 $(PY) -m pytest -q -s tests/test_full_size.py
 
+test-oldest: requirements.txt
+	$(PYTHON) -m venv $(VENV)-oldest
+	sed 's/^transformers==.*/transformers==4.56.2/' requirements.txt > $(VENV)-oldest/requirements.txt
+	$(VENV)-oldest/bin/pip install --quiet --disable-pip-version-check -r $(VENV)-oldest/requirements.txt pytest==9.2.0
+	$(VENV)-oldest/bin/python -m pytest -q tests/test_weights.py tests/test_text.py
+
 bench: $(VENV)/test.stamp
 	$(PY) -m bench.full_size
 
@@ -35,4 +42,4 @@ miniature: $(VENV)/run.stamp
 	$(PY) -m miniature.train
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) $(VENV)-oldest out

@@ -70,6 +70,8 @@ def parse_args():
     p.add_argument("--steps", type=int, default=30, help="DDIM steps (default: %(default)s)")
     p.add_argument("--start", type=float, default=0.3, help="share of the denoising after which the sliders switch on (default: %(default)s)")
     p.add_argument("--size", type=int, help="pixels (default: the model's own)")
+    p.add_argument("--vae-tile", type=int, default=1024, metavar="PIXELS",
+                   help="decode larger pictures in tiles of this side; a smaller one takes less memory (default: %(default)s)")
     p.add_argument("--out", default="out", help="folder to write to (default: %(default)s)")
     return p.parse_args()
 
@@ -83,7 +85,10 @@ def main():
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; --out names a folder")
+    if args.vae_tile < 64:
+        raise ValueError(f"--vae-tile must be at least 64, not {args.vae_tile}")
     model = cli.load_model(args)
+    model.vae.tile = args.vae_tile // model.factor
     size = (args.size,) * 2 if args.size else None
     model.latent_shape(size)
     sampler.timesteps(args.steps)
