@@ -43,7 +43,8 @@ class SDXL:
 
         device: "cpu", "cuda", "mps"; None chooses the best there is. dtype: of UNet and text encoders; None is
         float32 on a CPU, bfloat16 elsewhere. The VAE stays in float32 where its config says `force_upcast`, as
-        SDXL's does: it overflows in half precision. base: where a single file's tokenizers are (weights.py). Raises ValueError with one line that names what is wrong.
+        SDXL's does: it overflows in half precision. base: the folder that lends a single file its tokenizers (weights.py).
+        Raises ValueError with one line that names what is wrong.
         """
         self = cls()
         files = weights.find(path_or_id, base)

@@ -20,7 +20,7 @@ def step(*command):
 
 def main():
     step("train_text.py", "--pos", "a photo of a person, very old", "--neg", "a photo of a person, very young",
-         "--preserve", "man, woman, with glasses, without glasses, with a hat, without a hat", "--out", str(OUT / "age.safetensors"))
+         "--preserve", "with glasses, without glasses", "--preserve", "with a hat, without a hat", "--out", str(OUT / "age.safetensors"))
     step("slider.py", "--prompt", "a portrait of a person", "--slider", str(OUT / "age.safetensors"),
          "--scales", ",".join(SCALES), "--seeds", f"{SEEDS[0]}-{SEEDS[-1]}", "--out", str(OUT))
     from miniature.measure import measure
