@@ -459,7 +459,7 @@ SAMPLE_PROMPTS = ["a photo of a person", "a photo of an old man", "a photo of a 
                   "poorly drawn hands, distorted hands, misplaced fingers", "a photo of a person, distorted, deformed"]
 
 
-def train_unet(attributes, latents, steps=4000, batch=48):
+def train_unet(attributes, latents, steps=5000, batch=48):
     """eps-prediction: minimise |eps_theta(x_t, c, t) - eps|^2 (Ho et al. 2020), prompts dropped one time in ten for guidance."""
     import sampler
     from sdxl import SDXL
