@@ -2,7 +2,7 @@
 
 A teacher (train_text.py, say) visits noised latents x_t with the frozen model and notes, for each, what the model
 predicts (eps_0) and the change it should be taught (delta). The student then makes eps of the model with the slider at
-scale s equal to eps_0 + s * delta, for s from 1 to `reach` and, by default, for the mirrored -s as well.
+scale s equal to eps_0 + s * delta, for s = +1 and, by default, -1.
 """
 
 from dataclasses import dataclass
@@ -34,8 +34,8 @@ def predict(unet, slider, batch: Targets, scale):
         return unet(batch.x_t, batch.t, *(c[batch.prompt] for c in batch.cond))
 
 
-def fit(unet, slider, train: Targets, held_out: Targets, *, steps: int, batch: int, lr: float, reach: float = 1.0,
-        both_ends: bool = True, seed: int = 0, meter_every: int = 25) -> dict:
+def fit(unet, slider, train: Targets, held_out: Targets, *, steps: int, batch: int, lr: float, both_ends: bool = True,
+        seed: int = 0, meter_every: int = 25) -> dict:
     """Train `slider` (attached to `unet`), show a progress bar with loss and meter; returns the final meter.
 
     The loss is the mean squared error divided by that of doing nothing: 1 is an untrained slider, 0 a perfect copy of
@@ -55,7 +55,7 @@ def fit(unet, slider, train: Targets, held_out: Targets, *, steps: int, batch: i
                 order = torch.randperm(len(train), generator=generator).tolist()
             rows, order = torch.tensor(order[:batch]), order[batch:]
             here = train[rows]
-            s = (1 + (reach - 1) * torch.rand(len(rows), generator=generator)).to(here.x_t.device)
+            s = torch.ones(len(rows), device=here.x_t.device)
             if both_ends:
                 here, s = train[torch.cat([rows, rows])], torch.cat([s, -s])
             moved = (predict(unet, slider, here, s).float() - here.eps_0.float()) / s.view(-1, 1, 1, 1)  # should be delta

@@ -104,14 +104,13 @@ def parse_args():
     p.add_argument("--preserve", action="append", default=[], help='concepts P that must stay, "with a hat, without a hat"; '
                    "repeat it, and every combination of one from each is in P")
     p.add_argument("--out", default="slider.safetensors", help="slider file to write (default: %(default)s)")
-    p.add_argument("--eta", type=float, help="strength of the teacher's change (default: 2; for a UNet of SDXL's size 4)")
-    p.add_argument("--reach", type=float, default=1.0, help="train scales from 1 up to this one (default: %(default)s)")
+    p.add_argument("--eta", type=float, help="strength of the teacher's change (default: 0.5; for a UNet of SDXL's size 4)")
     p.add_argument("--positive-only", action="store_true", help="eq. (8) as printed: train scale +1 alone, not both ends")
     p.add_argument("--layers", choices=lora.LAYERS, default="noxattn", help="which layers the slider changes (default: %(default)s)")
     p.add_argument("--no-conv", action="store_true", help="leave convolutions out")
     p.add_argument("--rank", type=int, default=4, help="default: %(default)s")
     p.add_argument("--alpha", type=float, default=1.0, help="the LoRA's constant alpha (default: %(default)s)")
-    p.add_argument("--steps", type=int, help="optimiser steps (default: 300; for a UNet of SDXL's size 500)")
+    p.add_argument("--steps", type=int, help="optimiser steps (default: 200; for a UNet of SDXL's size 500)")
     p.add_argument("--batch", type=int, help="x_t in a step; both ends of each are trained (default: 4; for a UNet of SDXL's size 1)")
     p.add_argument("--lr", type=float, help="learning rate (default: 0.256 / the UNet's widest channel count, which is 2e-4 for SDXL)")
     p.add_argument("--checkpointing", action="store_true", help="less memory, more time: compute each level of the UNet again on the way back")
@@ -127,7 +126,7 @@ def parse_args():
 def recipe(unet) -> dict:
     """Defaults: for a small UNet what was measured to work on the miniature, for one of SDXL's size the published recipe."""
     widest = max(unet.config["block_out_channels"])
-    return dict(lr=0.256 / widest) | (dict(eta=2.0, batch=4, steps=300) if widest < 640 else dict(eta=4.0, batch=1, steps=500))
+    return dict(lr=0.256 / widest) | (dict(eta=0.5, batch=4, steps=200) if widest < 640 else dict(eta=4.0, batch=1, steps=500))
 
 
 def main():
@@ -162,7 +161,7 @@ def main():
     difference = (train.delta.float().norm() / args.eta / train.eps_0.float().norm()).item()
     slider.attach(model.unet)
     reading = student.fit(model.unet, slider, train, held_out, steps=args.steps, batch=args.batch, lr=args.lr,
-                          reach=args.reach, both_ends=not args.positive_only, seed=args.seed)
+                          both_ends=not args.positive_only, seed=args.seed)
     settings = vars(args) | {"prompt": prompts, "preserve": preserve, "size": size[0]}
     lora.save(args.out, slider, {"kind": "text slider", "settings": settings, "meter": reading, "difference": difference,
                                  "model": model.name, "seconds": round(time.time() - started, 1)})
