@@ -68,7 +68,7 @@ def test_a_slider_moves_its_attribute_and_not_the_others(model):
     """A tenth of the usual training, on few seeds: the direction must already be right."""
     prompts = train_text.encode(model, ["a photo of a person"], "a photo of a person, very old", "a photo of a person, very young",
                                 ["with glasses", "without glasses"], (128, 128))
-    teach = lambda n, seed: train_text.collect(model, prompts, eta=2.0, trajectories=n, per_trajectory=8, denoising_steps=20,
+    teach = lambda n, seed: train_text.collect(model, prompts, eta=1.0, trajectories=n, per_trajectory=8, denoising_steps=20,
                                                guidance=3.0, size=(128, 128), seed=seed, batch=16)
     torch.manual_seed(0)
     age = lora.Slider(lora.target_layers(model.unet)).attach(model.unet)
