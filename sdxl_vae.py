@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sdxl_unet import Upsample
+
 
 class Resnet(nn.Module):
     """(B, c_in, h, w) -> (B, c_out, h, w): two 3x3 convolutions around a shortcut."""
@@ -62,17 +64,6 @@ class Downsample(nn.Module):
 
     def forward(self, x):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """(B, c, h, w) -> (B, c, 2h, 2w)"""
-
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Level(nn.Module):

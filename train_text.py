@@ -151,7 +151,7 @@ def main():
     torch.manual_seed(args.seed)
     slider = lora.Slider(lora.target_layers(model.unet, args.layers, not args.no_conv), args.rank, args.alpha)
     slider.to(model.device)
-    print(f"target: {' | '.join(prompts)}\npositive: {args.pos}\nnegative: {args.neg}\npreserved: {', '.join(preserve) or 'nothing'}")
+    print(f"target: {' | '.join(prompts)}\npositive: {args.pos}\nnegative: {args.neg}\npreserved: {' | '.join(preserve) or 'nothing'}")
     held_out_share = max(1, args.trajectories // 4)
     encoded = encode(model, prompts, args.pos, args.neg, preserve, size)
     model.release()  # text encoders and VAE have done their part

@@ -41,7 +41,7 @@ def test_training_reports_and_records_itself(trained):
 
 
 def test_a_strip_and_single_files_from_any_folder(trained, tmp_path):
-    done = run(*DRAW, "--slider", trained[0], "--scales", "-2,0,2", "--seeds", "1-2", "--steps", 3, "--out", tmp_path / "o", cwd=tmp_path)
+    done = run(*DRAW, "--slider", trained[0], "--scales", "-2,0,+2", "--seeds", "1-2", "--steps", 3, "--out", tmp_path / "o", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     names = {f"seed{s}_scale{x}.png" for s in (1, 2) for x in ("-2", "0", "+2")} | {"strip.png"}
     assert {f.name for f in (tmp_path / "o").iterdir()} == names
