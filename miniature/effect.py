@@ -59,6 +59,7 @@ def main():
     p = cli.parser(__doc__)
     p.add_argument("slider", help="slider file")
     p.add_argument("--attribute", required=True, choices=world.RANGES, help="what it is meant to move")
+    p.add_argument("--prompt", action="append", help="instead of the eight; may be repeated, seeds take them in turn")
     p.add_argument("--seeds", type=cli.integers, default=list(range(1000, 1064)), help="default: 1000-1063")
     p.add_argument("--scales", type=cli.numbers, default=SCALES)
     p.add_argument("--steps", type=int, default=30)
@@ -68,7 +69,8 @@ def main():
     args = p.parse_args()
     model = cli.load_model(args)
     loaded = lora.load(args.slider, model.unet).attach(model.unet)
-    table = readings(model, lambda scale: [(loaded, scale)], args.seeds, args.scales, steps=args.steps, start=args.start, guidance=args.guidance)
+    table = readings(model, lambda scale: [(loaded, scale)], args.seeds, args.scales,
+                     args.prompt or PROMPTS, steps=args.steps, start=args.start, guidance=args.guidance)
     print(f"{'':18}" + "".join(f"{s:+8g}" for s in args.scales) + "   moved")
     for name, rows in table.items():
         print(f"{name:18}" + "".join(f"{m:8.2f}" for m in rows.mean(1)) + f"{moved(rows, name):8.0%}")
