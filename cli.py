@@ -16,7 +16,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """A parser with --model, --device and --dtype. Option names may not be shortened, so that a typo is an error."""
+    """A parser with the options that choose the model. Option names may not be shortened, so that a typo is an error."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p._negative_number_matcher = re.compile(r"^-[\d.][-+\d.,]*$")  # so that "--scales -2,0,2" is a value, not an option
     p.add_argument("--model", default=str(MINIATURE), help="SDXL folder, .safetensors checkpoint or Hub id (default: the bundled miniature)")

@@ -45,6 +45,11 @@ def file_name(layer: str) -> str:
     return "lora_unet_" + layer.replace(".", "_")
 
 
+def layers_by_file_name(unet: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+    """{name in a slider file: (name in the UNet, layer)} of every layer that a slider could change."""
+    return {file_name(name): (name, m) for name, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+
+
 class LowRank(nn.Module):
     """(alpha / r) B A for one layer. A convolution's A has its kernel, stride and padding; its B is 1x1."""
 
@@ -91,12 +96,12 @@ class Slider(nn.Module):
 
     def attach(self, unet: nn.Module) -> "Slider":
         """Hook onto the layers of `unet` that this slider has parts for. Raises ValueError if one is missing."""
-        modules = {file_name(name): m for name, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+        modules = layers_by_file_name(unet)
         missing = [name for name, _ in self.named_children() if name not in modules]
         if missing:
             raise ValueError(f"the slider changes {len(missing)} layers that this model does not have, e.g. {missing[0]}")
         for name, low_rank in self.named_children():
-            self.handles.append(modules[name].register_forward_hook(self._hook(low_rank)))
+            self.handles.append(modules[name][1].register_forward_hook(self._hook(low_rank)))
         return self
 
     def _hook(self, low_rank):
@@ -116,9 +121,9 @@ class Slider(nn.Module):
     @torch.no_grad()
     def merge(self, unet: nn.Module, scale: float = 1.0):
         """W <- W + scale * (alpha / r) B A, for good: what follows trains or draws on top of the changed model."""
-        modules = {file_name(name): m for name, m in unet.named_modules()}
+        modules = layers_by_file_name(unet)
         for name, part in self.named_children():
-            layer = modules[name]
+            layer = modules[name][1]
             change = part.lora_up.weight.flatten(1).float() @ part.lora_down.weight.flatten(1).float()  # (out, in * k * k)
             changed = layer.weight.float() + scale * part.factor * change.view_as(layer.weight)
             layer.weight = nn.Parameter(changed.to(layer.weight.dtype), requires_grad=False)
@@ -163,7 +168,7 @@ def load(path, unet: nn.Module) -> Slider:
     downs = {name.removesuffix(".lora_down.weight"): t for name, t in tensors.items() if name.endswith(".lora_down.weight")}
     if not downs:
         raise ValueError(f"{path}: not a slider file: it holds no lora_down.weight")
-    modules = {file_name(name): (name, m) for name, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    modules = layers_by_file_name(unet)
     missing = [name for name in downs if name not in modules]
     if missing:
         raise ValueError(f"{path}: was made for another model: it changes {missing[0]}, which this one does not have")

@@ -58,8 +58,8 @@ def fit(unet, slider, train: Targets, held_out: Targets, *, steps: int, batch: i
             s = torch.ones(len(rows), device=here.x_t.device)
             if both_ends:
                 here, s = train[torch.cat([rows, rows])], torch.cat([s, -s])
-            moved = (predict(unet, slider, here, s).float() - here.eps_0.float()) / s.view(-1, 1, 1, 1)  # should be delta
-            loss = (moved - here.delta.float()).square().mean() / nothing
+            target = here.eps_0.float() + s.view(-1, 1, 1, 1) * here.delta.float()
+            loss = (predict(unet, slider, here, s).float() - target).square().mean() / nothing
             opt.zero_grad()
             loss.backward()
             opt.step()

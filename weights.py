@@ -90,21 +90,21 @@ def released(part: str, name: str) -> str:
 
 def weight_files(folder: Path) -> list[Path]:
     """The .safetensors files of one part: the whole or its shards, plain or fp16, the plain ones first."""
-    for stem in ("diffusion_pytorch_model", "model"):
-        for variant in ("", ".fp16"):
-            whole, index = folder / f"{stem}{variant}.safetensors", folder / f"{stem}.safetensors.index{variant}.json"
-            if whole.exists():
-                return [whole]
-            if index.exists():
-                names = sorted({str(name) for name in dict(read_json(index).get("weight_map", {})).values()})
-                odd = [name for name in names if Path(name).name != name]
-                if odd or not names:
-                    raise ValueError(f"{index}: names no files beside it" + (f": {odd[0]!r}" if odd else ""))
-                return [folder / name for name in names]
+    stem = "model" if folder.name.startswith("text_encoder") else "diffusion_pytorch_model"
+    for variant in ("", ".fp16"):
+        whole, index = folder / f"{stem}{variant}.safetensors", folder / f"{stem}.safetensors.index{variant}.json"
+        if whole.exists():
+            return [whole]
+        if index.exists():
+            names = sorted({str(name) for name in dict(read_json(index).get("weight_map", {})).values()})
+            odd = [name for name in names if Path(name).name != name]
+            if odd or not names:
+                raise ValueError(f"{index}: names no files beside it" + (f": {odd[0]!r}" if odd else ""))
+            return [folder / name for name in names]
     pickled = next((f.name for f in folder.glob("*.bin")), None)
-    raise ValueError(f"{folder}: has only {pickled}, a pickle; only .safetensors files are read" if pickled else
-                     f"{folder / 'diffusion_pytorch_model.safetensors'}: missing from the model folder" if folder.name in PARTS[:2] else
-                     f"{folder / 'model.safetensors'}: missing from the model folder")
+    if pickled:
+        raise ValueError(f"{folder}: has only {pickled}, a pickle; only .safetensors files are read")
+    raise ValueError(f"{folder / stem}.safetensors: missing from the model folder")
 
 
 def read_json(path: Path) -> dict:

@@ -94,7 +94,7 @@ def main():
     args = p.parse_args()
     if args.only:
         return measure(args.only, args.checkpointing, args.steps)
-    print(f"| checkpointing | who | s/step (median, range) | peak GiB |\n|---|---|---|---|")
+    print("| checkpointing | who | s/step (median, range) | peak GiB |\n|---|---|---|---|")
     for checkpointing in (False, True):
         seconds, memory = {}, {}
         for _ in range(args.rounds):

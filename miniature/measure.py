@@ -79,7 +79,7 @@ def judge() -> Judge:
     global _judge
     if _judge is None:
         _judge = Judge()
-        _judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(WEIGHTS).items()})
+        _judge.load_state_dict(load_file(WEIGHTS))
         _judge.eval()
     return _judge
 

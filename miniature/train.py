@@ -322,7 +322,7 @@ def train_clip(pictures, attributes, steps=700, batch=128, lr=2e-3):
     # the texts a reason to: each waits for the other, for more than a thousand steps.
     vision = Judge(outputs=128)
     seen = {k: v for k, v in load_file(WORK / "judge.safetensors").items() if not k.startswith("head.2.")}
-    vision.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in seen.items()}, strict=False)
+    vision.load_state_dict(seen, strict=False)
     towers = torch.nn.ModuleDict({"texts": texts, "vision": vision, "to_96": torch.nn.Linear(128, 96, bias=False)})
     towers.register_parameter("log_scale", torch.nn.Parameter(torch.tensor([math.log(1 / 0.07)] * 2)))
     opt = torch.optim.AdamW(towers.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
