@@ -15,10 +15,16 @@ from sdxl import MINIATURE, SDXL
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the options that choose the model. Option names may not be shortened, so that a typo is an error."""
+def plain_parser(description: str) -> argparse.ArgumentParser:
+    """A parser whose option names may not be shortened, so that a typo is an error."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p._negative_number_matcher = re.compile(r"^-[\d.][-+\d.,]*$")  # so that "--scales -2,0,2" is a value, not an option
+    return p
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The same with the options that choose the model."""
+    p = plain_parser(description)
     p.add_argument("--model", default=str(MINIATURE), help="SDXL folder, .safetensors checkpoint or Hub id (default: the bundled miniature)")
     p.add_argument("--base", help="SDXL folder or Hub id that lends its tokenizers to a --model in one file")
     p.add_argument("--merge", action="append", default=[], type=file_and_scale, metavar="FILE[:WEIGHT]",
@@ -28,8 +34,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     return p
 
 
-def load_model(args) -> SDXL:
-    model = SDXL.load(args.model, device=args.device, dtype=DTYPES.get(args.dtype), base=args.base)
+def load_model(args, vae: bool = True) -> SDXL:
+    model = SDXL.load(args.model, device=args.device, dtype=DTYPES.get(args.dtype), base=args.base, vae=vae)
     for path, weight in args.merge:
         lora.load(path, model.unet).merge(model.unet, 1.0 if weight is None else weight)
     return model
@@ -42,6 +48,16 @@ def file_and_scale(text: str) -> tuple[str, float | None]:
         return (path, float(scale)) if colon and path else (text, None)
     except ValueError:
         return text, None
+
+
+def file_scale_start(text: str) -> tuple[str, float | None, float | None]:
+    """'age.safetensors:1.5@0.5' -> ('age.safetensors', 1.5, 0.5); None for what is not given. For argparse's type=."""
+    rest, sign, start = text.rpartition("@")
+    try:
+        rest, start = (rest, float(start)) if sign and rest else (text, None)
+    except ValueError:
+        rest, start = text, None
+    return *file_and_scale(rest), start
 
 
 def check_output(path):

@@ -71,10 +71,19 @@ class LowRank(nn.Module):
 
     def forward(self, x):
         # In the UNet's dtype, whatever A's and B's: in training they stay in float32, where small steps are not lost.
-        A, B = self.lora_down.weight.to(x.dtype), self.lora_up.weight.to(x.dtype)
-        if A.ndim == 2:
-            return self.factor * F.linear(F.linear(x, A), B)  # (..., in) -> (..., r) -> (..., out)
-        return self.factor * F.conv2d(F.conv2d(x, A, None, self.lora_down.stride, self.lora_down.padding), B)
+        return self.factor * low_rank(x, self.lora_down.weight.to(x.dtype), self.lora_up.weight.to(x.dtype), self.lora_down)
+
+    def change(self):
+        """(alpha / r) B A in the shape of the layer's weight, float32."""
+        A, B = self.lora_down.weight.detach().float(), self.lora_up.weight.detach().float()
+        return self.factor * (B.flatten(1) @ A.flatten(1)).view(len(B), *A.shape[1:])  # (out, in) or (out, in, k, k)
+
+
+def low_rank(x, A, B, layer):
+    """B A x: (..., in) -> (..., r) -> (..., out), or (B, in, h, w) -> (B, r, h', w') -> (B, out, h', w'), moving as `layer` does."""
+    if A.ndim == 2:
+        return F.linear(F.linear(x, A), B)
+    return F.conv2d(F.conv2d(x, A, None, layer.stride, layer.padding), B)
 
 
 class Slider(nn.Module):
@@ -93,23 +102,27 @@ class Slider(nn.Module):
             self.add_module(file_name(name), LowRank(layer, pick(rank, name), pick(alpha, name)))
         self.scale = 0.0
         self.handles = []
+        self.metadata = {}  # what the file said that it was loaded from: strings
 
     def attach(self, unet: nn.Module) -> "Slider":
         """Hook onto the layers of `unet` that this slider has parts for. Raises ValueError if one is missing."""
+        self.handles += [layer.register_forward_hook(self._hook(getattr(self, name))) for name, layer in self.layers_of(unet)]
+        return self
+
+    def layers_of(self, unet: nn.Module) -> list[tuple[str, nn.Module]]:
+        """(name of a part of this slider, the layer of `unet` that it changes). Raises ValueError if one is missing."""
         modules = layers_by_file_name(unet)
         missing = [name for name, _ in self.named_children() if name not in modules]
         if missing:
             raise ValueError(f"the slider changes {len(missing)} layers that this model does not have, e.g. {missing[0]}")
-        for name, low_rank in self.named_children():
-            self.handles.append(modules[name][1].register_forward_hook(self._hook(low_rank)))
-        return self
+        return [(name, modules[name][1]) for name, _ in self.named_children()]
 
-    def _hook(self, low_rank):
+    def _hook(self, part):
         def add(layer, inputs, y):  # y = W x
             scale = self.scale
             if not torch.is_tensor(scale):
-                return y + scale * low_rank(inputs[0]) if scale else None  # None: y stays as it is
-            return y + scale.to(y.dtype).view(-1, *[1] * (y.ndim - 1)) * low_rank(inputs[0])
+                return y + scale * part(inputs[0]) if scale else None  # None: y stays as it is
+            return y + scale.to(y.dtype).view(-1, *[1] * (y.ndim - 1)) * part(inputs[0])
         return add
 
     def detach(self):
@@ -121,12 +134,9 @@ class Slider(nn.Module):
     @torch.no_grad()
     def merge(self, unet: nn.Module, scale: float = 1.0):
         """W <- W + scale * (alpha / r) B A, for good: what follows trains or draws on top of the changed model."""
-        modules = layers_by_file_name(unet)
-        for name, part in self.named_children():
-            layer = modules[name][1]
-            change = part.lora_up.weight.flatten(1).float() @ part.lora_down.weight.flatten(1).float()  # (out, in * k * k)
-            changed = layer.weight.float() + scale * part.factor * change.view_as(layer.weight)
-            layer.weight = nn.Parameter(changed.to(layer.weight.dtype), requires_grad=False)
+        for name, layer in self.layers_of(unet):
+            part = getattr(self, name)
+            layer.weight = nn.Parameter((layer.weight.float() + scale * part.change()).to(layer.weight.dtype), requires_grad=False)
 
     @contextmanager
     def at(self, scale):
@@ -136,6 +146,82 @@ class Slider(nn.Module):
             yield self
         finally:
             self.scale = old
+
+
+# ------------------------------------------------------------------------------------------------ several at once
+
+class Composed:
+    """Several sliders, each at a fixed scale, as one change of `unet`: off at `scale` 0, on at any other.
+
+    Exact, and in each layer in the cheaper of two forms. Where the ranks add up to little, one low-rank change: the A's
+    stacked, the B's side by side, each times its scale * alpha / r; it keeps small changes apart from bfloat16 weights,
+    which would round them. Where they add up to much, W + sum of scale * (alpha / r) B A takes W's place, which costs
+    nothing however many they are, but rounds, and memory for a second W. Off, each W is the tensor that it was.
+    """
+
+    def __init__(self, unet: nn.Module, pairs):
+        """pairs: (slider, scale), sliders not attached. Raises ValueError if one does not fit `unet`."""
+        self._scale, self.handles, self.changed, parts = 0.0, [], [], {}
+        for slider, scale in pairs:
+            for name, layer in slider.layers_of(unet):
+                parts.setdefault(name, (layer, []))[1].append((scale, getattr(slider, name)))
+        for layer, here in parts.values():
+            A = torch.cat([part.lora_down.weight.detach() for _, part in here])  # (R, in) or (R, in, k, k), R = r_1 + r_2 + ...
+            B = torch.cat([scale * part.factor * part.lora_up.weight.detach() for scale, part in here], 1)  # (out, R) or (out, R, 1, 1)
+            if 4 * len(A) <= min(layer.weight.shape[:2]):
+                self.handles.append(layer.register_forward_hook(self._hook(A.to(layer.weight.dtype), B.to(layer.weight.dtype))))
+            else:
+                W = layer.weight.float() + sum(scale * part.change() for scale, part in here)
+                self.changed.append((layer, layer.weight, nn.Parameter(W.to(layer.weight.dtype), requires_grad=False)))
+
+    def _hook(self, A, B):
+        return lambda layer, inputs, y: y + low_rank(inputs[0], A, B, layer) if self._scale else None
+
+    @property
+    def scale(self):
+        return self._scale
+
+    @scale.setter
+    def scale(self, value):
+        self._scale = value
+        for layer, W, changed in self.changed:
+            layer.weight = changed if value else W
+
+    def detach(self):
+        self.scale = 0.0
+        for handle in self.handles:
+            handle.remove()
+
+
+@contextmanager
+def hung(unet: nn.Module, sliders):
+    """with hung(unet, sliders) as switches: ... hangs triples (slider, scale, start) on `unet` inside, all at scale 0.
+
+    Yields what to switch: triples (slider, scale, start) again, those with a number as scale and the same start in one.
+    """
+    alike, switches = {}, []
+    for slider, scale, start in sliders:
+        if torch.is_tensor(scale):
+            switches.append((slider, scale, start))
+        elif scale:
+            alike.setdefault(start, []).append((slider, scale))
+    attached = []
+    try:
+        for start, pairs in alike.items():
+            if len(pairs) > 1:
+                attached.append(Composed(unet, pairs))
+                switches.append((attached[-1], 1.0, start))
+            else:
+                switches.append((*pairs[0], start))
+        for slider, _, _ in switches:
+            if not slider.handles and isinstance(slider, Slider):
+                attached.append(slider.attach(unet))
+        yield switches
+    finally:
+        for slider, _, _ in switches:
+            slider.scale = 0.0
+        for slider in attached:
+            slider.detach()
 
 
 # ------------------------------------------------------------------------------------------------ slider files

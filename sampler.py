@@ -9,6 +9,8 @@ with t from 999 (almost pure noise) down to 0 (almost a picture).
 
 import torch
 
+import lora
+
 
 def make_alpha_bar(config: dict) -> torch.Tensor:
     """alpha_bar_t for t = 0 ... T-1, shape (T,), float32, from a folder's scheduler_config.json.
@@ -50,49 +52,64 @@ def ddim_step(x_t, eps, t: int, t_next: int, alpha_bar):
     return a_next ** 0.5 * x_0 + (1 - a_next) ** 0.5 * eps
 
 
-def guided_eps(unet, x_t, t: int, cond, uncond=None, guidance: float = 1.0):
-    """eps_u + g (eps_c - eps_u): classifier-free guidance (Ho & Salimans 2022), both halves in one batch.
+def guided_eps(unet, x_t, t: int, cond, uncond=None, guidance: float = 1.0, ends=None, eta=0.0):
+    """eps_u + g (eps_c - eps_u): classifier-free guidance (Ho & Salimans 2022), all in one batch.
 
     cond, uncond: tuples (context (B, 77, d), pooled (B, p), time_ids (B, 6)). guidance 1 needs, and runs, no uncond.
+    ends: the same of (c+, p) for each p, then (c-, p) for each p, (2|P|, ...); with it the right-hand side of Concept
+    Sliders' eq. (8), eps + eta * mean_p (eps_{c+, p} - eps_{c-, p}), takes the place of eps: what a trained slider
+    imitates, at 2|P| more evaluations of the network. eta: a number, or (B,).
     """
-    if guidance == 1 or uncond is None:
-        return unet(x_t, torch.full((len(x_t),), t, device=x_t.device), *cond)
-    both = [torch.cat([u, c]) for u, c in zip(uncond, cond)]
-    eps_u, eps_c = unet(torch.cat([x_t, x_t]), torch.full((2 * len(x_t),), t, device=x_t.device), *both).chunk(2)
-    return eps_u + guidance * (eps_c - eps_u)
+    B, guided = len(x_t), guidance != 1 and uncond is not None
+    batch = ([uncond] if guided else []) + [cond]
+    if ends is not None:
+        batch += [tuple(e[i:i + 1].expand(B, *e.shape[1:]) for e in ends) for i in range(len(ends[0]))]
+    n = len(batch)
+    eps = unet(x_t.repeat(n, 1, 1, 1), torch.full((n * B,), t, device=x_t.device), *(torch.cat(part) for part in zip(*batch)))
+    eps = list(eps.chunk(n))  # each (B, 4, h, w)
+    eps_u = eps.pop(0) if guided else None
+    eps_c = eps.pop(0)
+    out = eps_u + guidance * (eps_c - eps_u) if guided else eps_c
+    if ends is not None:  # the slider changes eps_u as it changes eps_c, so guidance does not multiply it
+        eta = eta.view(-1, 1, 1, 1).to(x_t.dtype) if torch.is_tensor(eta) else eta
+        pos, neg = torch.stack(eps).chunk(2)  # (|P|, B, 4, h, w) each
+        out = out + eta * (pos - neg).mean(0)
+    return out
 
 
 @torch.no_grad()
-def sample(unet, x_T, cond, uncond=None, *, alpha_bar, steps: int = 30, guidance: float = 5.0,
-           sliders=(), start: float = 0.3, stop: int | None = None, on_step=None):
+def sample(unet, x_T, cond, uncond=None, *, alpha_bar, steps: int = 30, guidance: float = 5.0, sliders=(), start: float = 0.3,
+           ends=None, eta=0.0, skip: int = 0, stop: int | None = None, on_step=None):
     """Walk noise x_T (B, 4, h, w) down to latents x_0 (B, 4, h, w), all B with the same settings.
 
-    sliders:  pairs (attached lora.Slider, scale); a scale is a number, or a tensor (B,): one for each picture.
-    start:    delayed LoRA: scales are 0 while t > t_on = (1 - start) T, so that the frozen model lays out the
-              picture first. 0.3 is the paper's code's start_noise = 700 (SDEdit's idea, Meng et al. 2022).
-    stop:     do only so many steps and return the x_t reached: partial denoising, for training.
-    on_step:  called as on_step(i, t, x_t, eps) before each step.
+    sliders:    pairs (lora.Slider, scale), or triples with a start of its own; a scale is a number, or a tensor (B,): one
+                for each picture. Sliders that are not attached are attached for as long as it takes.
+    start:      delayed LoRA: scales are 0 while t > t_on = (1 - start) T, so that the frozen model lays out the
+                picture first. 0.3 is the paper's code's start_noise = 700 (SDEdit's idea, Meng et al. 2022).
+    ends, eta:  eq. (8) without a slider (guided_eps), from `start` on.
+    skip, stop: begin after `skip` steps (x_T is the x_t there), end after `stop`: partial denoising.
+    on_step:    called as on_step(i, t, x_t, eps) before each step.
     """
     T = len(alpha_bar)
     ts = timesteps(steps, T)
-    t_on = (1 - start) * T
     x_t = x_T
-    for slider, _ in sliders:
-        slider.scale = 0.0
-    try:
-        for i, t in enumerate(ts[:stop]):
-            if t <= t_on:
-                for slider, scale in sliders:
+    with lora.hung(unet, [(*pair, start)[:3] for pair in sliders]) as switches:
+        for i, t in list(enumerate(ts))[skip:stop]:
+            for slider, scale, its_start in switches:
+                if t <= (1 - its_start) * T:
                     guided = torch.is_tensor(scale) and uncond is not None and guidance != 1
                     slider.scale = torch.cat([scale, scale]) if guided else scale
-            eps = guided_eps(unet, x_t, t, cond, uncond, guidance)
+            eq_8 = ends if t <= (1 - start) * T else None
+            eps = guided_eps(unet, x_t, t, cond, uncond, guidance, eq_8, eta)
             if on_step:
                 on_step(i, t, x_t, eps)
             x_t = ddim_step(x_t, eps, t, t - T // steps, alpha_bar)
-    finally:
-        for slider, _ in sliders:
-            slider.scale = 0.0
     return x_t
+
+
+def steps_before(start: float, steps: int, T: int = 1000) -> int:
+    """How many of the DDIM steps lie before sliders with this start are switched on."""
+    return sum(t > (1 - start) * T for t in timesteps(steps, T))
 
 
 def noise(seeds, shape, device="cpu", dtype=torch.float32):

@@ -38,12 +38,13 @@ class SDXL:
     """unet, vae, two text encoders with their tokenizers, and the noise schedule alpha_bar (T,)."""
 
     @classmethod
-    def load(cls, path_or_id=MINIATURE, device: str | None = None, dtype: torch.dtype | None = None, base=None) -> "SDXL":
+    def load(cls, path_or_id=MINIATURE, device: str | None = None, dtype: torch.dtype | None = None, base=None, vae: bool = True) -> "SDXL":
         """Load a model folder, one .safetensors file, or a Hub id ("owner/name", downloaded on first use).
 
         device: "cpu", "cuda", "mps"; None chooses the best there is. dtype: of UNet and text encoders; None is
         float32 on a CPU, bfloat16 elsewhere. The VAE stays in float32 where its config says `force_upcast`, as
         SDXL's does: it overflows in half precision. base: the folder that lends a single file its tokenizers (weights.py).
+        vae=False leaves the VAE out, for training on prompts alone.
         Raises ValueError with one line that names what is wrong.
         """
         self = cls()
@@ -62,9 +63,10 @@ class SDXL:
             raise ValueError(f"{files.tokenizers[0].parent}: the tokenizers cannot be read: {str(error).splitlines()[0]}") from None
         self.text_encoders = [load(weights.pour_text_encoder, CLIPTextModel, "text_encoder"),
                               load(weights.pour_text_encoder, CLIPTextModelWithProjection, "text_encoder_2")]
-        self.vae = load(weights.pour, VAE, "vae", torch.float32 if configs["vae"].get("force_upcast", True) else self.dtype)
+        vae_dtype = torch.float32 if configs["vae"].get("force_upcast", True) else self.dtype
+        self.vae = load(weights.pour, VAE, "vae", vae_dtype) if vae else None
         self.unet = load(weights.pour, UNet, "unet")
-        self.factor, self.channels = self.vae.factor, self.vae.config["latent_channels"]
+        self.factor, self.channels = 2 ** (len(configs["vae"]["block_out_channels"]) - 1), self.unet.config["in_channels"]
         self.size = self.unet.config["sample_size"] * self.factor  # pixels, the side of the pictures it was trained on
         words = files.tokenizers[0] / "known_words.txt"  # the miniature's; released SDXL folders have none
         self.known_words = set(words.read_text().split()) if words.exists() else None
@@ -123,9 +125,11 @@ class SDXL:
             raise ValueError(f"size: {h}x{w} is not made of multiples of {multiple}")
         return self.channels, h // self.factor, w // self.factor
 
-    def release(self):
-        """Free the memory of the text encoders and the VAE, which training no longer needs once all is encoded."""
-        self.text_encoders = self.vae = None
+    def release(self, vae: bool = True):
+        """Free the memory of the text encoders, and of the VAE, which training no longer needs once all is encoded."""
+        self.text_encoders = None
+        if vae:
+            self.vae = None
 
     @torch.no_grad()
     def pictures(self, latents) -> list[Image.Image]:

@@ -34,9 +34,21 @@ class Embedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
+class Recomputed(nn.Module):
+    """A part whose inside is not kept for the way back when `again` is set, but computed again there: less memory, more
+    time (gradient checkpointing, Chen et al. 2016). UNet.checkpointing sets it."""
+
+    again = False
+
+    def __call__(self, *args):
+        if self.again and torch.is_grad_enabled():
+            return checkpoint(super().__call__, *args, use_reentrant=False)
+        return super().__call__(*args)
+
+
 # ---------------------------------------------------------------------------------- convolutions
 
-class Resnet(nn.Module):
+class Resnet(Recomputed):
     """(B, c_in, h, w) -> (B, c_out, h, w): two convolutions around a shortcut, told the noise level in between."""
 
     def __init__(self, c_in, c_out, c_time, groups, eps):
@@ -118,7 +130,7 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(Recomputed):
     """Tokens look at each other (attn1), at the prompt (attn2), and think (ff)."""
 
     def __init__(self, c, c_context, heads):
@@ -219,15 +231,13 @@ DOWN, MID, UP = {"DownBlock2D", "CrossAttnDownBlock2D"}, "UNetMidBlock2DCrossAtt
 class UNet(nn.Module):
     """UNet(config): config is the dict in unet/config.json. Raises ValueError if it is not of SDXL's kind.
 
-    `factor`: latents' height and width must be multiples of it. Set `gradient_checkpointing = True` to trade time for
-    memory in training: each level is computed again on the way back.
+    `factor`: latents' height and width must be multiples of it.
     """
 
     def __init__(self, config: dict):
         super().__init__()
         check(config)
         self.config = config
-        self.gradient_checkpointing = False
         widths, layers = config["block_out_channels"], config["layers_per_block"]
         depths, heads = config["transformer_layers_per_block"], config["attention_head_dim"]  # it means their number
         groups, eps = config["norm_num_groups"], config["norm_eps"]
@@ -273,8 +283,6 @@ class UNet(nn.Module):
         pooled    (B, p)         the prompt as a whole
         time_ids  (B, 6)         original height, width, crop top, left, target height, width, in pixels
         """
-        again = self.gradient_checkpointing and torch.is_grad_enabled()
-        run = (lambda f, *args: checkpoint(f, *args, use_reentrant=False)) if again else (lambda f, *args: f(*args))
         time = self.time_embedding(sinusoids(t, self.config["block_out_channels"][0]).to(latents.dtype))  # (B, c_time)
         sizes = sinusoids(time_ids.flatten(), self.config["addition_time_embed_dim"]).view(len(time_ids), -1)  # (B, 6 * 256)
         time = time + self.add_embedding(torch.cat([pooled, sizes.to(pooled.dtype)], -1))  # (B, c_time)
@@ -282,14 +290,21 @@ class UNet(nn.Module):
         x = self.conv_in(latents)  # (B, c0, h, w)
         skips = [x]
         for level in self.down_blocks:
-            x, left = run(level, x, time, context)
+            x, left = level(x, time, context)
             skips += left
-        x = run(self.mid_block, x, time, context)  # (B, c2, h/4, w/4)
+        x = self.mid_block(x, time, context)  # (B, c2, h/4, w/4)
         for level in self.up_blocks:
             n = len(level.resnets)
             skips, here = skips[:-n], skips[-n:]
-            x = run(level, x, here, time, context)
+            x = level(x, here, time, context)
         return self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, 4, h, w)
+
+    def checkpointing(self, on: bool = True):
+        """Trade time for memory in training: resnets and transformer blocks are computed again on the way back."""
+        for module in self.modules():
+            if isinstance(module, Recomputed):
+                module.again = on
+        return self
 
 
 def check(config: dict):

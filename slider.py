@@ -1,110 +1,200 @@
 """Apply sliders:  python slider.py --prompt "a photo of a person" --slider age.safetensors --scales -2,0,2 --seeds 0-3
 
-Writes a labelled strip (rows are seeds, columns are scales) and every picture as a file of its own.
-`--slider FILE` may be repeated; FILE:1.5 keeps that one at 1.5 while the others sweep over --scales.
+Writes a labelled strip (rows are seeds, columns are scales), the same as a GIF, and every picture as a file of its own.
+`--slider FILE` may be repeated; FILE:1.5 keeps that one at 1.5 while the others sweep over the scales, FILE:1.5@0.5 also
+switches it on after half of the denoising. Two sliders that sweep, with --grid, make a grid for each seed.
 
 From Python:
 
     model = SDXL.load()
-    age = lora.load("age.safetensors", model.unet).attach(model.unet)
+    age = lora.load("age.safetensors", model.unet)
     pictures = slider.generate(model, "a photo of a person", seeds=[0, 1], sliders=[(age, 2.0)])
 """
 
-import os
+import itertools
+import json
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 import cli
 import lora
+import pictures
 import sampler
+import train_text
 
 
-def generate(model, prompt: str, seeds, sliders=(), *, steps: int = 30, guidance: float = 5.0, start: float = 0.3,
-             negative: str = "", size: tuple[int, int] | None = None, batch: int = 16) -> list[Image.Image]:
-    """One picture for each seed. sliders: pairs (attached lora.Slider, scale); the rest as in sampler.sample."""
-    pictures = []
+def generate(model, prompt: str, seeds, sliders=(), **settings) -> list[Image.Image]:
+    """One picture for each seed. sliders: pairs (slider, scale) or triples with a start of its own; settings: as in `sweep`."""
+    return sweep(model, prompt, seeds, [sliders], **settings)[0]
+
+
+def sweep(model, prompt: str, seeds, columns, *, steps: int = 30, guidance: float = 5.0, start: float = 0.3, negative: str = "",
+          size: tuple[int, int] | None = None, batch: int = 16, ends=None, etas=None) -> list[list[Image.Image]]:
+    """The same seeds in several settings: a list of pictures, one for each seed, for each of `columns`.
+
+    columns: for each column a list of pairs (slider, scale) or triples (slider, scale, start); every column names the
+    same sliders in the same order, at scales of its own. The steps before the first slider switches on are walked once
+    for all columns. ends, etas: eq. (8) in place of a slider (sampler.guided_eps), at an eta for each column.
+    batch: pictures denoised at once. The other settings are sampler.sample's.
+    """
+    columns = [[(*entry, start)[:3] for entry in column] for column in columns]
+    etas = etas or [0.0] * len(columns)
+    starts = [s for column in columns for _, scale, s in column if scale] + [start] * any(etas)
+    before = sampler.steps_before(min(starts), steps, len(model.alpha_bar)) if starts and len(columns) > 1 else 0
+    walk = lambda x, n, **more: sampler.sample(model.unet, x, *(tuple(c[:1].expand(n, *c.shape[1:]) for c in both) for both in (cond, uncond)),
+                                               alpha_bar=model.alpha_bar, steps=steps, guidance=guidance, start=start, **more)
+    cond, uncond = model.condition([prompt], size), model.condition([negative], size)
+    out = [[] for _ in columns]
     for i in range(0, len(seeds), batch):
-        x_T = sampler.noise(seeds[i:i + batch], model.latent_shape(size), model.device, model.dtype)
-        cond, uncond = model.condition([prompt] * len(x_T), size), model.condition([negative] * len(x_T), size)
-        x_0 = sampler.sample(model.unet, x_T, cond, uncond, alpha_bar=model.alpha_bar, steps=steps, guidance=guidance,
-                             sliders=sliders, start=start)
-        pictures += model.pictures(x_0)
-    return pictures
+        x_T = sampler.noise(seeds[i:i + batch], model.latent_shape(size), model.device, model.dtype)  # (n, 4, h, w)
+        n = len(x_T)
+        shared = walk(x_T, n, stop=before) if before else x_T
+        at_once = max(1, batch // n)
+        for some in grouped(columns, etas, at_once):
+            m = len(some)
+            sliders = []
+            for entries in zip(*(columns[c] for c in some)):  # one slider in these columns
+                scales = [scale for _, scale, _ in entries]
+                alike = len(set(scales)) == 1
+                sliders.append((entries[0][0], scales[0] if alike else torch.tensor(scales, device=model.device).repeat_interleave(n), entries[0][2]))
+            eta = torch.tensor([etas[c] for c in some], device=model.device).repeat_interleave(n)
+            x_0 = walk(shared.repeat(m, 1, 1, 1), m * n, skip=before, sliders=sliders, ends=ends if eta.any() else None, eta=eta)
+            for c, part in zip(some, x_0.chunk(m)):
+                out[c] += model.pictures(part)
+    return out
 
 
-def strip(rows: list[list[Image.Image]], columns: list[str], row_names: list[str]) -> Image.Image:
-    """A sheet of rows of pictures, with a label above each column and beside each row."""
-    w, h = rows[0][0].size
-    font = ImageFont.load_default(size=max(12, w // 9))
-    head, side = 2 * font.size, max(int(font.getlength(name)) for name in row_names) + font.size
-    sheet = Image.new("RGB", (side + w * len(columns), head + h * len(rows)), "white")
-    on = ImageDraw.Draw(sheet)
-    for c, name in enumerate(columns):
-        on.text((side + w * (c + 0.5), head / 2), name, fill="black", font=font, anchor="mm")
-    for r, (pictures, name) in enumerate(zip(rows, row_names)):
-        on.text((side / 2, head + h * (r + 0.5)), name, fill="black", font=font, anchor="mm")
-        for c, picture in enumerate(pictures):
-            sheet.paste(picture, (side + w * c, head + h * r))
-    return sheet
+def grouped(columns, etas, at_once: int) -> list[list[int]]:
+    """Which columns go through the UNet together: those that change nothing by themselves, as they cost less and are to be
+    the untouched model's bit for bit; of the others up to `at_once`."""
+    changes = [bool(eta) or any(scale for _, scale, _ in column) for column, eta in zip(columns, etas)]
+    plain, rest = ([c for c in range(len(columns)) if changes[c] == kind] for kind in (False, True))
+    return [[c] for c in plain] + [rest[i:i + at_once] for i in range(0, len(rest), at_once)]
 
 
-def save_picture(picture: Image.Image, path: Path):
-    """Write a PNG under a temporary name, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    picture.save(temporary, format="PNG")
-    os.replace(temporary, path)
+# ------------------------------------------------------------------------------------------------ scales
 
+def useful_scales(sliders, even: bool = False) -> list[float]:
+    """Seven scales, 0 in the middle, over the range in which every one of `sliders` is useful, as their files say
+    (training.probe); -3 to 3 where they do not. even: so spaced that each picture looks as far from the next."""
+    known = [json.loads(s.metadata["probe"]) for s in sliders if "probe" in s.metadata]
+    low, high = max([p["range"][0] for p in known], default=-3.0), min([p["range"][1] for p in known], default=3.0)
+    if not even:
+        return [*np.linspace(low, 0, 4), *np.linspace(0, high, 4)[1:]]
+    if not known:
+        raise ValueError("--even: the slider file does not say how its effect grows with the scale (it was trained with --probe 0)")
+    scales, change = known[0]["scales"], known[0]["change"]  # change: the way a picture goes from scale 0, negative below
+    first, last = np.interp([low, high], scales, change)
+    return np.interp([*np.linspace(first, 0, 4), *np.linspace(0, last, 4)[1:]], change, scales).round(2).tolist()
+
+
+def label(scale: float) -> str:
+    return f"{scale:+.3g}" if scale else "0"
+
+
+# ------------------------------------------------------------------------------------------------ command line
 
 def parse_args():
     p = cli.parser(__doc__)
     p.add_argument("--prompt", required=True, help="what the pictures show")
-    p.add_argument("--slider", action="append", default=[], type=cli.file_and_scale, metavar="FILE[:SCALE]", help="slider file; may be repeated")
-    p.add_argument("--scales", type=cli.numbers, default=[-3, -2, -1, 0, 1, 2, 3],
-                   help="scales to sweep over (default: -3,-2,-1,0,1,2,3)")
+    p.add_argument("--slider", action="append", default=[], type=cli.file_scale_start, metavar="FILE[:SCALE][@START]", help="slider file; may be repeated")
+    p.add_argument("--scales", type=cli.numbers, help="scales to sweep over (default: seven over the sliders' useful range, as their files say)")
+    p.add_argument("--even", action="store_true", help="space the default scales so that each picture looks as far from the next")
+    p.add_argument("--grid", action="store_true", help="two sliders: the first one's scales across, the second one's down, a grid for each seed")
+    p.add_argument("--guide", nargs=2, metavar=("POS", "NEG"), help="no slider: apply eq. (8) itself, between these prompts, at the scales times --eta")
+    p.add_argument("--preserve", action="append", default=[], help="with --guide: concepts that must stay, as in train_text.py")
+    p.add_argument("--eta", type=float, help="with --guide: its strength at scale 1 (default: train_text.py's)")
     p.add_argument("--seeds", type=cli.integers, default=[0, 1, 2, 3], help="0,5,7 or 0-3 (default: 0-3)")
     p.add_argument("--negative", default="", help="negative prompt")
     p.add_argument("--guidance", type=float, default=5.0, help="classifier-free guidance (default: %(default)s)")
     p.add_argument("--steps", type=int, default=30, help="DDIM steps (default: %(default)s)")
     p.add_argument("--start", type=float, default=0.3, help="share of the denoising after which the sliders switch on (default: %(default)s)")
     p.add_argument("--size", type=int, help="pixels (default: the model's own)")
+    p.add_argument("--batch", type=int, help="pictures denoised at once (default: 16; for a UNet of SDXL's size 4)")
     p.add_argument("--vae-tile", type=int, default=1024, metavar="PIXELS",
                    help="decode larger pictures in tiles of this side; a smaller one takes less memory (default: %(default)s)")
     p.add_argument("--out", default="out", help="folder to write to (default: %(default)s)")
     return p.parse_args()
 
 
-def main():
-    args = parse_args()
+def check(args):
     if not args.prompt.strip():
         raise ValueError("--prompt is empty: say what the pictures should show")
-    if not 0 <= args.start <= 1:
-        raise ValueError(f"--start must be between 0 and 1, not {args.start}")
-    out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: is a file; --out names a folder")
+    for name, value in [("start", args.start)] + [("slider ...@START", start) for _, _, start in args.slider if start is not None]:
+        if not 0 <= value <= 1:
+            raise ValueError(f"--{name} must be between 0 and 1, not {value}")
     if args.vae_tile < 64:
         raise ValueError(f"--vae-tile must be at least 64, not {args.vae_tile}")
+    if args.batch is not None and args.batch < 1:
+        raise ValueError(f"--batch must be at least 1, not {args.batch}")
+    if args.guide and args.slider:
+        raise ValueError("--guide shows eq. (8) without a slider: leave --slider out")
+    if args.grid and [scale for _, scale, _ in args.slider].count(None) != 2:
+        raise ValueError("--grid needs two sliders without a scale of their own")
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        raise ValueError(f"{args.out}: is a file; --out names a folder")
+
+
+def main():
+    args = parse_args()
+    check(args)
+    out = Path(args.out)
     model = cli.load_model(args)
     model.vae.tile = args.vae_tile // model.factor
     size = (args.size,) * 2 if args.size else None
     model.latent_shape(size)
     sampler.timesteps(args.steps)
-    sliders = [(lora.load(path, model.unet).attach(model.unet), fixed) for path, fixed in args.slider]
-    sweeps = any(fixed is None for _, fixed in sliders)
-    scales = args.scales if sweeps else [1.0]  # nothing to sweep: one column
-    columns = [generate(model, args.prompt, args.seeds, [(s, scale if fixed is None else fixed) for s, fixed in sliders],
-                        steps=args.steps, guidance=args.guidance, start=args.start, negative=args.negative, size=size)
-               for scale in scales]
-    labels = [f"{scale:+g}" if scale else "0" for scale in scales] if sweeps else [""]
-    for label, column in zip(labels, columns):
-        for seed, picture in zip(args.seeds, column):
-            save_picture(picture, out / (f"seed{seed}" + (f"_scale{label}" if label else "") + ".png"))
-    save_picture(strip([list(row) for row in zip(*columns)], labels, [str(s) for s in args.seeds]), out / "strip.png")
-    print(f"{out / 'strip.png'}: rows are seeds {', '.join(map(str, args.seeds))}; columns are scales {', '.join(labels)}" if sweeps
-          else f"{out / 'strip.png'}: written")
+    sliders = [(lora.load(path, model.unet), fixed, args.start if start is None else start) for path, fixed, start in args.slider]
+    small = max(model.unet.config["block_out_channels"]) < 640
+    settings = dict(steps=args.steps, guidance=args.guidance, start=args.start, negative=args.negative, size=size,
+                    batch=args.batch or (16 if small else 4))
+
+    sweeping = [s for s, fixed, _ in sliders if fixed is None]
+    scales = args.scales or (useful_scales(sweeping, args.even) if sweeping or args.guide else [0.0])
+    at = lambda values: [(s, next(values) if fixed is None else fixed, start) for s, fixed, start in sliders]
+    if args.grid:
+        columns = [at(iter((across, down))) for down in scales for across in scales]
+    else:
+        columns = [at(itertools.repeat(scale)) for scale in scales]
+    if args.guide:
+        eta = args.eta or train_text.recipe(model.unet)["eta"]
+        _, ends, _ = train_text.encode(model, [args.prompt], *args.guide, train_text.combinations(args.preserve), size)
+        print(f"{2 + len(ends[0])} network evaluations a step and picture, where a slider needs 2")
+        settings |= dict(ends=ends, etas=[scale * eta for scale in scales])
+    drawn = sweep(model, args.prompt, args.seeds, columns, **settings)  # for each column, a picture for each seed
+
+    names = [label(s) for s in scales]
+    if args.grid:
+        write_grids(out, args.seeds, drawn, names)
+    else:
+        write_strip(out, args.seeds, drawn, names if sweeping or args.guide else [""])
+
+
+def write_strip(out: Path, seeds, drawn, names: list[str]):
+    """Single files, and where there is more than one column a strip and a GIF that goes there and back."""
+    for name, column in zip(names, drawn):
+        for seed, picture in zip(seeds, column):
+            pictures.save(picture, out / (f"seed{seed}" + (f"_scale{name}" if name else "") + ".png"))
+    pictures.save(pictures.sheet([list(row) for row in zip(*drawn)], names, [str(s) for s in seeds]), out / "strip.png")
+    if len(names) == 1:
+        return print(f"{out / 'strip.png'}: written")
+    frames = [pictures.sheet([column], [f"seed {s}" for s in seeds], [name]) for name, column in zip(names, drawn)]
+    pictures.save_gif(frames + frames[-2:0:-1], out / "sweep.gif")
+    print(f"{out / 'strip.png'}: rows are seeds {', '.join(map(str, seeds))}; columns are scales {', '.join(names)}; {out / 'sweep.gif'}: the same in motion")
+
+
+def write_grids(out: Path, seeds, drawn, names: list[str]):
+    for i, seed in enumerate(seeds):
+        mine = [column[i] for column in drawn]  # row by row
+        rows = [mine[j:j + len(names)] for j in range(0, len(mine), len(names))]
+        for down, row in zip(names, rows):
+            for across, picture in zip(names, row):
+                pictures.save(picture, out / f"seed{seed}_scale{across}_{down}.png")
+        pictures.save(pictures.sheet(rows, names, names), out / f"grid_seed{seed}.png")
+    print(f"{out}: a grid for each of seeds {', '.join(map(str, seeds))}; the first slider's scales across, the second's down: {', '.join(names)}")
 
 
 if __name__ == "__main__":

@@ -12,15 +12,14 @@ the right depends on what is trained: the teacher below collects it once, the st
 
 import itertools
 import time
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import cli
-import lora
 import sampler
 import student
+import training
 
 
 def encode(model, targets: list[str], pos: str, neg: str, preserve: list[str], size: tuple[int, int]):
@@ -35,7 +34,8 @@ def collect(model, prompts, *, eta: float, trajectories: int, per_trajectory: in
             size: tuple[int, int], seed: int, batch: int) -> student.Targets:
     """The teacher. Walks `trajectories` noises down with the frozen model, guided toward the target prompts in turn,
     and keeps `per_trajectory` of the x_t on each way, evenly spread and from another offset each, with the right-hand
-    side of eq. (8) there. Returns student.Targets of trajectories * per_trajectory samples; delta is eta * mean(...).
+    side of eq. (8) there. Returns student.Targets of trajectories * per_trajectory groups: the target at scale +1 is
+    eq. (8)'s; at -1, where the paper leaves the slider untrained, its mirror image, eps_0 - eta * mean(...).
 
     prompts: from `encode`. No more than `batch` samples go through the UNet at once (twice that with guidance).
     """
@@ -56,8 +56,8 @@ def collect(model, prompts, *, eta: float, trajectories: int, per_trajectory: in
                          for part in torch.arange(n * k, device=device).split(batch)])
         out = out.view(n, k, *x.shape[1:])  # (n, 1 + 2|P|, 4, h, w)
         eps_pos, eps_neg = out[:, 1:].chunk(2, 1)  # (n, |P|, 4, h, w) each
-        delta = eta * (eps_pos - eps_neg).float().mean(1)
-        kept.append((x, torch.full((n,), t, device=device), which, out[:, 0], delta.to(x.dtype)))
+        delta = eta * (eps_pos - eps_neg).float().mean(1)  # float32: a small difference of large numbers
+        kept.append((x, torch.full((n,), t, device=device), which, out[:, 0], delta))
 
     with tqdm(total=-(-trajectories // batch) * denoising_steps, unit="step", desc="teacher") as bar:
         for walk in torch.arange(trajectories).split(batch):
@@ -72,7 +72,11 @@ def collect(model, prompts, *, eta: float, trajectories: int, per_trajectory: in
             x_T = sampler.noise((seed * 1000 + walk).tolist(), model.latent_shape(size), device, model.dtype)
             sampler.sample(unet, x_T, tuple(c[which] for c in cond), tuple(u.expand(len(walk), *u.shape[1:]) for u in uncond),
                            alpha_bar=model.alpha_bar, steps=denoising_steps, guidance=guidance, on_step=on_step)
-    return student.Targets(*(torch.cat(part) for part in zip(*kept)), cond)
+    x_t, t, which, eps_0, delta = (torch.cat(part) for part in zip(*kept))
+    scales = torch.tensor([1.0, -1.0], device=device)
+    both = lambda x: x[:, None].expand(-1, 2, *x.shape[1:])  # (n, 2, 4, h, w): the same x_t at either end
+    target = eps_0[:, None].float() + scales.view(1, 2, 1, 1, 1) * delta[:, None]
+    return student.Targets(scales, both(x_t), t, which, both(eps_0), target, cond)
 
 
 def with_concept(prompt: str, concept: str) -> str:
@@ -103,23 +107,13 @@ def parse_args():
     p.add_argument("--prompt", action="append", help="target prompt c_t; may be repeated (default: what --pos and --neg share before a comma)")
     p.add_argument("--preserve", action="append", default=[], help='concepts P that must stay, "with a hat, without a hat"; '
                    "repeat it, and every combination of one from each is in P")
-    p.add_argument("--out", default="slider.safetensors", help="slider file to write (default: %(default)s)")
     p.add_argument("--eta", type=float, help="strength of the teacher's change (default: 0.5; for a UNet of SDXL's size 4)")
     p.add_argument("--positive-only", action="store_true", help="eq. (8) as printed: train scale +1 alone, not both ends")
-    p.add_argument("--layers", choices=lora.LAYERS, default="noxattn", help="which layers the slider changes (default: %(default)s)")
-    p.add_argument("--no-conv", action="store_true", help="leave convolutions out")
-    p.add_argument("--rank", type=int, default=4, help="default: %(default)s")
-    p.add_argument("--alpha", type=float, default=1.0, help="the LoRA's constant alpha (default: %(default)s)")
-    p.add_argument("--steps", type=int, help="optimiser steps (default: 200; for a UNet of SDXL's size 500)")
-    p.add_argument("--batch", type=int, help="x_t in a step; both ends of each are trained (default: 4; for a UNet of SDXL's size 1)")
-    p.add_argument("--lr", type=float, help="learning rate (default: 0.256 / the UNet's widest channel count, which is 2e-4 for SDXL)")
-    p.add_argument("--checkpointing", action="store_true", help="less memory, more time: compute each level of the UNet again on the way back")
     p.add_argument("--trajectories", type=int, default=16, help="noises that the teacher denoises (default: %(default)s)")
     p.add_argument("--per-trajectory", type=int, default=16, help="x_t kept from each (default: %(default)s)")
     p.add_argument("--denoising-steps", type=int, default=50, help="default: %(default)s")
     p.add_argument("--guidance", type=float, default=3.0, help="while denoising (default: %(default)s)")
-    p.add_argument("--size", type=int, help="pixels (default: the model's own, at most 512)")
-    p.add_argument("--seed", type=int, default=0)
+    training.add_options(p, steps="200; for a UNet of SDXL's size 500", batch="4; for a UNet of SDXL's size 1", lr="2e-4")
     return p.parse_args()
 
 
@@ -134,39 +128,25 @@ def main():
     for name in ("pos", "neg"):
         if not getattr(args, name).strip():
             raise ValueError(f"--{name} is empty: give the words of this end of the slider")
-    for name in ("eta", "rank", "alpha", "steps", "batch", "lr", "trajectories", "per_trajectory", "denoising_steps"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
+    training.check_above_0(args, "eta", "trajectories", "per_trajectory", "denoising_steps", *training.NUMBERS)
     prompts = args.prompt or [shared_part(args.pos, args.neg)]
     preserve = combinations(args.preserve)
     cli.check_output(args.out)
-    model = cli.load_model(args)
-    size = (args.size or min(model.size, 512),) * 2
-    model.latent_shape(size)  # refuses a size the model cannot make before any work is done
-    for name, value in recipe(model.unet).items():
-        setattr(args, name, getattr(args, name) or value)
-    model.unet.gradient_checkpointing = args.checkpointing
-
     started = time.time()
-    torch.manual_seed(args.seed)
-    slider = lora.Slider(lora.target_layers(model.unet, args.layers, not args.no_conv), args.rank, args.alpha)
-    slider.to(model.device)
+    model = cli.load_model(args, vae=bool(args.preview))  # words alone: no picture is ever decoded but for previews
+    size, slider = training.start(args, model, recipe(model.unet))
+
     print(f"target: {' | '.join(prompts)}\npositive: {args.pos}\nnegative: {args.neg}\npreserved: {' | '.join(preserve) or 'nothing'}")
-    held_out_share = max(1, args.trajectories // 4)
     encoded = encode(model, prompts, args.pos, args.neg, preserve, size)
-    model.release()  # text encoders and VAE have done their part
+    model.release(vae=not args.preview)
     teach = lambda n, seed: collect(model, encoded, eta=args.eta, trajectories=n, seed=seed, per_trajectory=args.per_trajectory,
                                     denoising_steps=args.denoising_steps, guidance=args.guidance, size=size, batch=4 * args.batch)
-    train, held_out = teach(args.trajectories, 2 * args.seed + 1), teach(held_out_share, 2 * args.seed + 2)
-    difference = (train.delta.float().norm() / args.eta / train.eps_0.float().norm()).item()
-    slider.attach(model.unet)
-    reading = student.fit(model.unet, slider, train, held_out, steps=args.steps, batch=args.batch, lr=args.lr,
-                          both_ends=not args.positive_only, seed=args.seed)
-    settings = vars(args) | {"prompt": prompts, "preserve": preserve, "size": size[0]}
-    lora.save(args.out, slider, {"kind": "text slider", "settings": settings, "meter": reading, "difference": difference,
-                                 "model": model.name, "seconds": round(time.time() - started, 1)})
-    print(*student.verdict(reading, difference), sep="\n")
-    print(f"{args.out}: written, {Path(args.out).stat().st_size / 1e6:.2f} MB, after {time.time() - started:.0f} s")
+    train, held_out = teach(args.trajectories, 2 * args.seed + 1), teach(max(1, args.trajectories // 4), 2 * args.seed + 2)
+    if args.positive_only:
+        train = train.only(train.scales > 0)
+    difference = (train.wanted.norm() / args.eta / train.eps_0.float().norm()).item()
+    about = {"kind": "text slider", "settings": vars(args) | {"prompt": prompts, "preserve": preserve, "size": size[0]}}
+    training.finish(args, model, slider, train, held_out, difference, about, encoded[0], encoded[2], started)
 
 
 if __name__ == "__main__":

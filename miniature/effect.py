@@ -20,17 +20,18 @@ PROMPTS = ["a portrait of a woman with brown hair", "a picture of a man, green b
 SCALES = [-3, -2, -1, 0, 1, 2, 3]
 
 
-def readings(model, sliders_at, seeds, scales=SCALES, prompts=PROMPTS, **settings):
-    """{attribute: array (scales, seeds)}. sliders_at: scale -> the pairs (slider, scale) to generate with. Seeds take the
-    prompts in turn; hair and background become one yes/no attribute for each of their words."""
+def readings(model, columns, seeds, prompts=PROMPTS, **settings):
+    """{attribute: array (columns, seeds)}. columns, settings: of slider.sweep. Seeds take the prompts in turn; hair and
+    background become one yes/no attribute for each of their words."""
+    pictures = [{} for _ in columns]
+    for i, prompt in enumerate(prompts):
+        mine = seeds[i::len(prompts)]
+        if len(mine):
+            for known, drawn in zip(pictures, slider.sweep(model, prompt, mine, columns, **settings)):
+                known.update(zip(mine, drawn))
     table = {}
-    for scale in scales:
-        pictures = {}
-        for i, prompt in enumerate(prompts):
-            mine = seeds[i::len(prompts)]
-            if len(mine):
-                pictures.update(zip(mine, slider.generate(model, prompt, mine, sliders_at(scale), **settings)))
-        read = measure([pictures[s] for s in seeds])
+    for known in pictures:
+        read = measure([known[s] for s in seeds])
         for name in world.RANGES:
             table.setdefault(name, []).append(read[name])
         for name in ("hair", "background"):
@@ -68,9 +69,9 @@ def main():
     p.add_argument("--json", help="also write the summary and the means to this file")
     args = p.parse_args()
     model = cli.load_model(args)
-    loaded = lora.load(args.slider, model.unet).attach(model.unet)
-    table = readings(model, lambda scale: [(loaded, scale)], args.seeds, args.scales,
-                     args.prompt or PROMPTS, steps=args.steps, start=args.start, guidance=args.guidance)
+    loaded = lora.load(args.slider, model.unet)
+    table = readings(model, [[(loaded, scale)] for scale in args.scales], args.seeds, args.prompt or PROMPTS, steps=args.steps,
+                     start=args.start, guidance=args.guidance)
     print(f"{'':18}" + "".join(f"{s:+8g}" for s in args.scales) + "   moved")
     for name, rows in table.items():
         print(f"{name:18}" + "".join(f"{m:8.2f}" for m in rows.mean(1)) + f"{moved(rows, name):8.0%}")

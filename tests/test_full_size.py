@@ -5,7 +5,7 @@
 
 import json
 import os
-import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,21 +30,24 @@ def test_forward_agrees_with_diffusers(dtype, tolerance):
     with torch.no_grad():
         a = ours(x, t, context, pooled, ids).float()
         b = theirs.eval()(x, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}).sample.float()
+    error = ((a - b).norm() / b.norm()).item()
+    print(f"\nUNet, {dtype}, 256 pixels: relative difference to diffusers {error:.1e}")
     assert a.isfinite().all() and a.std() > 0.01
-    assert (a - b).norm() / b.norm() < tolerance
+    assert error < tolerance
 
 
 LOAD = """
-import resource, sys, torch
+import sys, torch
 from sdxl import SDXL
-from bench.full_size import inputs
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+from bench.full_size import inputs, peak_memory
+before = peak_memory()
 model = SDXL.load(sys.argv[1], device="cpu", dtype=torch.float16, base=sys.argv[2])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+loaded = peak_memory() - before  # a mapped tensor is resident only once it was used
 with torch.no_grad():
-    out = model.unet(*inputs(torch.float16, side=16)), model.vae.decoder.conv_in.weight, *model.condition(["an old man"])
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    out = model.unet(*inputs(torch.float16, side=16)), model.vae.decode(latents), *model.condition(["an old man"])
 torch.save([t.float() for t in out], sys.argv[3])
-print((peak - before) * 1024)
+print(loaded, peak_memory() - before)
 """
 
 
@@ -54,7 +57,6 @@ def test_one_full_size_file_and_the_folder_are_the_same_model(tmp_path):
     import single_file
     from weights import PARTS
     from sdxl import MINIATURE
-    import shutil
     shapes = json.loads((ROOT / "tests/facts/sdxl_single_file_keys.json").read_text())
     g = torch.Generator().manual_seed(0)
     scale = lambda name, shape: 0.02 if len(shape) > 1 else 0.1
@@ -79,7 +81,8 @@ def test_one_full_size_file_and_the_folder_are_the_same_model(tmp_path):
     for form in ("one.safetensors", "base"):
         done = subprocess.run([sys.executable, "-c", LOAD, tmp_path / form, base, tmp_path / "out.pt"], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert int(done.stdout.split()[-1]) < 1.1 * size, (form, int(done.stdout.split()[-1]) / size)
-        print(form, "peak while loading / size of the weights:", int(done.stdout.split()[-1]) / size)
+        loaded, used = (int(n) / size for n in done.stdout.split())
+        print(f"\n{form}: peak resident memory {loaded:.2f} times the weights' {size / 2**30:.2f} GiB while loading, {used:.2f} once all were used")
+        assert loaded < 1.1 and 0.7 < used < 1.1  # the token tables are read a row at a time
         outputs.append(torch.load(tmp_path / "out.pt", weights_only=True))
-    assert all(torch.equal(a, b) for a, b in zip(*outputs))
+    assert all(a.isfinite().all() and torch.equal(a, b) for a, b in zip(*outputs))

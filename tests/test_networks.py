@@ -86,11 +86,13 @@ def test_half_precision_stays_close_to_float32(dtype):
 
 def test_gradient_checkpointing_gives_the_same_gradients():
     unet, gradients = randomise(UNet(UNET)), []
-    for unet.gradient_checkpointing in (False, True):
-        unet.zero_grad()
+    calls = []
+    unet.mid_block.resnets[0].conv1.register_forward_hook(lambda *_: calls.append(1))
+    for again in (False, True):
+        unet.checkpointing(again).zero_grad()
         unet(*unet_inputs()).square().mean().backward()
         gradients.append([p.grad.clone() for p in unet.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients)) and len(calls) == 1 + 2  # once more on the way back
 
 
 @pytest.mark.parametrize("change", [{"down_block_types": ["AttnDownBlock2D"] * 3}, {"addition_embed_type": None}, {"attention_head_dim": 8}])

@@ -1,0 +1,31 @@
+"""Draw pairs for train_pairs.py: the same faces with one attribute changed.
+
+    python -m miniature.pairs --attribute eye_size --values 0.7,1.5 --count 16 --out pairs      (pairs/0.7, pairs/1.5)
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+import cli
+import pictures
+from miniature import world
+
+
+def main():
+    p = cli.plain_parser(__doc__)
+    p.add_argument("--attribute", default="eye_size", choices=[n for n in world.RANGES if n != "malformed"])
+    p.add_argument("--values", type=cli.numbers, default=[0.7, 1.5], help="one folder for each (default: 0.7,1.5)")
+    p.add_argument("--count", type=int, default=16, help="faces (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", default="pairs", help="folder to write to (default: %(default)s)")
+    args = p.parse_args()
+    for i in range(args.count):
+        face = world.sample(np.random.default_rng([args.seed, i]), kind="face", malformed=0)
+        for value in args.values:
+            pictures.save(world.draw(face | {args.attribute: value}), Path(args.out) / f"{value:g}" / f"{i:03}.png")
+    print(f"{args.out}: {args.count} faces with {args.attribute} at {', '.join(f'{v:g}' for v in args.values)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,103 @@
+"""Pictures in and out: any file made RGB, pairs brought to one square, labelled sheets, files written whole."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+
+
+def read(path) -> Image.Image:
+    """An RGB picture, as a viewer would show it: turned as its EXIF says, 16 bits brought to 8, transparency on white.
+
+    Raises ValueError, naming the file, for one that cannot be read.
+    """
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+            picture.load()
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable picture ({str(error).splitlines()[0]})") from None
+    if picture.mode.startswith("I"):  # 16 bits of grey, which convert() would clip to white
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def square(picture: Image.Image, side: int) -> Image.Image:
+    """The middle square, resized to side x side."""
+    return ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS)
+
+
+def matched(folders: list[Path]) -> list[list[Path]]:
+    """The pictures that go together: one list for each name, with the file of that name (endings aside) in each folder.
+
+    Raises ValueError for a missing or empty folder, two files of a name in one, and names that are not in all of them.
+    """
+    files = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder")
+        here = {}
+        for file in sorted(folder.iterdir()):
+            if file.suffix.lower() in ENDINGS and not file.name.startswith("."):
+                if file.stem in here:
+                    raise ValueError(f"{folder}: has both {here[file.stem].name} and {file.name}; pictures are matched by name, without the ending")
+                here[file.stem] = file
+        if not here:
+            raise ValueError(f"{folder}: holds no pictures ({', '.join(sorted(ENDINGS))})")
+        files.append(here)
+    everywhere = set.intersection(*(set(here) for here in files))
+    for folder, here in zip(folders, files):
+        if alone := sorted(set(here) - everywhere):
+            raise ValueError(f"{folder / here[alone[0]].name}: has no partner of the same name in every other folder "
+                             f"({len(alone)} such in {folder})")
+    return [[here[name] for here in files] for name in sorted(everywhere)]
+
+
+def read_matched(files: list[Path], side: int) -> list[Image.Image]:
+    """Pictures that go together, each its middle square at side x side. Their sizes may differ, their proportions not:
+    the squares would show different parts. Raises ValueError, naming the files."""
+    read_in = [read(file) for file in files]
+    (w, h), first = read_in[0].size, files[0]
+    for file, picture in zip(files, read_in):
+        if abs(picture.width / picture.height - w / h) > 0.01 * w / h:
+            raise ValueError(f"{file}: is {picture.width}x{picture.height}, but {first} is {w}x{h}: crop them to the same proportions")
+    return [square(picture, side) for picture in read_in]
+
+
+def sheet(rows: list[list[Image.Image]], columns: list[str], row_names: list[str]) -> Image.Image:
+    """A sheet of rows of pictures, with a label above each column and beside each row."""
+    w, h = rows[0][0].size
+    font = ImageFont.load_default(size=max(12, w // 9))
+    head, side = 2 * font.size, max(int(font.getlength(name)) for name in row_names) + font.size
+    out = Image.new("RGB", (side + w * len(columns), head + h * len(rows)), "white")
+    on = ImageDraw.Draw(out)
+    for c, name in enumerate(columns):
+        on.text((side + w * (c + 0.5), head / 2), name, fill="black", font=font, anchor="mm")
+    for r, (pictures, name) in enumerate(zip(rows, row_names)):
+        on.text((side / 2, head + h * (r + 0.5)), name, fill="black", font=font, anchor="mm")
+        for c, picture in enumerate(pictures):
+            out.paste(picture, (side + w * c, head + h * r))
+    return out
+
+
+def save(picture: Image.Image, path: Path, **options):
+    """Write a picture under a temporary name, then rename it. The kind is its ending's; options are Pillow's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    picture.save(temporary, format=path.suffix[1:].upper(), **options)
+    os.replace(temporary, path)
+
+
+def save_gif(frames: list[Image.Image], path: Path, milliseconds: int = 250):
+    """Frames of one size, again and again."""
+    colours = [frame.quantize(128) for frame in frames]
+    save(colours[0], path, save_all=True, append_images=colours[1:], duration=milliseconds, loop=0)

@@ -1,0 +1,118 @@
+"""Many sliders at once, and one seed at many scales: the same pictures as one at a time, for less."""
+
+import numpy as np
+import pytest
+import torch
+
+import lora
+import sampler
+import slider
+from test_lora import trained_slider
+
+
+@pytest.fixture
+def several(model):
+    """Four sliders of different ranks and layer sets. The last two's ranks add up to too much for narrow layers."""
+    return [trained_slider(model.unet, i, rank=r, layers=layers).requires_grad_(False)
+            for i, (r, layers) in enumerate([(2, "attn"), (4, "noxattn"), (9, "all"), (20, "xattn")])]
+
+
+def test_composed_sliders_are_each_ones_hooks_together(model, inputs, several):
+    """One change for all against one hook for each, and the untouched weights back in place, the very tensors."""
+    unet, scales = model.unet, [1.5, -0.7, 0.4, -1.0]
+    weights = {n: p for n, p in unet.named_parameters()}
+    with torch.no_grad():
+        untouched = unet(*inputs)
+        for s, scale in zip(several, scales):
+            s.attach(unet).scale = scale
+        expected = unet(*inputs)
+        for s in several:
+            s.detach()
+            s.scale = 0.0
+        composed = lora.Composed(unet, list(zip(several, scales)))
+        assert composed.handles and composed.changed  # this model and these ranks take both forms
+        assert torch.equal(unet(*inputs), untouched)
+        composed.scale = 1.0
+        assert torch.allclose(unet(*inputs), expected, atol=1e-4) and not torch.allclose(expected, untouched, atol=1e-2)
+        composed.detach()
+        assert torch.equal(unet(*inputs), untouched)
+    assert all(p is weights[n] for n, p in unet.named_parameters())
+
+
+def test_hung_sliders_leave_when_sampling_fails(model, inputs, several):
+    with pytest.raises(ZeroDivisionError), lora.hung(model.unet, [(several[0], 1.0, 0.3), (several[1], 2.0, 0.3), (several[2], 1.0, 0.5)]) as on:
+        assert len(on) == 2 and {start for _, _, start in on} == {0.3, 0.5}  # the first two as one
+        1 / 0
+    assert not any(m._forward_hooks for m in model.unet.modules())
+
+
+def latents_of(model, monkeypatch):
+    """Make model.pictures hand out the latents themselves."""
+    monkeypatch.setattr(type(model), "pictures", lambda self, x_0: list(x_0))
+
+
+def test_a_sweep_is_the_separate_runs_for_less(model, several, monkeypatch):
+    """A 7-scale sweep with the start at 0.4 against seven runs: the same latents, at most 0.75 of the network evaluations."""
+    latents_of(model, monkeypatch)
+    moving, fixed = several[1], several[0]
+    counted = []
+    hook = model.unet.register_forward_pre_hook(lambda _, args: counted.append(len(args[0])))
+    settings = dict(steps=10, start=0.4)
+    scales = [-3, -2, -1, 0, 1, 2, 3]
+    columns = [[(moving, float(s)), (fixed, 0.5)] for s in scales]
+    together = slider.sweep(model, "a photo of a person", [3, 4], columns, **settings)
+    cost, counted[:] = sum(counted), []
+    apart = [slider.generate(model, "a photo of a person", [3, 4], column, **settings) for column in columns]
+    assert cost <= 0.75 * sum(counted)
+    hook.remove()
+    for a, b in zip(together, apart):
+        assert all(torch.allclose(x, y, atol=1e-3) for x, y in zip(a, b))
+    assert not torch.allclose(together[0][0], together[6][0], atol=0.1)
+
+
+def test_scale_0_in_a_sweep_is_the_untouched_model_bit_for_bit(model, several, monkeypatch):
+    latents_of(model, monkeypatch)
+    columns = [[(several[1], s)] for s in (-1.0, 0.0, 1.0)]
+    swept = slider.sweep(model, "a photo of a person", [1, 2], columns, steps=4)
+    assert all(map(torch.equal, swept[1], slider.generate(model, "a photo of a person", [1, 2], steps=4)))
+
+
+def test_every_slider_has_its_own_start(model, several, monkeypatch):
+    """A slider that starts at 0.8 leaves the x_t before that as they were with the other slider alone."""
+    seen = []
+    x_T, cond = sampler.noise([0], (4, 16, 16)), model.condition(["a photo of a person"])
+    for sliders in ([(several[1], 1.0)], [(several[1], 1.0), (several[2], 1.0, 0.8)]):
+        states = []
+        sampler.sample(model.unet, x_T, cond, alpha_bar=model.alpha_bar, steps=10, guidance=1.0, sliders=sliders, start=0.3,
+                       on_step=lambda i, t, x_t, eps: states.append((t, x_t)))
+        seen.append(states)
+    same = {t: torch.allclose(a, b, atol=1e-5) for (t, a), (_, b) in zip(*seen)}
+    assert same == {t: t > 0.2 * 1000 - 100 for t in same}  # x_t of the step after the first below t_on = 200 differs
+
+
+def test_eq_8_at_sampling_time_is_what_it_says(model):
+    """One step of --guide against the four predictions made one by one, and a slider that made just that change."""
+    cond, uncond = model.condition(["a photo of a person"]), model.condition([""])
+    ends = model.condition(["old person, with glasses", "old person", "young person, with glasses", "young person"])
+    x_t = sampler.noise([5], (4, 16, 16))
+    with torch.no_grad():
+        eps = lambda c: model.unet(x_t, torch.tensor([500]), *c)
+        one = [eps(tuple(e[i:i + 1] for e in ends)) for i in range(4)]
+        plain = eps(uncond) + 4.0 * (eps(cond) - eps(uncond))
+        expected = plain + 0.7 * (one[0] + one[1] - one[2] - one[3]) / 2
+        ours = sampler.guided_eps(model.unet, x_t, 500, cond, uncond, 4.0, ends, torch.tensor([0.7]))
+        assert torch.allclose(ours, expected, atol=1e-4) and not torch.allclose(ours, plain, atol=1e-2)
+
+
+def test_scales_over_the_useful_range(model, several):
+    import json
+    one, other = several[:2]
+    assert slider.useful_scales([one]) == [-3, -2, -1, 0, 1, 2, 3]
+    one.metadata = {"probe": json.dumps({"range": [-1.5, 6.0], "scales": [-2, -1, 0, 1, 4, 8], "change": [-5, -1, 0, 1, 2, 10]})}
+    other.metadata = {"probe": json.dumps({"range": [-6.0, 3.0], "scales": [-6, 0, 3], "change": [-1, 0, 1]})}
+    assert np.allclose(slider.useful_scales([one]), [-1.5, -1, -0.5, 0, 2, 4, 6])
+    assert np.allclose(slider.useful_scales([one, other]), [-1.5, -1, -0.5, 0, 1, 2, 3])
+    # From -1.5 (change -3) to 0 in three even steps of change, and from 0 to 6 (change 6): read off the broken line by hand.
+    assert np.allclose(slider.useful_scales([one], even=True), [-1.5, -1.25, -1, 0, 4, 5, 6])
+    with pytest.raises(ValueError, match="--probe"):
+        slider.useful_scales([several[3]], even=True)

@@ -1,0 +1,121 @@
+"""Train a visual slider from pictures:  python train_pairs.py --neg small_eyes/ --pos big_eyes/ --prompt "a photo of a person"
+
+For what words do not say well: pairs of pictures, matched by file name, that differ in one thing only. With A a picture
+of the negative and B of the positive folder, theta the frozen model and alpha Delta W the slider at scale alpha,
+
+    L  =  || eps_{theta, -alpha Delta W}(x_t^A, t) - eps ||^2  +  || eps_{theta, +alpha Delta W}(x_t^B, t) - eps ||^2
+
+with the same noise eps and noise level t for A and B (the paper's loss for image pairs; --target noise). Most of that eps
+is nothing that the slider could or should learn: the model's error in denoising just these pictures, which is there at
+scale 0 as well. The default takes instead what the frozen model's own predictions for A and B have in common,
+
+    eps_bar  =  ( eps_theta(x_t^A, t) + eps_theta(x_t^B, t) ) / 2
+
+for eps on both sides: then only the difference between A and B is left to learn. (To first order, the slider that
+minimises the one loss minimises the other: see `shared_prediction`.) More than two folders, at scales of their own, are
+given by --at; eps_bar is then what a straight line through the predictions says at scale 0.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import cli
+import pictures
+import sampler
+import student
+import training
+
+
+def shared_prediction(eps_0, scales):
+    """eps_bar: the least-squares line over `scales` (k,) through predictions eps_0 (n, k, 4, h, w), at 0: (n, 1, 4, h, w).
+
+    Why: near scale 0 a slider's effect is s * D(x_t), and D(x_t^A) is nearly D(x_t^B). The paper's loss is then smallest
+    where s * D fits eps - eps_0 over the scales s, and whatever of that is the same at every s, as eps is, drops out for
+    scales that sum to 0: the same D fits eps_bar - eps_0. But eps_bar leaves D nothing else to be tempted by.
+    """
+    off = scales - scales.mean()
+    weights = 1 / len(scales) - scales.mean() * off / off.square().sum()  # (k,): sum to 1, and weights . scales = 0
+    return (weights.view(1, -1, 1, 1, 1) * eps_0.float()).sum(1, keepdim=True)
+
+
+@torch.no_grad()
+def collect(model, latents, scales, cond, *, noises: int, seed: int, batch: int, target: str = "shared") -> student.Targets:
+    """The teacher. Noises each pair's latents (n, k, 4, h, w) `noises` times, at levels spread over the whole schedule,
+    alike within a pair, and notes what the frozen model predicts. Returns student.Targets of n * noises groups.
+
+    scales: (k,). cond: one row. target: "shared" for eps_bar, "noise" for eps, as the paper has it.
+    """
+    n, k, T = *latents.shape[:2], len(model.alpha_bar)
+    offsets = torch.rand(n, generator=torch.Generator().manual_seed(seed))
+    t = (((torch.arange(noises) + offsets[:, None]) / noises) * T).long().flatten().to(model.device)  # (n * noises,)
+    eps = sampler.noise(range(seed * 100_000, seed * 100_000 + n * noises), latents.shape[2:], model.device, model.dtype)
+    rows = torch.arange(n, device=model.device).repeat_interleave(noises)
+    x_t = sampler.add_noise(latents[rows].flatten(0, 1), eps.repeat_interleave(k, 0), t.repeat_interleave(k), model.alpha_bar)
+    parts = []
+    for part in tqdm(torch.arange(len(x_t), device=model.device).split(batch), unit="batch", desc="teacher"):
+        parts.append(model.unet(x_t[part], t[part // k], *(c.expand(len(part), *c.shape[1:]) for c in cond)))
+    x_t, eps_0 = x_t.unflatten(0, (-1, k)), torch.cat(parts).unflatten(0, (-1, k))  # (n * noises, k, 4, h, w)
+    goal = eps[:, None].float() if target == "noise" else shared_prediction(eps_0, scales)
+    return student.Targets(scales, x_t, t, torch.zeros_like(t), eps_0, goal.expand(x_t.shape), cond)
+
+
+def folders(args) -> tuple[list[float], list[Path]]:
+    """The scales and folders that --neg, --pos and --at name, in the order of the scales. ValueError unless they can be fitted."""
+    given = [(float(scale), Path(folder)) for scale, folder in args.at]
+    given += [(scale, Path(folder)) for scale, folder in ((-1.0, args.neg), (1.0, args.pos)) if folder]
+    scales = [scale for scale, _ in given]
+    if len(given) < 2 or len(set(scales)) < len(scales):
+        raise ValueError("two folders at least, each at a scale of its own, are needed: --neg DIR --pos DIR, or --at SCALE DIR for each")
+    given.sort()
+    return [scale for scale, _ in given], [folder for _, folder in given]
+
+
+def parse_args():
+    p = cli.parser(__doc__)
+    p.add_argument("--neg", metavar="DIR", help="pictures of the slider's negative end (scale -1)")
+    p.add_argument("--pos", metavar="DIR", help="pictures of its positive end (scale 1), of the same names")
+    p.add_argument("--at", nargs=2, action="append", default=[], metavar=("SCALE", "DIR"), help="pictures at another strength; may be repeated")
+    p.add_argument("--prompt", default="", help="what the pictures show (default: nothing, the empty prompt)")
+    p.add_argument("--target", choices=["shared", "noise"], default="shared", help="what both ends are taught to predict (default: %(default)s)")
+    p.add_argument("--noises", type=int, default=16, help="noisings of each pair (default: %(default)s)")
+    training.add_options(p, steps="200; for a UNet of SDXL's size 500", batch="4; for a UNet of SDXL's size 1", lr="2e-4")
+    return p.parse_args()
+
+
+def recipe(unet) -> dict:
+    """Defaults: for a small UNet what was measured to work on the miniature, for one of SDXL's size the published recipe."""
+    widest = max(unet.config["block_out_channels"])
+    return dict(lr=0.256 / widest) | (dict(batch=4, steps=200) if widest < 640 else dict(batch=1, steps=500))
+
+
+def main():
+    args = parse_args()
+    training.check_above_0(args, "noises", *training.NUMBERS)
+    scales, where = folders(args)
+    groups = pictures.matched(where)
+    cli.check_output(args.out)
+    started = time.time()
+    model = cli.load_model(args)
+    size, slider = training.start(args, model, recipe(model.unet))
+
+    print(f"{len(groups)} {'pairs' if len(scales) == 2 else f'groups of {len(scales)}'}: " + ", ".join(f"{f} at {s:+g}" for s, f in zip(scales, where)))
+    latents = torch.stack([model.latents(pictures.read_matched(files, size[0])) for files in groups])  # (n, k, 4, h, w)
+    cond, uncond = model.condition([args.prompt], size), model.condition([""], size)
+    model.release(vae=not args.preview)
+    aside = len(groups) // 8  # pairs the slider never sees, for the meter; of very few, only noises that it never sees
+    seen, unseen = latents[aside:], latents[:aside] if aside else latents
+    teach = lambda latents, seed, noises, target: collect(model, latents, torch.tensor(scales, device=model.device), cond, noises=noises,
+                                                          seed=seed, batch=8 * args.batch, target=target)
+    train = teach(seen, 2 * args.seed + 1, args.noises, args.target)
+    held_out = teach(unseen, 2 * args.seed + 2, max(1, -(-32 // len(unseen))), "shared")
+    difference = (held_out.wanted.norm() / held_out.eps_0.float().norm()).item()
+    about = {"kind": "visual slider", "settings": vars(args) | {"size": size[0], "pairs": len(groups)}}
+    training.finish(args, model, slider, train, held_out, difference, about, cond, uncond, started)
+
+
+if __name__ == "__main__":
+    cli.run(main)
