@@ -31,11 +31,12 @@ def parser(description: str) -> argparse.ArgumentParser:
                    help="LoRA to merge into the model first (weight 1 if none is given); may be repeated")
     p.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: the best there is")
     p.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere")
+    p.add_argument("--text-on-cpu", action="store_true", help="keep the text encoders off the GPU: 1.5 GiB less for SDXL")
     return p
 
 
 def load_model(args, vae: bool = True) -> SDXL:
-    model = SDXL.load(args.model, device=args.device, dtype=DTYPES.get(args.dtype), base=args.base, vae=vae)
+    model = SDXL.load(args.model, device=args.device, dtype=DTYPES.get(args.dtype), base=args.base, vae=vae, text_on_cpu=args.text_on_cpu)
     for path, weight in args.merge:
         lora.load(path, model.unet).merge(model.unet, 1.0 if weight is None else weight)
     return model

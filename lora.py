@@ -199,13 +199,13 @@ def hung(unet: nn.Module, sliders):
 
     Yields what to switch: triples (slider, scale, start) again, those with a number as scale and the same start in one.
     """
-    alike, switches = {}, []
+    alike, switches, attached = {}, [], []
     for slider, scale, start in sliders:
+        slider.scale = 0.0
         if torch.is_tensor(scale):
             switches.append((slider, scale, start))
         elif scale:
             alike.setdefault(start, []).append((slider, scale))
-    attached = []
     try:
         for start, pairs in alike.items():
             if len(pairs) > 1:

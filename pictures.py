@@ -73,6 +73,10 @@ def read_matched(files: list[Path], side: int) -> list[Image.Image]:
     return [square(picture, side) for picture in read_in]
 
 
+def label(scale: float) -> str:
+    return f"{scale:+.3g}" if scale else "0"
+
+
 def sheet(rows: list[list[Image.Image]], columns: list[str], row_names: list[str]) -> Image.Image:
     """A sheet of rows of pictures, with a label above each column and beside each row."""
     w, h = rows[0][0].size

@@ -38,13 +38,15 @@ class SDXL:
     """unet, vae, two text encoders with their tokenizers, and the noise schedule alpha_bar (T,)."""
 
     @classmethod
-    def load(cls, path_or_id=MINIATURE, device: str | None = None, dtype: torch.dtype | None = None, base=None, vae: bool = True) -> "SDXL":
+    def load(cls, path_or_id=MINIATURE, device: str | None = None, dtype: torch.dtype | None = None, base=None, vae: bool = True,
+             text_on_cpu: bool = False) -> "SDXL":
         """Load a model folder, one .safetensors file, or a Hub id ("owner/name", downloaded on first use).
 
         device: "cpu", "cuda", "mps"; None chooses the best there is. dtype: of UNet and text encoders; None is
         float32 on a CPU, bfloat16 elsewhere. The VAE stays in float32 where its config says `force_upcast`, as
         SDXL's does: it overflows in half precision. base: the folder that lends a single file its tokenizers (weights.py).
-        vae=False leaves the VAE out, for training on prompts alone.
+        vae=False leaves the VAE out, for training on prompts alone. text_on_cpu keeps the text encoders off the device:
+        they are needed for a moment, and SDXL's take 1.5 GiB.
         Raises ValueError with one line that names what is wrong.
         """
         self = cls()
@@ -56,13 +58,14 @@ class SDXL:
         self.zeros_for_empty = configs["model_index"].get("force_zeros_for_empty_prompt", True)
         self.alpha_bar = sampler.make_alpha_bar(configs["scheduler"])
 
-        load = lambda pour, kind, part, dtype=self.dtype: pour(kind, configs[part], files.where[part], self.device, dtype, part)
+        load = lambda pour, kind, part, dtype=self.dtype, device=self.device: pour(kind, configs[part], files.where[part], device, dtype, part)
         try:
             self.tokenizers = [CLIPTokenizer.from_pretrained(folder, local_files_only=True) for folder in files.tokenizers]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{files.tokenizers[0].parent}: the tokenizers cannot be read: {str(error).splitlines()[0]}") from None
-        self.text_encoders = [load(weights.pour_text_encoder, CLIPTextModel, "text_encoder"),
-                              load(weights.pour_text_encoder, CLIPTextModelWithProjection, "text_encoder_2")]
+        text_device = torch.device("cpu") if text_on_cpu else self.device
+        self.text_encoders = [load(weights.pour_text_encoder, kind, part, device=text_device) for kind, part in
+                              ((CLIPTextModel, "text_encoder"), (CLIPTextModelWithProjection, "text_encoder_2"))]
         vae_dtype = torch.float32 if configs["vae"].get("force_upcast", True) else self.dtype
         self.vae = load(weights.pour, VAE, "vae", vae_dtype) if vae else None
         self.unet = load(weights.pour, UNet, "unet")
@@ -85,10 +88,10 @@ class SDXL:
         hidden = []
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders):
             ids = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
-                            return_tensors="pt").input_ids.to(self.device)  # (B, 77)
+                            return_tensors="pt").input_ids.to(encoder.device)  # (B, 77)
             out = encoder(ids, output_hidden_states=True)
             hidden.append(out.hidden_states[-2])  # (B, 77, d): before the last layer, no final layer norm
-        context, pooled = torch.cat(hidden, -1), out.text_embeds  # (B, 77, d1 + d2), (B, p)
+        context, pooled = torch.cat(hidden, -1).to(self.device), out.text_embeds.to(self.device)  # (B, 77, d1 + d2), (B, p)
         if self.zeros_for_empty:
             keep = torch.tensor([bool(p) for p in prompts], device=self.device)
             context, pooled = context * keep[:, None, None], pooled * keep[:, None]

@@ -91,10 +91,6 @@ def useful_scales(sliders, even: bool = False) -> list[float]:
     return np.interp([*np.linspace(first, 0, 4), *np.linspace(0, last, 4)[1:]], change, scales).round(2).tolist()
 
 
-def label(scale: float) -> str:
-    return f"{scale:+.3g}" if scale else "0"
-
-
 # ------------------------------------------------------------------------------------------------ command line
 
 def parse_args():
@@ -166,7 +162,7 @@ def main():
         settings |= dict(ends=ends, etas=[scale * eta for scale in scales])
     drawn = sweep(model, args.prompt, args.seeds, columns, **settings)  # for each column, a picture for each seed
 
-    names = [label(s) for s in scales]
+    names = [pictures.label(s) for s in scales]
     if args.grid:
         write_grids(out, args.seeds, drawn, names)
     else:

@@ -111,17 +111,18 @@ def meter(unet, slider, held_out: Targets, batch: int) -> dict:
             "plus": share(plus), "minus": share(~plus)}
 
 
-def verdict(reading: dict, difference: float) -> list[str]:
-    """Plain words about the final meter. difference: |wanted| / |eps|, how much the teacher itself sees between the ends."""
+def verdict(reading: dict, difference: float, enough: tuple[float, float] = (0.25, 0.5)) -> list[str]:
+    """Plain words about the final meter. difference: |wanted| / |eps|, how much the teacher itself sees between the ends.
+    enough: the share and the cosine below which a slider of this kind is no good."""
     lines = [f"The slider makes {reading['share']:.0%} of the teacher's change on unseen x_t (cosine {reading['cosine']:.2f}; "
              f"positive end {reading['plus']:.0%}, negative end {reading['minus']:.0%})."]
     if difference < 0.02:
         lines.append(f"WARNING: the model itself hardly tells the two ends apart ({difference:.1%} of its prediction): "
                      "a clearer difference between them, or a higher --eta, may help.")
-    if reading["share"] < 0.25:
+    if reading["share"] < enough[0]:
         lines.append("WARNING: it learned next to nothing. Try more --steps, or a higher --lr.")
-    elif reading["cosine"] < 0.5:
-        lines.append("WARNING: most of what it does is something else. Try a lower --lr, more --trajectories, or a higher --rank.")
+    elif reading["cosine"] < enough[1]:
+        lines.append("WARNING: most of what it does is something else. Try a lower --lr, more x_t, or a higher --rank.")
     else:
-        lines.append("It works: try scales -3 to 3.")
+        lines.append("It works.")
     return lines

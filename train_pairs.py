@@ -16,7 +16,6 @@ minimises the one loss minimises the other: see `shared_prediction`.) More than 
 given by --at; eps_bar is then what a straight line through the predictions says at scale 0.
 """
 
-import argparse
 import time
 from pathlib import Path
 
@@ -65,7 +64,10 @@ def collect(model, latents, scales, cond, *, noises: int, seed: int, batch: int,
 
 def folders(args) -> tuple[list[float], list[Path]]:
     """The scales and folders that --neg, --pos and --at name, in the order of the scales. ValueError unless they can be fitted."""
-    given = [(float(scale), Path(folder)) for scale, folder in args.at]
+    try:
+        given = [(float(scale), Path(folder)) for scale, folder in args.at]
+    except ValueError:
+        raise ValueError(f"--at wants a number and a folder, not {' '.join(args.at[0])!r}") from None
     given += [(scale, Path(folder)) for scale, folder in ((-1.0, args.neg), (1.0, args.pos)) if folder]
     scales = [scale for scale, _ in given]
     if len(given) < 2 or len(set(scales)) < len(scales):
@@ -81,7 +83,7 @@ def parse_args():
     p.add_argument("--at", nargs=2, action="append", default=[], metavar=("SCALE", "DIR"), help="pictures at another strength; may be repeated")
     p.add_argument("--prompt", default="", help="what the pictures show (default: nothing, the empty prompt)")
     p.add_argument("--target", choices=["shared", "noise"], default="shared", help="what both ends are taught to predict (default: %(default)s)")
-    p.add_argument("--noises", type=int, default=16, help="noisings of each pair (default: %(default)s)")
+    p.add_argument("--noises", type=int, default=32, help="noisings of each pair (default: %(default)s)")
     training.add_options(p, steps="200; for a UNet of SDXL's size 500", batch="4; for a UNet of SDXL's size 1", lr="2e-4")
     return p.parse_args()
 
@@ -114,7 +116,8 @@ def main():
     held_out = teach(unseen, 2 * args.seed + 2, max(1, -(-32 // len(unseen))), "shared")
     difference = (held_out.wanted.norm() / held_out.eps_0.float().norm()).item()
     about = {"kind": "visual slider", "settings": vars(args) | {"size": size[0], "pairs": len(groups)}}
-    training.finish(args, model, slider, train, held_out, difference, about, cond, uncond, started)
+    # Of what the model sees in a pair, a good part is its own and not the concept's: 30%, cosine 0.5 is a good slider on the miniature.
+    training.finish(args, model, slider, train, held_out, difference, about, cond, uncond, started, enough=(0.12, 0.4))
 
 
 if __name__ == "__main__":

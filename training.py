@@ -3,7 +3,9 @@
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
 import cli
 import lora
@@ -11,6 +13,8 @@ import pictures
 import sampler
 import student
 
+PROBED = (-8.0, -4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 8.0)  # scales that a new slider is tried at
+SURPRISE = 1.5  # a picture that the frozen model finds so much harder to denoise is breaking down: measured on the miniature
 NUMBERS = ("rank", "alpha", "steps", "batch", "lr")  # options that must be above 0
 PREVIEW_SCALES, PREVIEW_SEEDS = [-2.0, 0.0, 2.0], [0, 1, 2, 3]
 
@@ -28,6 +32,7 @@ def add_options(p, steps: str, batch: str, lr: str):
     p.add_argument("--checkpointing", action="store_true", help="less memory, more time: compute parts of the UNet again on the way back")
     p.add_argument("--preview", type=int, default=0, metavar="STEPS",
                    help="draw a strip beside the slider file, its name with .png, every so many steps (default: never)")
+    p.add_argument("--probe", type=int, default=4, metavar="SEEDS", help="pictures to find the useful range of scales with; 0: leave it out (default: %(default)s)")
     p.add_argument("--size", type=int, help="pixels (default: the model's own, at most 512)")
     p.add_argument("--seed", type=int, default=0)
 
@@ -36,8 +41,9 @@ def check_above_0(args, *names):
     for name in names:
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
-    if args.preview < 0:
-        raise ValueError(f"--preview must be 0 or more, not {args.preview}")
+    for name in ("preview", "probe"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name} must be 0 or more, not {getattr(args, name)}")
 
 
 def start(args, model, recipe: dict) -> tuple[tuple[int, int], lora.Slider]:
@@ -52,10 +58,11 @@ def start(args, model, recipe: dict) -> tuple[tuple[int, int], lora.Slider]:
     return size, slider.to(model.device)
 
 
-def finish(args, model, slider, train, held_out, difference: float, about: dict, cond, uncond, started: float):
+def finish(args, model, slider, train, held_out, difference: float, about: dict, cond, uncond, started: float,
+           enough=(0.25, 0.5)):
     """Fit the slider to what the teacher collected, write its file, and say in plain words what came out.
 
-    difference: as in student.verdict. about: what else the file's metadata says. cond, uncond: what previews show.
+    difference, enough: as in student.verdict. about: what else the file's metadata says. cond, uncond: what previews show.
     """
     slider.attach(model.unet)
     path = Path(args.out)
@@ -66,12 +73,65 @@ def finish(args, model, slider, train, held_out, difference: float, about: dict,
 
     reading = student.fit(model.unet, slider, train, held_out, steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed,
                           meter_every=args.preview or 25, on_meter=preview)
-    lora.save(path, slider, about | {"meter": reading, "difference": difference, "model": model.name,
-                                     "seconds": round(time.time() - started, 1)})
-    print(*student.verdict(reading, difference), sep="\n")
+    about = about | {"meter": reading, "difference": difference, "model": model.name}
+    lora.save(path, slider, about | {"seconds": round(time.time() - started, 1)})  # what comes now may take a while
+    print(*student.verdict(reading, difference, enough), sep="\n")
+    if args.probe:
+        found = probe(model, slider, cond, uncond, train.x_t.shape[2:], args.probe)
+        lora.save(path, slider, about | {"probe": found, "seconds": round(time.time() - started, 1)})
+        print(f"Useful from scale {found['range'][0]:+.1f} to {found['range'][1]:+.1f}: beyond, pictures break down or stay as they are.")
     print(f"{path}: written, {path.stat().st_size / 1e6:.2f} MB, after {time.time() - started:.0f} s")
     if args.preview:
         print(f"{path.with_suffix('.png')}: rows are seeds, columns scales")
+
+
+@torch.no_grad()
+def probe(model, slider, cond, uncond, shape, seeds: int, steps: int = 20) -> dict:
+    """Where the slider is useful: draws `seeds` pictures at the scales PROBED and looks at their latents.
+
+    change:   the way a picture has gone at each scale, starting from scale 0 (negative below): the root mean square
+              distances of the latents from scale to scale, added up. What slider.py --even spaces evenly.
+    surprise: how badly the frozen model denoises the picture, as a multiple of scale 0's: || eps_theta(x_t) - eps ||^2 at
+              a few low t, the same noise for all scales. It is a bound on the picture's likelihood (Ho et al. 2020), and
+              it rises where pictures break down, whatever the attribute.
+    range:    the scales where surprise reaches SURPRISE, or where a unit of scale changes a tenth of what the first does.
+    """
+    x_T, start = sampler.noise(range(seeds), shape, model.device, model.dtype), 0.3
+    expand = lambda c, n: tuple(part[:1].expand(n, *part.shape[1:]) for part in c)
+    walk = lambda x, **more: sampler.sample(model.unet, x, expand(cond, len(x)), expand(uncond, len(x)), alpha_bar=model.alpha_bar,
+                                            steps=steps, start=start, **more)
+    before = sampler.steps_before(start, steps, len(model.alpha_bar))
+    shared = walk(x_T, stop=before)
+    eps = sampler.noise(range(seeds, 2 * seeds), shape, model.device, model.dtype)
+    pictures_at, surprise = [], []
+    for scale in tqdm(PROBED, unit="scale", desc="probe"):
+        x_0 = walk(shared, skip=before, sliders=[(slider, scale)])
+        errors = 0.0
+        for t in (100, 200, 300):
+            t = torch.full((seeds,), t, device=model.device)
+            found = model.unet(sampler.add_noise(x_0, eps, t, model.alpha_bar), t, *expand(cond, seeds))
+            errors += (found.float() - eps.float()).square().mean().item()
+        pictures_at.append(x_0.float())
+        surprise.append(errors)
+    zero = PROBED.index(0.0)
+    surprise = [s / surprise[zero] for s in surprise]
+    moves = [(b - a).square().mean((1, 2, 3)).sqrt().mean().item() for a, b in zip(pictures_at, pictures_at[1:])]
+    change = np.cumsum([0.0] + moves)
+    change = (change - change[zero]).tolist()
+    low, high = useful_end(PROBED[zero::-1], surprise[zero::-1], change[zero::-1]), useful_end(PROBED[zero:], surprise[zero:], change[zero:])
+    return {"range": [low, high], "scales": list(PROBED), "change": change, "surprise": surprise}
+
+
+def useful_end(scales, surprise, change) -> float:
+    """How far from scales[0] = 0 one side is useful; the three lists go outwards. Between two scales on a straight line."""
+    first = abs(change[1]) / abs(scales[1])
+    for i in range(1, len(scales)):
+        if not surprise[i] < SURPRISE:  # NaN too
+            part = (SURPRISE - surprise[i - 1]) / (surprise[i] - surprise[i - 1]) if surprise[i] < float("inf") else 0.0
+            return round(scales[i - 1] + part * (scales[i] - scales[i - 1]), 2)
+        if abs(change[i] - change[i - 1]) / abs(scales[i] - scales[i - 1]) < first / 10:
+            return scales[i - 1]
+    return scales[-1]
 
 
 def strip(model, slider, cond, uncond, shape):
@@ -82,4 +142,4 @@ def strip(model, slider, cond, uncond, shape):
         x_T = sampler.noise(PREVIEW_SEEDS, shape, model.device, model.dtype)
         columns.append(model.pictures(sampler.sample(model.unet, x_T, repeat(cond), repeat(uncond), alpha_bar=model.alpha_bar,
                                                      sliders=[(slider, scale)])))
-    return pictures.sheet([list(row) for row in zip(*columns)], [f"{s:+g}" for s in PREVIEW_SCALES], [str(s) for s in PREVIEW_SEEDS])
+    return pictures.sheet([list(row) for row in zip(*columns)], [pictures.label(s) for s in PREVIEW_SCALES], [str(s) for s in PREVIEW_SEEDS])

@@ -1,7 +1,8 @@
-"""One optimiser step of a rank-4 text slider on full-size SDXL, ours against diffusers + peft:  python -m bench.full_size
+"""Full-size SDXL with random weights: time and memory.  python -m bench.full_size
 
-Random weights in bfloat16, batch 1, 512 pixels, the layers that train_text.py changes by default. Each measurement is a
-process of its own, so that its peak resident memory is its own; the two take turns. Prints a table of medians.
+First one optimiser step of a rank-4 text slider, ours against diffusers + peft: bfloat16, batch 1, 512 pixels, the layers
+that train_text.py changes by default; the two take turns, medians. Then the peaks of what else a GPU has to hold. Each
+measurement is a process of its own, so that its peak resident memory is its own.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import torch
 
 import lora
 from sdxl_unet import UNet
+from sdxl_vae import VAE
 from single_file import SDXL
 
 CONFIG = SDXL["unet"]
@@ -46,10 +48,11 @@ def peak_memory() -> int:
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
-def inputs(dtype=torch.bfloat16, side=64):
+def inputs(dtype=torch.bfloat16, side=64, n=1):
     g = torch.Generator().manual_seed(1)
-    draw = lambda *shape: torch.randn(*shape, generator=g).to(dtype)
-    return draw(1, 4, side, side), torch.tensor([500]), draw(1, 77, 2048), draw(1, 1280), torch.tensor([[8.0 * side, 8 * side, 0, 0, 8 * side, 8 * side]], dtype=dtype)
+    draw = lambda *shape: torch.randn(n, *shape, generator=g).to(dtype)
+    time_ids = torch.tensor([[8.0 * side, 8 * side, 0, 0, 8 * side, 8 * side]] * n, dtype=dtype)
+    return draw(4, side, side), torch.tensor([500] * n), draw(77, 2048), draw(1280), time_ids
 
 
 def ours(checkpointing):
@@ -91,13 +94,51 @@ def measure(who, checkpointing, steps):
     print(json.dumps({"seconds": seconds[1:], "GiB": peak_memory() / 2**30}))
 
 
+@torch.no_grad()
+def evaluate(side, n):
+    """The frozen UNet on n samples at once, `side` latents wide."""
+    unet = empty(UNet)
+    before, started = peak_memory(), time.time()
+    unet(*inputs(side=side, n=n))
+    print(json.dumps({"seconds": [time.time() - started], "GiB": peak_memory() / 2**30, "start": before / 2**30}))
+
+
+@torch.no_grad()
+def decode(tile):
+    """The VAE, float32, decoding 1024 pixels in tiles of `tile` latents."""
+    torch.manual_seed(0)
+    vae = VAE(SDXL["vae"]).eval()
+    vae.tile = tile
+    before, started = peak_memory(), time.time()
+    vae.decode(torch.randn(1, 4, 128, 128))
+    print(json.dumps({"seconds": [time.time() - started], "GiB": peak_memory() / 2**30, "start": before / 2**30}))
+
+
+OTHERS = {"teacher": ("UNet, 8 samples of 512 pixels (collecting at batch 1)", lambda: evaluate(64, 8)),
+          "one": ("UNet, 1 sample of 512 pixels", lambda: evaluate(64, 1)),
+          "draw": ("UNet, 2 samples of 1024 pixels (drawing, with guidance)", lambda: evaluate(128, 2)),
+          "decode": ("VAE, 1024 pixels whole", lambda: decode(128)),
+          "tiles": ("VAE, 1024 pixels in tiles of 512", lambda: decode(64))}
+
+
+def alone(only, *more):
+    """Run one measurement in a process of its own."""
+    command = [sys.executable, "-m", "bench.full_size", "--only", only, *more]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--only", choices=["ours", "diffusers"], help=argparse.SUPPRESS)
+    p.add_argument("--only", choices=["ours", "diffusers", *OTHERS], help=argparse.SUPPRESS)
     p.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
     p.add_argument("--steps", type=int, default=3, help="in each process, after a warm-up (default: %(default)s)")
     p.add_argument("--rounds", type=int, default=2, help="processes of each kind, alternating (default: %(default)s)")
     args = p.parse_args()
+    if args.only in OTHERS:
+        return OTHERS[args.only][1]()
     if args.only:
         return measure(args.only, args.checkpointing, args.steps)
     print("| checkpointing | who | s/step (median, range) | peak GiB |\n|---|---|---|---|")
@@ -105,16 +146,16 @@ def main():
         seconds, memory = {}, {}
         for _ in range(args.rounds):
             for who in ("ours", "diffusers"):
-                command = [sys.executable, "-m", "bench.full_size", "--only", who, "--steps", str(args.steps)] + ["--checkpointing"] * checkpointing
-                done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-                if done.returncode:
-                    sys.exit(done.stderr)
-                result = json.loads(done.stdout.splitlines()[-1])
+                result = alone(who, "--steps", str(args.steps), *["--checkpointing"] * checkpointing)
                 seconds.setdefault(who, []).extend(result["seconds"])
                 memory[who] = max(memory.get(who, 0), result["GiB"])
         for who, s in seconds.items():
             print(f"| {'yes' if checkpointing else 'no'} | {who} | {statistics.median(s):.2f} ({min(s):.2f} to {max(s):.2f}) | {memory[who]:.2f} |", flush=True)
         print(f"ratio of medians, ours to diffusers: {statistics.median(seconds['ours']) / statistics.median(seconds['diffusers']):.2f}\n")
+    print("| evaluation, no gradients | s | peak GiB | of it before (weights, Python) |\n|---|---|---|---|")
+    for name, (what, _) in OTHERS.items():
+        result = alone(name)
+        print(f"| {what} | {result['seconds'][0]:.1f} | {result['GiB']:.2f} | {result['start']:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

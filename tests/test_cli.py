@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ["train_text.py", "--pos", "a photo of a person, smiling", "--neg", "a photo of a person, frowning"]
+PAIRS = ["train_pairs.py", "--neg", "tests/facts"]
 DRAW = ["slider.py", "--prompt", "a photo of a person"]
 
 
@@ -43,13 +44,38 @@ def test_training_reports_and_records_itself(trained):
 def test_a_strip_and_single_files_from_any_folder(trained, tmp_path):
     done = run(*DRAW, "--slider", trained[0], "--scales", "-2,0,+2", "--seeds", "1-2", "--steps", 3, "--out", tmp_path / "o", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    names = {f"seed{s}_scale{x}.png" for s in (1, 2) for x in ("-2", "0", "+2")} | {"strip.png"}
+    names = {f"seed{s}_scale{x}.png" for s in (1, 2) for x in ("-2", "0", "+2")} | {"strip.png", "sweep.gif"}
     assert {f.name for f in (tmp_path / "o").iterdir()} == names
+    assert Image.open(tmp_path / "o" / "sweep.gif").n_frames == 4  # there and back
     single, strip = Image.open(tmp_path / "o" / "seed1_scale0.png"), Image.open(tmp_path / "o" / "strip.png")
     assert single.size == (128, 128) and strip.width > 3 * 128 and strip.height > 2 * 128
     # Scale 0 is the untouched model, bit for bit, and the same seed is the same picture.
     plain = run(*DRAW, "--seeds", "1-2", "--steps", 3, "--out", tmp_path / "p")
     assert plain.returncode == 0 and (tmp_path / "p" / "seed1.png").read_bytes() == (tmp_path / "o" / "seed1_scale0.png").read_bytes()
+
+
+def test_a_grid_and_eq_8_without_a_slider(trained, tmp_path):
+    path = trained[0]
+    done = run(*DRAW, "--slider", path, "--slider", f"{path}@0.5", "--grid", "--scales", "-1,1", "--seeds", "0", "--steps", 2, "--out", tmp_path / "g")
+    assert done.returncode == 0, done.stderr
+    assert {f.name for f in (tmp_path / "g").iterdir()} == {f"seed0_scale{a}_{b}.png" for a in ("-1", "+1") for b in ("-1", "+1")} | {"grid_seed0.png"}
+    done = run(*DRAW, "--guide", "a photo of an old person", "a photo of a young person", "--preserve", "man, woman", "--scales", "0,1",
+               "--seeds", "0", "--steps", 2, "--out", tmp_path / "e")
+    assert done.returncode == 0 and "6 network evaluations" in done.stdout
+    assert (tmp_path / "e" / "seed0_scale0.png").read_bytes() != (tmp_path / "e" / "seed0_scale+1.png").read_bytes()
+
+
+def test_pairs_train_and_preview(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "miniature.pairs", "--count", "3", "--values", "0.6,1.1,1.6", "--out", str(tmp_path)],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    done = run("train_pairs.py", "--neg", tmp_path / "0.6", "--at", "0.2", tmp_path / "1.1", "--pos", tmp_path / "1.6", "--steps", 4, "--noises", 2,
+               "--preview", 2, "--out", tmp_path / "eyes.safetensors")
+    assert done.returncode == 0, done.stderr
+    assert "3 groups of 3" in done.stdout and "teacher's change on unseen x_t" in done.stdout
+    assert Image.open(tmp_path / "eyes.png").width > 3 * 128
+    with safe_open(tmp_path / "eyes.safetensors", "pt") as f:
+        assert json.loads(f.metadata()["settings"])["at"] == [["0.2", str(tmp_path / "1.1")]] and f.metadata()["kind"] == "visual slider"
 
 
 def test_an_unknown_word_is_named(tmp_path):
@@ -84,6 +110,17 @@ BAD = [
     ([*DRAW, "--seeds", "x"], "--seeds"),
     ([*DRAW, "--out", "README.md"], "README.md"),
     (["slider.py", "--prompt", " "], "--prompt is empty"),
+    ([*DRAW, "--slider", "a.safetensors:1@2"], "must be between 0 and 1, not 2"),
+    ([*DRAW, "--grid", "--slider", "a.safetensors"], "--grid needs two sliders"),
+    ([*DRAW, "--guide", "old", "young", "--slider", "a.safetensors"], "--guide"),
+    ([*DRAW, "--batch", "0"], "--batch"),
+    ([*TRAIN, "--preview", "-1"], "--preview"),
+    (PAIRS, "two folders at least"),
+    (["train_pairs.py", "--neg", "nowhere", "--pos", "docs"], "nowhere: no such folder"),
+    ([*PAIRS, "--pos", "docs"], "tests/facts: holds no pictures"),
+    ([*PAIRS, "--at", "-1", "docs"], "two folders at least, each at a scale of its own"),
+    ([*PAIRS, "--at", "x", "docs"], "--at wants a number"),
+    ([*PAIRS, "--pos", "docs", "--noises", "0"], "--noises"),
 ]
 
 
@@ -97,7 +134,7 @@ def test_bad_input_is_one_clear_line(command, names):
     assert {f: f.stat().st_mtime_ns for f in ROOT.glob("*.*")} == before
 
 
-@pytest.mark.parametrize("script", ["train_text.py", "slider.py"])
+@pytest.mark.parametrize("script", ["train_text.py", "train_pairs.py", "slider.py"])
 def test_help(script):
     done = run(script, "--help")
     assert done.returncode == 0 and "--model" in done.stdout and "default" in done.stdout

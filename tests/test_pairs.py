@@ -67,23 +67,25 @@ def test_both_targets_ask_for_the_same_slider(latents):
     assert torch.allclose(*found, atol=1e-6) and found[0].abs().max() > 0.1
 
 
-def test_the_student_learns_unseen_faces_in_the_direction_of_the_pairs(model, latents):
+def test_the_student_learns_unseen_faces_in_the_direction_of_the_pairs(model):
     """The slider turned up must change the predicted picture towards bigger eyes: along z_B - z_A of a face it never saw."""
-    train, held_out = collect(model, latents[1:], noises=12), collect(model, latents[:1], noises=8, seed=4)
+    faces = [world.sample(np.random.default_rng([8, i]), kind="face", malformed=0) for i in range(9)]
+    latents = torch.stack([model.latents([world.draw(f | {"eye_size": v}) for v in (0.6, 1.1, 1.6)]) for f in faces])[:, ::2]
+    train, held_out = (collect(model, part, [-1.0, 1.0], noises=16, seed=i) for i, part in enumerate((latents[1:], latents[:1])))
     torch.manual_seed(0)
     slider = lora.Slider(lora.target_layers(model.unet)).attach(model.unet)
-    reading = student.fit(model.unet, slider, train, held_out, steps=40, batch=3, lr=1.3e-3)
-    difference = latents[0, 2] - latents[0, 0]
-    a = model.alpha_bar[400]
-    x_t = sampler.add_noise(latents[0, 1:2], sampler.noise([99], (4, 16, 16)), torch.tensor([400]), model.alpha_bar)
+    reading = student.fit(model.unet, slider, train, held_out, steps=80, batch=4, lr=1.3e-3)
+    t = torch.tensor([500])
+    a = model.alpha_bar[500]
+    x_t = sampler.add_noise(latents[0, :1], sampler.noise([99], (4, 16, 16)), t, model.alpha_bar)
     with torch.no_grad():
         x_0 = []
         for scale in (-1.0, 1.0):
             with slider.at(scale):
-                x_0.append((x_t - (1 - a).sqrt() * model.unet(x_t, torch.tensor([400]), *model.condition([""]))) / a.sqrt())
+                x_0.append((x_t - (1 - a).sqrt() * model.unet(x_t, t, *model.condition([""]))) / a.sqrt())
     slider.detach()
-    assert reading["share"] > 0.15 and reading["cosine"] > 0.3
-    assert torch.nn.functional.cosine_similarity((x_0[1] - x_0[0]).flatten(), difference.flatten(), dim=0) > 0.3
+    along = torch.nn.functional.cosine_similarity((x_0[1] - x_0[0]).flatten(), (latents[0, 1] - latents[0, 0]).flatten(), dim=0)
+    assert reading["share"] > 0.1 and reading["cosine"] > 0.25 and along > 0.5
 
 
 # ------------------------------------------------------------------------------------------ pictures
