@@ -9,17 +9,15 @@ training. The term is added by a forward hook: the UNet's own modules and weight
 detached UNet is the untouched UNet, bit for bit, and any number of sliders can hang on one UNet.
 """
 
-import json
-import os
 import re
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
+
+import slider_files
+from slider_files import file_name, layers_by_file_name
 
 # Which layers a slider changes, by what their names contain. Like the paper's code, all sets stay within attention
 # projections (attn1 is self-, attn2 cross-attention), resnet blocks and up/down-samplers; the feed-forward layers,
@@ -38,16 +36,6 @@ def target_layers(unet: nn.Module, layers: str = "noxattn", conv: bool = True) -
         raise ValueError(f"layers: {layers!r} is not one of {', '.join(LAYERS)}")
     kinds = (nn.Linear, nn.Conv2d) if conv else nn.Linear
     return {name: m for name, m in unet.named_modules() if isinstance(m, kinds) and re.search(LAYERS[layers], name)}
-
-
-def file_name(layer: str) -> str:
-    """'down_blocks.1.attentions.0...to_q' -> 'lora_unet_down_blocks_1_attentions_0_..._to_q', kohya's naming."""
-    return "lora_unet_" + layer.replace(".", "_")
-
-
-def layers_by_file_name(unet: nn.Module) -> dict[str, tuple[str, nn.Module]]:
-    """{name in a slider file: (name in the UNet, layer)} of every layer that a slider could change."""
-    return {file_name(name): (name, m) for name, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
 
 
 class LowRank(nn.Module):
@@ -138,6 +126,10 @@ class Slider(nn.Module):
             part = getattr(self, name)
             layer.weight = nn.Parameter((layer.weight.float() + scale * part.change()).to(layer.weight.dtype), requires_grad=False)
 
+    def parts(self) -> dict:
+        """{kohya name: slider_files.Part}."""
+        return {name: slider_files.Part(p.lora_down.weight, p.lora_up.weight, float(p.alpha)) for name, p in self.named_children()}
+
     @contextmanager
     def at(self, scale):
         """with slider.at(2.0): ... sets the scale inside, and puts the old one back."""
@@ -171,7 +163,7 @@ class Composed:
             if 4 * len(A) <= min(layer.weight.shape[:2]):
                 self.handles.append(layer.register_forward_hook(self._hook(A.to(layer.weight.dtype), B.to(layer.weight.dtype))))
             else:
-                W = layer.weight.float() + sum(scale * part.change() for scale, part in here)
+                W = layer.weight.float() + (B.flatten(1).float() @ A.flatten(1).float()).view_as(layer.weight)
                 self.changed.append((layer, layer.weight, nn.Parameter(W.to(layer.weight.dtype), requires_grad=False)))
 
     def _hook(self, A, B):
@@ -226,49 +218,29 @@ def hung(unet: nn.Module, sliders):
 
 # ------------------------------------------------------------------------------------------------ slider files
 
-def save(path, slider: Slider, metadata: dict):
-    """Write `slider` as fp16 safetensors, under a temporary name first. metadata: any JSON values."""
-    path = Path(path)
-    tensors = {k: v.detach().cpu().half().contiguous() for k, v in slider.state_dict().items()}
-    text = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata=text)
-    os.replace(temporary, path)
+def save(path, slider: Slider, metadata: dict, **options):
+    """Write `slider` as fp16 safetensors in kohya's naming. metadata: any JSON values; options: slider_files.write's."""
+    slider_files.write(path, slider.parts(), metadata, **options)
 
 
 def load(path, unet: nn.Module) -> Slider:
-    """Read a slider file for `unet`; rank, alpha and layers come from the file itself. Not yet attached.
+    """Read a slider or LoRA file of any common naming for `unet`; rank, alpha and layers come from the file itself. Not yet
+    attached. Its metadata, all strings, is the returned slider's `.metadata`. Raises ValueError, naming the file."""
+    file = slider_files.read(path, unet)
+    try:
+        slider = of_parts(file.parts, unet)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    slider.metadata = file.metadata
+    return slider
 
-    Its metadata, all strings, is the returned slider's `.metadata`. Raises ValueError, naming the file, if it is not a
-    slider or does not fit this UNet.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a readable .safetensors file ({error})") from None
-    downs = {name.removesuffix(".lora_down.weight"): t for name, t in tensors.items() if name.endswith(".lora_down.weight")}
-    if not downs:
-        raise ValueError(f"{path}: not a slider file: it holds no lora_down.weight")
-    modules = layers_by_file_name(unet)
-    missing = [name for name in downs if name not in modules]
-    if missing:
-        raise ValueError(f"{path}: was made for another model: it changes {missing[0]}, which this one does not have")
-    layers, rank, alpha = {}, {}, {}
-    for name, down in downs.items():
-        layer, module = modules[name]
-        layers[layer], rank[layer] = module, len(down)
-        alpha[layer] = float(tensors.setdefault(f"{name}.alpha", torch.tensor(float(len(down)))))  # kohya: absent means r
-    try:
-        slider = Slider(layers, rank, alpha)
-        slider.load_state_dict(tensors)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: was made for another model ({str(error).splitlines()[-1].strip()})") from None
-    if not all(torch.isfinite(t).all() for t in tensors.values()):
-        raise ValueError(f"{path}: holds NaN or infinite numbers")
-    slider.metadata = metadata
-    return slider.to(next(unet.parameters()))
+
+def of_parts(parts: dict, unet: nn.Module) -> Slider:
+    """{kohya name: slider_files.Part} -> a slider in the UNet's dtype, without gradients."""
+    layers = {stem: slider_files.layers_by_file_name(unet)[stem] for stem in parts}
+    slider = Slider(dict(layers.values()), {name: len(parts[stem].down) for stem, (name, _) in layers.items()},
+                    {name: parts[stem].alpha for stem, (name, _) in layers.items()})
+    for stem, part in parts.items():
+        low = getattr(slider, stem)
+        low.lora_down.weight.data, low.lora_up.weight.data = part.down, part.up
+    return slider.requires_grad_(False).to(next(unet.parameters()))

@@ -95,6 +95,33 @@ def _unet(module: str, per_level: int) -> str | None:
     return rest and f"{where}.{kind}.{layer}.{rest}"
 
 
+def original_names(layers, per_level: int) -> dict[str, str]:
+    """{released name of a UNet's layer: its original one}, the way back of `_unet`."""
+    back = {new: old for old, new in UNET_ENDS.items()}
+    inside = {new: old for old, new in RESNET.items()}
+    out = {}
+    for name in layers:
+        m = re.match(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)", name)
+        if not m:
+            out[name] = back[name]
+            continue
+        side, level, kind, layer, rest = m[1], int(m[2] or 0), m[3], int(m[4]), m[5]
+        rest = inside[rest] if kind == "resnets" else rest
+        slot = int(kind == "attentions")
+        if side == "mid":
+            out[name] = f"middle_block.{1 if slot else 2 * layer}.{rest}"
+        elif kind == "downsamplers":
+            out[name] = f"input_blocks.{(level + 1) * per_level}.0.op"
+        elif kind == "upsamplers":  # after the level's last resnet and, where there is one, transformer
+            has_attention = any(other.startswith(f"up_blocks.{level}.attentions.") for other in layers)
+            out[name] = f"output_blocks.{(level + 1) * per_level - 1}.{2 if has_attention else 1}.conv"
+        elif side == "down":
+            out[name] = f"input_blocks.{1 + level * per_level + layer}.{slot}.{rest}"
+        else:
+            out[name] = f"output_blocks.{level * per_level + layer}.{slot}.{rest}"
+    return out
+
+
 def _vae(module: str, levels: int) -> str | None:
     """decoder.up.3.block.0.conv1 -> decoder.up_blocks.0.resnets.0.conv1: the original counts its decoder backwards."""
     module = module.replace("nin_shortcut", "conv_shortcut").replace("norm_out", "conv_norm_out")

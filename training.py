@@ -14,7 +14,7 @@ import sampler
 import student
 
 PROBED = (-8.0, -4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 8.0)  # scales that a new slider is tried at
-SURPRISE = 1.5  # a picture that the frozen model finds so much harder to denoise is breaking down: measured on the miniature
+SURPRISE = 1.25  # a picture that is so much harder to denoise for the frozen model begins to break down: measured on the miniature
 NUMBERS = ("rank", "alpha", "steps", "batch", "lr")  # options that must be above 0
 PREVIEW_SCALES, PREVIEW_SEEDS = [-2.0, 0.0, 2.0], [0, 1, 2, 3]
 
@@ -127,7 +127,7 @@ def useful_end(scales, surprise, change) -> float:
     first = abs(change[1]) / abs(scales[1])
     for i in range(1, len(scales)):
         if not surprise[i] < SURPRISE:  # NaN too
-            part = (SURPRISE - surprise[i - 1]) / (surprise[i] - surprise[i - 1]) if surprise[i] < float("inf") else 0.0
+            part = (SURPRISE - surprise[i - 1]) / (surprise[i] - surprise[i - 1]) if np.isfinite(surprise[i]) else 0.0
             return round(scales[i - 1] + part * (scales[i] - scales[i - 1]), 2)
         if abs(change[i] - change[i - 1]) / abs(scales[i] - scales[i - 1]) < first / 10:
             return scales[i - 1]

@@ -7,6 +7,7 @@ import torch
 import lora
 import sampler
 import slider
+import training
 from test_lora import trained_slider
 
 
@@ -116,3 +117,27 @@ def test_scales_over_the_useful_range(model, several):
     assert np.allclose(slider.useful_scales([one], even=True), [-1.5, -1.25, -1, 0, 4, 5, 6])
     with pytest.raises(ValueError, match="--probe"):
         slider.useful_scales([several[3]], even=True)
+
+
+def test_where_a_slider_stops_being_useful():
+    scales = [0.0, 1.0, 2.0, 4.0, 8.0]
+    assert training.useful_end(scales, [1, 1, 1.1, 1.2, 2.2], [0, 1, 2, 4, 8]) == pytest.approx(4 + 4 * 0.05)  # breaks down
+    assert training.useful_end(scales, [1, 1, 1, 1, 1], [0, 1, 1.5, 1.6, 1.7]) == 2.0  # stays as it is from 2 on
+    assert training.useful_end(scales, [1, 1, 1, 1, 1], [0, 1, 2, 3, 4]) == 8.0
+    assert training.useful_end([-s for s in scales], [1, 1, 1, 1.5, 9], [0, -1, -2, -4, -8]) == pytest.approx(-3)
+    assert training.useful_end(scales, [1, 1, float("nan"), 1, 1], [0, 1, 2, 4, 8]) == 1.0
+
+
+def test_a_slider_that_wrecks_pictures_is_found_out(model):
+    cond, uncond = model.condition(["a photo of a person"]), model.condition([""])
+    found = []
+    for strength in (0.02, 0.4):
+        s = trained_slider(model.unet, 3, layers="noxattn")
+        for name, p in s.named_parameters():
+            if "lora_up" in name:
+                p.mul_(strength)
+        found.append(training.probe(model, s, cond, uncond, (4, 16, 16), seeds=2, steps=6))
+    gentle, wild = found
+    assert gentle["range"][0] < -4 and gentle["range"][1] > 4 and -2 < wild["range"][0] < 0 < wild["range"][1] < 2
+    for one in found:
+        assert one["change"] == sorted(one["change"]) and one["change"][4] == 0 and one["surprise"][4] == 1

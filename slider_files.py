@@ -1,0 +1,200 @@
+"""LoRA files of every common naming, in and out: names and tensors only; lora.py makes sliders of them.
+
+A LoRA file holds, for each layer it changes, A ("down", (r, in)), B ("up", (out, r)) and perhaps alpha; without it, alpha
+is r. What differs is how a layer is called. For the to_q of a self-attention:
+
+    kohya   lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight   (what we write)
+    ldm     lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight             (kohya's own trainer for SDXL)
+    peft    unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight           (diffusers)
+
+ComfyUI, A1111, Forge and InvokeAI read the first two, diffusers all three.
+"""
+
+import json
+import os
+import pickle
+import re
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import single_file
+import weights
+
+NAMINGS = ("kohya", "ldm", "peft")
+ENDINGS = {"lora_down.weight": "down", "lora_up.weight": "up", "lora_A.weight": "down", "lora_B.weight": "up", "lora.down.weight": "down",
+           "lora.up.weight": "up", "lora_A.default.weight": "down", "lora_B.default.weight": "up", "lora_linear_layer.down.weight": "down",
+           "lora_linear_layer.up.weight": "up", "alpha": "alpha"}
+OTHER_KINDS = {"hada_w": "LoHa", "lokr_w": "LoKr", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "lora_mid": "LoCon with a core tensor",
+               "lora_t2": "LoHa", "oft_": "OFT", "on_input": "IA3", "ia3_": "IA3", "glora": "GLoRA", ".diff": "whole weights"}
+TEXT = re.compile(r"(lora_te\d?_|text_encoder(_2)?\.|te\d?\.)")
+LARGEST = 4 * 2**30  # bytes: no LoRA is larger, and a pickle of that size is not read
+
+
+@dataclass
+class Part:
+    """The change of one layer, (alpha / r) B A: A (r, in) or (r, in, k, k), B (out, r) or (out, r, 1, 1)."""
+    down: torch.Tensor
+    up: torch.Tensor
+    alpha: float
+
+
+@dataclass
+class File:
+    parts: dict[str, Part]  # by the layer's name in kohya's naming
+    naming: str
+    metadata: dict[str, str] = field(default_factory=dict)
+    text: list[str] = field(default_factory=list)  # names of text-encoder tensors, which are not applied
+
+
+# ---------------------------------------------------------------------------------------- names
+
+def file_name(layer: str) -> str:
+    """'down_blocks.1.attentions.0...to_q' -> 'lora_unet_down_blocks_1_attentions_0_..._to_q', kohya's naming."""
+    return "lora_unet_" + layer.replace(".", "_")
+
+
+def layers_by_file_name(unet: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+    """{kohya name: (name in the UNet, layer)} of every layer that a slider could change."""
+    return {file_name(name): (name, m) for name, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+
+
+def names(unet: nn.Module) -> dict[str, dict[str, str]]:
+    """{naming: {kohya name: name in that naming}} of the same layers."""
+    layers = {stem: name for stem, (name, _) in layers_by_file_name(unet).items()}
+    original = single_file.original_names(list(layers.values()), unet.config["layers_per_block"] + 1)
+    return {"kohya": {stem: stem for stem in layers}, "ldm": {stem: file_name(original[name]) for stem, name in layers.items()},
+            "peft": {stem: f"unet.{name}" for stem, name in layers.items()}}
+
+
+def split(name: str) -> tuple[str, str] | None:
+    """'...to_q.lora_down.weight' -> ('...to_q', 'down'); None for no LoRA's name. Prefixes of peft's names are made one."""
+    old = re.match(r"(.*)\.processor\.to_(q|k|v|out)_lora\.(down|up)\.weight$", name)  # diffusers before peft
+    if old:
+        name = f"{old[1]}.to_{old[2]}{'.0' if old[2] == 'out' else ''}.lora.{old[3]}.weight"
+    if not name.startswith("lora_"):
+        name = re.sub(r"^(base_model\.model\.)?(unet\.|diffusion_model\.)?", "unet.", name)
+    ending = next((e for e in ENDINGS if name.endswith("." + e)), None)
+    return ending and (name.removesuffix("." + ending), ENDINGS[ending])
+
+
+# ---------------------------------------------------------------------------------------- in
+
+def read(path, unet: nn.Module) -> File:
+    """Read any LoRA file for `unet`; nothing of it is changed. Raises ValueError, one line that names the file, if it is not
+    a plain low-rank one, damaged, or made for another model. Warns of parts for the text encoders, which are left out."""
+    path = Path(path)
+    tensors, metadata = raw(path)
+    odd = next(((kind, name) for name in tensors for word, kind in OTHER_KINDS.items() if word in name), None)
+    if odd:
+        raise ValueError(f"{path}: a {odd[0]} file ({odd[1]}); only plain low-rank ones (LoRA, LoCon) can be used")
+    stems = {theirs: (stem, naming) for naming, table in names(unet).items() for stem, theirs in table.items()}
+    found, naming, text = {}, "kohya", []
+    for name, tensor in tensors.items():
+        if TEXT.match(name):
+            text.append(name)
+            continue
+        layer, which = split(name) or (None, None)
+        if which is None:
+            raise ValueError(f"{path}: not a slider or LoRA file: {name} is no part of one")
+        if layer not in stems:
+            raise ValueError(f"{path}: was made for another model: it changes {layer}, which this one does not have")
+        stem, naming = stems[layer]
+        found.setdefault(stem, {})[which] = tensor
+    if not found:
+        raise ValueError(f"{path}: not a slider or LoRA file: it holds nothing for a UNet")
+    if text:
+        warnings.warn(f"{path}: its {len({(split(n) or (n,))[0] for n in text})} changes of the text encoders are left out: sliders change the UNet alone", stacklevel=2)
+    layers = layers_by_file_name(unet)
+    return File({stem: checked(path, stem, layers[stem][1], here) for stem, here in found.items()}, naming, metadata, text)
+
+
+def raw(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors and the metadata of a .safetensors file, or of a .pt one, which is unpickled with weights_only=True."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"{path}: {path.stat().st_size / 2**30:.1f} GiB is no LoRA's size")
+    if path.suffix.lower() in (".pt", ".pth", ".bin", ".ckpt"):
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, OSError, ValueError, EOFError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{path}: not a file of tensors alone, or damaged; it was not read ({str(error).splitlines()[0][:100]})") from None
+        tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else tensors
+        if not isinstance(tensors, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in tensors.items()):
+            raise ValueError(f"{path}: not a dict of tensors")
+        return tensors, {}
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: {weights.what_is(path)} ({str(error).splitlines()[0]})") from None
+
+
+def checked(path, name: str, layer: nn.Module, here: dict) -> Part:
+    """The Part of one layer in float32. Raises ValueError unless its tensors fit each other and the layer."""
+    for which in ("down", "up"):
+        if which not in here:
+            raise ValueError(f"{path}: damaged: {name} has no lora_{which}")
+    down, up = here["down"].float(), here["up"].float()
+    if layer.weight.ndim == 4 and down.ndim == 2:  # a 1x1 convolution, kept as a matrix
+        down = down[:, :, None, None]
+    if layer.weight.ndim == 4 and up.ndim == 2:
+        up = up[:, :, None, None]
+    if layer.weight.ndim == 2 and down.ndim == up.ndim == 4:
+        down, up = down.flatten(1), up.flatten(1)
+    r = len(down)
+    fits = r and up.ndim == down.ndim == layer.weight.ndim and down.shape[1:] == layer.weight.shape[1:] and up.shape[:2] == (len(layer.weight), r)
+    if not fits or (up.ndim == 4 and up.shape[2:] != (1, 1)):
+        raise ValueError(f"{path}: was made for another model, or is damaged: {name} is {tuple(layer.weight.shape)}, its lora_down "
+                         f"{tuple(down.shape)}, its lora_up {tuple(up.shape)}")
+    alpha = here.get("alpha", torch.tensor(float(r)))
+    if alpha.numel() != 1 or not all(t.isfinite().all() for t in (down, up, alpha)):
+        raise ValueError(f"{path}: {name} holds NaN, infinite numbers or more than one alpha")
+    return Part(down, up, float(alpha))
+
+
+# ---------------------------------------------------------------------------------------- out
+
+def write(path, parts: dict[str, Part], metadata: dict, naming: str = "kohya", unet=None, dtype=torch.float16):
+    """Write a .safetensors file under a temporary name, then rename it. metadata: any JSON values. unet: the model that
+    the names are of, needed for the namings that are not kohya's."""
+    theirs = names(unet)[naming] if naming != "kohya" else {stem: stem for stem in parts}
+    down, up = ("lora_A.weight", "lora_B.weight") if naming == "peft" else ("lora_down.weight", "lora_up.weight")
+    tensors = {}
+    for stem, part in parts.items():
+        B = part.up.detach().cpu().float()
+        if naming == "peft":  # has no place for alpha, and takes it to be r: alpha / r goes into B
+            B = B * (part.alpha / len(part.down))
+        else:
+            tensors[f"{theirs[stem]}.alpha"] = torch.tensor(part.alpha, dtype=dtype)
+        tensors[f"{theirs[stem]}.{down}"] = part.down.detach().cpu().to(dtype).contiguous()
+        tensors[f"{theirs[stem]}.{up}"] = B.to(dtype).contiguous()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    metadata = tool_metadata(parts, metadata) | metadata
+    save_file(tensors, temporary, metadata={k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()})
+    os.replace(temporary, path)
+
+
+def tool_metadata(parts: dict[str, Part], metadata: dict) -> dict[str, str]:
+    """What ComfyUI, A1111 and model browsers display, in their keys: kohya's ss_..., and Stability's modelspec."""
+    settings = metadata.get("settings", {})
+    settings = json.loads(settings) if isinstance(settings, str) else settings
+    rank = max((len(part.down) for part in parts.values()), default=0)
+    alpha = max((part.alpha for part in parts.values()), default=0.0)
+    said = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}", "ss_base_model_version": "sdxl_base_v1-0",
+            "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": "stable-diffusion-xl-v1-base/lora", "modelspec.prediction_type": "epsilon",
+            "modelspec.implementation": "diffusers", "modelspec.title": str(metadata.get("kind", "slider"))}
+    for key, name in (("ss_learning_rate", "lr"), ("ss_max_train_steps", "steps"), ("ss_seed", "seed"), ("modelspec.resolution", "size")):
+        if settings.get(name):
+            said[key] = f"{settings[name]}x{settings[name]}" if name == "size" else str(settings[name])
+    if settings.get("pos"):
+        said["modelspec.description"] = f"concept slider: + {settings['pos']} - {settings.get('neg')}"
+    return said
