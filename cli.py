@@ -1,6 +1,7 @@
 """What the command lines share: options that choose the model, and errors as one clear line."""
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 
 import lora
+from formats import slider_files
 from sdxl import MINIATURE, SDXL
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,6 +35,29 @@ def parser(description: str) -> argparse.ArgumentParser:
     p.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere")
     p.add_argument("--text-on-cpu", action="store_true", help="keep the text encoders off the GPU: 1.5 GiB less for SDXL")
     return p
+
+
+def parse(p: argparse.ArgumentParser):
+    """p.parse_args(), but with --like FILE the settings that the slider in FILE was trained with stand in for everything
+    that the command line leaves out, the output's name aside."""
+    p.add_argument("--like", metavar="FILE", help="train as this slider file was: its settings for all that is not given here")
+    if not any(word.split("=")[0] == "--like" for word in sys.argv[1:]):
+        return p.parse_args()
+    actions = [a for a in p._actions if a.dest != "help"]
+    for action in actions:
+        action.required = False
+    args = p.parse_args(namespace=argparse.Namespace(**{a.dest: None for a in actions}))  # None: not given
+    _, metadata = slider_files.raw(Path(args.like))
+    if "settings" not in metadata:
+        raise ValueError(f"{args.like}: does not say how it was trained")
+    settings = json.loads(metadata["settings"])
+    for name in ("model", "base", "merge"):  # what a stranger's file names is neither opened nor downloaded
+        if settings.pop(name, None) and getattr(args, name) is None:
+            raise ValueError(f"{args.like}: was trained with a --{name} of its own: name it here too")
+    for action in actions:
+        if getattr(args, action.dest) is None:
+            setattr(args, action.dest, settings.get(action.dest, action.default))
+    return args
 
 
 def load_model(args, vae: bool = True) -> SDXL:

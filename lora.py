@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import slider_files
-from slider_files import file_name, layers_by_file_name
+from formats import slider_files
+from formats.slider_files import file_name, layers_by_file_name
 
 # Which layers a slider changes, by what their names contain. Like the paper's code, all sets stay within attention
 # projections (attn1 is self-, attn2 cross-attention), resnet blocks and up/down-samplers; the feed-forward layers,

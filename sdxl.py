@@ -19,7 +19,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from transformers.utils import logging as transformers_logging
 
 import sampler
-import weights
+from formats import weights
 from sdxl_unet import UNet
 from sdxl_vae import VAE
 
@@ -44,7 +44,7 @@ class SDXL:
 
         device: "cpu", "cuda", "mps"; None chooses the best there is. dtype: of UNet and text encoders; None is
         float32 on a CPU, bfloat16 elsewhere. The VAE stays in float32 where its config says `force_upcast`, as
-        SDXL's does: it overflows in half precision. base: the folder that lends a single file its tokenizers (weights.py).
+        SDXL's does: it overflows in half precision. base: the folder that lends a single file its tokenizers (formats/weights.py).
         vae=False leaves the VAE out, for training on prompts alone. text_on_cpu keeps the text encoders off the device:
         they are needed for a moment, and SDXL's take 1.5 GiB.
         Raises ValueError with one line that names what is wrong.

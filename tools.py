@@ -17,12 +17,10 @@ from safetensors.torch import save_file
 
 import cli
 import lora
-import single_file
-import slider_files
-import weights
+from formats import single_file, slider_files, weights
+from formats.slider_files import Part
 from sdxl import MINIATURE
 from sdxl_unet import UNet
-from slider_files import Part
 
 
 def unet_for(args) -> torch.nn.Module:
@@ -87,7 +85,7 @@ def info(args, unet):
         print("  norm of the change, per block: " + ", ".join(f"{b} {n ** 0.5:.3g}" for b, n in sorted(norms.items())))
         if "settings" in file.metadata:
             settings = json.loads(file.metadata["settings"])
-            print("  settings: " + ", ".join(f"{k} {v}" for k, v in settings.items() if v not in (None, False, [])))
+            print("  settings: " + ", ".join(f"{k} {v}" for k, v in settings.items() if v is not None and v is not False and v != []))
         if "probe" in file.metadata:
             print("  useful from scale {:+g} to {:+g}".format(*json.loads(file.metadata["probe"])["range"]))
     for i, (path, file) in enumerate(zip(args.files, files)):

@@ -85,7 +85,7 @@ def parse_args():
     p.add_argument("--target", choices=["shared", "noise"], default="shared", help="what both ends are taught to predict (default: %(default)s)")
     p.add_argument("--noises", type=int, default=32, help="noisings of each pair (default: %(default)s)")
     training.add_options(p, steps="200; for a UNet of SDXL's size 500", batch="4; for a UNet of SDXL's size 1", lr="2e-4")
-    return p.parse_args()
+    return cli.parse(p)
 
 
 def recipe(unet) -> dict:
@@ -115,7 +115,7 @@ def main():
     train = teach(seen, 2 * args.seed + 1, args.noises, args.target)
     held_out = teach(unseen, 2 * args.seed + 2, max(1, -(-32 // len(unseen))), "shared")
     difference = (held_out.wanted.norm() / held_out.eps_0.float().norm()).item()
-    about = {"kind": "visual slider", "settings": vars(args) | {"size": size[0], "pairs": len(groups)}}
+    about = {"kind": "visual slider", "pairs": len(groups)}
     # Of what the model sees in a pair, a good part is its own and not the concept's: 30%, cosine 0.5 is a good slider on the miniature.
     training.finish(args, model, slider, train, held_out, difference, about, cond, uncond, started, enough=(0.12, 0.4))
 

@@ -114,7 +114,7 @@ def parse_args():
     p.add_argument("--denoising-steps", type=int, default=50, help="default: %(default)s")
     p.add_argument("--guidance", type=float, default=3.0, help="while denoising (default: %(default)s)")
     training.add_options(p, steps="200; for a UNet of SDXL's size 500", batch="4; for a UNet of SDXL's size 1", lr="2e-4")
-    return p.parse_args()
+    return cli.parse(p)
 
 
 def recipe(unet) -> dict:
@@ -145,7 +145,7 @@ def main():
     if args.positive_only:
         train = train.only(train.scales > 0)
     difference = (train.wanted.norm() / args.eta / train.eps_0.float().norm()).item()
-    about = {"kind": "text slider", "settings": vars(args) | {"prompt": prompts, "preserve": preserve, "size": size[0]}}
+    about = {"kind": "text slider", "prompts": prompts, "preserved": preserve}
     training.finish(args, model, slider, train, held_out, difference, about, encoded[0], encoded[2], started)
 
 

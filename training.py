@@ -12,9 +12,11 @@ import lora
 import pictures
 import sampler
 import student
+from sdxl import MINIATURE
 
 PROBED = (-8.0, -4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 8.0)  # scales that a new slider is tried at
 SURPRISE = 1.25  # a picture that is so much harder to denoise for the frozen model begins to break down: measured on the miniature
+VERSION = "0.1"
 NUMBERS = ("rank", "alpha", "steps", "batch", "lr")  # options that must be above 0
 PREVIEW_SCALES, PREVIEW_SEEDS = [-2.0, 0.0, 2.0], [0, 1, 2, 3]
 
@@ -48,7 +50,8 @@ def check_above_0(args, *names):
 
 def start(args, model, recipe: dict) -> tuple[tuple[int, int], lora.Slider]:
     """Fill in the defaults of `recipe`; returns the size in pixels (height, width) and a new slider on the model's device."""
-    size = (args.size or min(model.size, 512),) * 2
+    args.size = args.size or min(model.size, 512)
+    size = (args.size,) * 2
     model.latent_shape(size)  # refuses a size the model cannot make before any work is done
     for name, value in recipe.items():
         setattr(args, name, getattr(args, name) or value)
@@ -73,7 +76,8 @@ def finish(args, model, slider, train, held_out, difference: float, about: dict,
 
     reading = student.fit(model.unet, slider, train, held_out, steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed,
                           meter_every=args.preview or 25, on_meter=preview)
-    about = about | {"meter": reading, "difference": difference, "model": model.name}
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "like") and not (k == "model" and v == str(MINIATURE))}
+    about = about | {"settings": settings, "meter": reading, "difference": difference, "version": VERSION}
     lora.save(path, slider, about | {"seconds": round(time.time() - started, 1)})  # what comes now may take a while
     print(*student.verdict(reading, difference, enough), sep="\n")
     if args.probe:

@@ -19,7 +19,7 @@ import torch
 import lora
 from sdxl_unet import UNet
 from sdxl_vae import VAE
-from single_file import SDXL
+from formats.single_file import SDXL
 
 CONFIG = SDXL["unet"]
 

@@ -24,7 +24,8 @@ def main():
     slider = lora.load(args.slider, model.unet)
     trained, meter = json.loads(slider.metadata["settings"]), json.loads(slider.metadata["meter"])
     eta, scales = trained["eta"], [-1 / meter["minus"], 0.0, 1 / meter["plus"]]
-    _, ends, _ = train_text.encode(model, trained["prompt"], trained["pos"], trained["neg"], trained["preserve"], (model.size,) * 2)
+    _, ends, _ = train_text.encode(model, json.loads(slider.metadata["prompts"]), trained["pos"], trained["neg"],
+                                 json.loads(slider.metadata["preserved"]), (model.size,) * 2)
     found = {"slider": readings(model, [[(slider, s)] for s in scales], args.seeds, steps=args.steps),
              "eq. (8)": readings(model, [[]] * 3, args.seeds, steps=args.steps, ends=ends, etas=[-eta, 0.0, eta])}
     shift = {}

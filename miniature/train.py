@@ -309,7 +309,7 @@ def train_clip(pictures, attributes, steps=700, batch=128, lr=2e-3):
     2023, does): without that, telling 128 pictures apart takes no notice of a smile, and "smiling" comes out as "frowning".
     """
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
-    import weights
+    from formats import weights
     from miniature.measure import Judge
     if (MODEL / "text_encoder_2" / "model.safetensors").exists():
         return
@@ -386,7 +386,7 @@ def make_latents(pictures):
 
 
 def load_vae():
-    import weights
+    from formats import weights
     from sdxl_vae import VAE
     return weights.pour(VAE, weights.read_json(MODEL / "vae" / "config.json"), weights.table(MODEL, "vae"), "cpu", torch.float32, "vae")
 

@@ -37,8 +37,8 @@ def test_training_reports_and_records_itself(trained):
     with safe_open(path, "pt") as f:
         metadata = f.metadata()
     settings = json.loads(metadata["settings"])
-    assert settings["pos"] == "a photo of a person, smiling" and settings["preserve"] == ["man", "woman"] and settings["rank"] == 4
-    assert settings["lr"] > 0 and settings["prompt"] == ["a photo of a person"] and "share" in json.loads(metadata["meter"])
+    assert settings["pos"] == "a photo of a person, smiling" and settings["preserve"] == ["man, woman"] and settings["rank"] == 4
+    assert settings["lr"] > 0 and json.loads(metadata["prompts"]) == ["a photo of a person"] and json.loads(metadata["preserved"]) == ["man", "woman"] and "share" in json.loads(metadata["meter"])
 
 
 def test_a_strip_and_single_files_from_any_folder(trained, tmp_path):

@@ -54,8 +54,8 @@ print(loaded, peak_memory() - before)
 def test_one_full_size_file_and_the_folder_are_the_same_model(tmp_path):
     """Every published name, fp16 (6.9 GB): none missing, none left over; the folder made from it gives the same outputs;
     loading takes at most 1.1 times the weights (the VAE is wanted in float32, 4 bytes each)."""
-    import single_file
-    from weights import PARTS
+    from formats import single_file
+    from formats.weights import PARTS
     from sdxl import MINIATURE
     shapes = json.loads((ROOT / "tests/facts/sdxl_single_file_keys.json").read_text())
     g = torch.Generator().manual_seed(0)

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import original_names
-import single_file
-import weights
+from formats import single_file
+from formats import weights
 from sdxl import MINIATURE, SDXL
 
 FACTS = Path(__file__).parent / "facts"

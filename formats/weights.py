@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-import single_file
+from formats import single_file
 
 PARTS = ["unet", "vae", "text_encoder", "text_encoder_2"]
 SDXL_ID = "stabilityai/stable-diffusion-xl-base-1.0"

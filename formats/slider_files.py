@@ -23,8 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-import single_file
-import weights
+from formats import single_file, weights
 
 NAMINGS = ("kohya", "ldm", "peft")
 ENDINGS = {"lora_down.weight": "down", "lora_up.weight": "up", "lora_A.weight": "down", "lora_B.weight": "up", "lora.down.weight": "down",
