@@ -36,6 +36,7 @@ test-oldest: requirements.txt
 	$(VENV)-oldest/bin/python -m pytest -q tests/test_weights.py tests/test_text.py
 
 bench: $(VENV)/test.stamp
+	$(PY) -m bench.many
 	$(PY) -m bench.full_size
 
 miniature: $(VENV)/run.stamp

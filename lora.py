@@ -206,7 +206,7 @@ def hung(unet: nn.Module, sliders):
             else:
                 switches.append((*pairs[0], start))
         for slider, _, _ in switches:
-            if not slider.handles and isinstance(slider, Slider):
+            if isinstance(slider, Slider) and not slider.handles:
                 attached.append(slider.attach(unet))
         yield switches
     finally:

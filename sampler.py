@@ -52,6 +52,11 @@ def ddim_step(x_t, eps, t: int, t_next: int, alpha_bar):
     return a_next ** 0.5 * x_0 + (1 - a_next) ** 0.5 * eps
 
 
+def rows(cond, n: int):
+    """The conditioning of one prompt for n pictures: (1, ...) -> (n, ...) of each part; n rows stay as they are."""
+    return tuple(c.expand(n, *c.shape[1:]) for c in cond)
+
+
 def guided_eps(unet, x_t, t: int, cond, uncond=None, guidance: float = 1.0, ends=None, eta=0.0):
     """eps_u + g (eps_c - eps_u): classifier-free guidance (Ho & Salimans 2022), all in one batch.
 
@@ -63,7 +68,7 @@ def guided_eps(unet, x_t, t: int, cond, uncond=None, guidance: float = 1.0, ends
     B, guided = len(x_t), guidance != 1 and uncond is not None
     batch = ([uncond] if guided else []) + [cond]
     if ends is not None:
-        batch += [tuple(e[i:i + 1].expand(B, *e.shape[1:]) for e in ends) for i in range(len(ends[0]))]
+        batch += [rows([e[i:i + 1] for e in ends], B) for i in range(len(ends[0]))]
     n = len(batch)
     eps = unet(x_t.repeat(n, 1, 1, 1), torch.full((n * B,), t, device=x_t.device), *(torch.cat(part) for part in zip(*batch)))
     eps = list(eps.chunk(n))  # each (B, 4, h, w)
@@ -82,6 +87,7 @@ def sample(unet, x_T, cond, uncond=None, *, alpha_bar, steps: int = 30, guidance
            ends=None, eta=0.0, skip: int = 0, stop: int | None = None, on_step=None):
     """Walk noise x_T (B, 4, h, w) down to latents x_0 (B, 4, h, w), all B with the same settings.
 
+    cond, uncond: as in guided_eps, of B rows or of one for all.
     sliders:    pairs (lora.Slider, scale), or triples with a start of its own; a scale is a number, or a tensor (B,): one
                 for each picture. Sliders that are not attached are attached for as long as it takes.
     start:      delayed LoRA: scales are 0 while t > t_on = (1 - start) T, so that the frozen model lays out the
@@ -92,7 +98,7 @@ def sample(unet, x_T, cond, uncond=None, *, alpha_bar, steps: int = 30, guidance
     """
     T = len(alpha_bar)
     ts = timesteps(steps, T)
-    x_t = x_T
+    x_t, cond, uncond = x_T, rows(cond, len(x_T)), uncond and rows(uncond, len(x_T))
     with lora.hung(unet, [(*pair, start)[:3] for pair in sliders]) as switches:
         for i, t in list(enumerate(ts))[skip:stop]:
             for slider, scale, its_start in switches:

@@ -15,15 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
 import sampler
 from formats import weights
 from sdxl_unet import UNet
 from sdxl_vae import VAE
-
-transformers_logging.disable_progress_bar()  # loading is a matter of seconds, and the bars are many
 
 MINIATURE = Path(__file__).parent / "miniature" / "model"
 
@@ -49,6 +45,10 @@ class SDXL:
         they are needed for a moment, and SDXL's take 1.5 GiB.
         Raises ValueError with one line that names what is wrong.
         """
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # only here: it takes seconds, and a
+        from transformers.utils import logging  # wrong option should not wait for it
+        logging.disable_progress_bar()  # loading is a matter of seconds, and the bars are many
+
         self = cls()
         files = weights.find(path_or_id, base)
         configs = files.configs

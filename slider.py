@@ -44,14 +44,14 @@ def sweep(model, prompt: str, seeds, columns, *, steps: int = 30, guidance: floa
     etas = etas or [0.0] * len(columns)
     starts = [s for column in columns for _, scale, s in column if scale] + [start] * any(etas)
     before = sampler.steps_before(min(starts), steps, len(model.alpha_bar)) if starts and len(columns) > 1 else 0
-    walk = lambda x, n, **more: sampler.sample(model.unet, x, *(tuple(c[:1].expand(n, *c.shape[1:]) for c in both) for both in (cond, uncond)),
-                                               alpha_bar=model.alpha_bar, steps=steps, guidance=guidance, start=start, **more)
+    walk = lambda x, **more: sampler.sample(model.unet, x, cond, uncond, alpha_bar=model.alpha_bar, steps=steps, guidance=guidance,
+                                            start=start, **more)
     cond, uncond = model.condition([prompt], size), model.condition([negative], size)
     out = [[] for _ in columns]
     for i in range(0, len(seeds), batch):
         x_T = sampler.noise(seeds[i:i + batch], model.latent_shape(size), model.device, model.dtype)  # (n, 4, h, w)
         n = len(x_T)
-        shared = walk(x_T, n, stop=before) if before else x_T
+        shared = walk(x_T, stop=before) if before else x_T
         at_once = max(1, batch // n)
         for some in grouped(columns, etas, at_once):
             m = len(some)
@@ -61,7 +61,7 @@ def sweep(model, prompt: str, seeds, columns, *, steps: int = 30, guidance: floa
                 alike = len(set(scales)) == 1
                 sliders.append((entries[0][0], scales[0] if alike else torch.tensor(scales, device=model.device).repeat_interleave(n), entries[0][2]))
             eta = torch.tensor([etas[c] for c in some], device=model.device).repeat_interleave(n)
-            x_0 = walk(shared.repeat(m, 1, 1, 1), m * n, skip=before, sliders=sliders, ends=ends if eta.any() else None, eta=eta)
+            x_0 = walk(shared.repeat(m, 1, 1, 1), skip=before, sliders=sliders, ends=ends if eta.any() else None, eta=eta)
             for c, part in zip(some, x_0.chunk(m)):
                 out[c] += model.pictures(part)
     return out
@@ -77,18 +77,28 @@ def grouped(columns, etas, at_once: int) -> list[list[int]]:
 
 # ------------------------------------------------------------------------------------------------ scales
 
-def useful_scales(sliders, even: bool = False) -> list[float]:
+def useful_scales(sliders) -> list[float]:
     """Seven scales, 0 in the middle, over the range in which every one of `sliders` is useful, as their files say
-    (training.probe); -3 to 3 where they do not. even: so spaced that each picture looks as far from the next."""
-    known = [json.loads(s.metadata["probe"]) for s in sliders if "probe" in s.metadata]
-    low, high = max([p["range"][0] for p in known], default=-3.0), min([p["range"][1] for p in known], default=3.0)
-    if not even:
-        return [*np.linspace(low, 0, 4), *np.linspace(0, high, 4)[1:]]
-    if not known:
-        raise ValueError("--even: the slider file does not say how its effect grows with the scale (it was trained with --probe 0)")
-    scales, change = known[0]["scales"], known[0]["change"]  # change: the way a picture goes from scale 0, negative below
-    first, last = np.interp([low, high], scales, change)
-    return np.interp([*np.linspace(first, 0, 4), *np.linspace(0, last, 4)[1:]], change, scales).round(2).tolist()
+    (training.probe); -3 to 3 where they do not."""
+    ranges = [json.loads(s.metadata["probe"])["range"] for s in sliders if "probe" in s.metadata]
+    low, high = max([r[0] for r in ranges], default=-3.0), min([r[1] for r in ranges], default=3.0)
+    return [round(float(s), 2) for s in (*np.linspace(low, 0, 4), *np.linspace(0, high, 4)[1:])]
+
+
+def even_scales(draw, low: float, high: float, count: int = 7) -> list[float]:
+    """`count` scales from low to high, 0 among them if it lies between, at which each picture looks as far from the next.
+
+    draw: scales -> columns of pictures (sweep). Draws a finer sweep, adds up the mean absolute differences of the pixels
+    from scale to scale, and divides the way into even steps, on either side of 0 as many as it has of the way.
+    """
+    fine = sorted({*np.linspace(low, high, 2 * count - 1), min(max(0.0, low), high)})
+    values = [np.stack([np.asarray(p, dtype=np.float32) for p in column]) for column in draw(fine)]
+    way = np.cumsum([0.0] + [np.abs(b - a).mean() for a, b in zip(values, values[1:])])
+    middle = way[fine.index(min(max(0.0, low), high))]
+    left = round((count - 1) * middle / max(way[-1], 1e-9))
+    left = min(max(left, int(low < 0)), count - 1 - int(high > 0))
+    at = [*np.linspace(0, middle, left + 1), *np.linspace(middle, way[-1], count - left)[1:]]
+    return [round(float(s), 2) for s in np.interp(at, way, fine)]
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -98,7 +108,7 @@ def parse_args():
     p.add_argument("--prompt", required=True, help="what the pictures show")
     p.add_argument("--slider", action="append", default=[], type=cli.file_scale_start, metavar="FILE[:SCALE][@START]", help="slider file; may be repeated")
     p.add_argument("--scales", type=cli.numbers, help="scales to sweep over (default: seven over the sliders' useful range, as their files say)")
-    p.add_argument("--even", action="store_true", help="space the default scales so that each picture looks as far from the next")
+    p.add_argument("--even", action="store_true", help="seven scales over the same range, so spaced that each picture looks as far from the next")
     p.add_argument("--grid", action="store_true", help="two sliders: the first one's scales across, the second one's down, a grid for each seed")
     p.add_argument("--guide", nargs=2, metavar=("POS", "NEG"), help="no slider: apply eq. (8) itself, between these prompts, at the scales times --eta")
     p.add_argument("--preserve", action="append", default=[], help="with --guide: concepts that must stay, as in train_text.py")
@@ -128,6 +138,8 @@ def check(args):
         raise ValueError(f"--batch must be at least 1, not {args.batch}")
     if args.guide and args.slider:
         raise ValueError("--guide shows eq. (8) without a slider: leave --slider out")
+    if args.even and args.grid:
+        raise ValueError("--even spaces one sweep, not a --grid")
     if args.grid and [scale for _, scale, _ in args.slider].count(None) != 2:
         raise ValueError("--grid needs two sliders without a scale of their own")
     if Path(args.out).exists() and not Path(args.out).is_dir():
@@ -149,19 +161,21 @@ def main():
                     batch=args.batch or (16 if small else 4))
 
     sweeping = [s for s, fixed, _ in sliders if fixed is None]
-    scales = args.scales or (useful_scales(sweeping, args.even) if sweeping or args.guide else [0.0])
+    scales = args.scales or (useful_scales(sweeping) if sweeping or args.guide else [0.0])
     at = lambda values: [(s, next(values) if fixed is None else fixed, start) for s, fixed, start in sliders]
-    if args.grid:
-        columns = [at(iter((across, down))) for down in scales for across in scales]
-    else:
-        columns = [at(itertools.repeat(scale)) for scale in scales]
     if args.guide:
         eta = args.eta or train_text.recipe(model.unet)["eta"]
         _, ends, _ = train_text.encode(model, [args.prompt], *args.guide, train_text.combinations(args.preserve), size)
         print(f"{2 + len(ends[0])} network evaluations a step and picture, where a slider needs 2")
-        settings |= dict(ends=ends, etas=[scale * eta for scale in scales])
-    drawn = sweep(model, args.prompt, args.seeds, columns, **settings)  # for each column, a picture for each seed
 
+    def draw(scales):
+        columns = [at(iter(s)) if args.grid else at(itertools.repeat(s)) for s in scales]
+        more = dict(ends=ends, etas=[scale * eta for scale in scales]) if args.guide else {}
+        return sweep(model, args.prompt, args.seeds, columns, **settings, **more)  # for each column, a picture for each seed
+
+    if args.even:
+        scales = even_scales(draw, min(scales), max(scales))
+    drawn = draw([(across, down) for down in scales for across in scales] if args.grid else scales)
     names = [pictures.label(s) for s in scales]
     if args.grid:
         write_grids(out, args.seeds, drawn, names)

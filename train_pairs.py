@@ -56,7 +56,7 @@ def collect(model, latents, scales, cond, *, noises: int, seed: int, batch: int,
     x_t = sampler.add_noise(latents[rows].flatten(0, 1), eps.repeat_interleave(k, 0), t.repeat_interleave(k), model.alpha_bar)
     parts = []
     for part in tqdm(torch.arange(len(x_t), device=model.device).split(batch), unit="batch", desc="teacher"):
-        parts.append(model.unet(x_t[part], t[part // k], *(c.expand(len(part), *c.shape[1:]) for c in cond)))
+        parts.append(model.unet(x_t[part], t[part // k], *sampler.rows(cond, len(part))))
     x_t, eps_0 = x_t.unflatten(0, (-1, k)), torch.cat(parts).unflatten(0, (-1, k))  # (n * noises, k, 4, h, w)
     goal = eps[:, None].float() if target == "noise" else shared_prediction(eps_0, scales)
     return student.Targets(scales, x_t, t, torch.zeros_like(t), eps_0, goal.expand(x_t.shape), cond)

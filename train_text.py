@@ -70,8 +70,8 @@ def collect(model, prompts, *, eta: float, trajectories: int, per_trajectory: in
                 bar.update()
 
             x_T = sampler.noise((seed * 1000 + walk).tolist(), model.latent_shape(size), device, model.dtype)
-            sampler.sample(unet, x_T, tuple(c[which] for c in cond), tuple(u.expand(len(walk), *u.shape[1:]) for u in uncond),
-                           alpha_bar=model.alpha_bar, steps=denoising_steps, guidance=guidance, on_step=on_step)
+            sampler.sample(unet, x_T, tuple(c[which] for c in cond), uncond, alpha_bar=model.alpha_bar, steps=denoising_steps,
+                           guidance=guidance, on_step=on_step)
     x_t, t, which, eps_0, delta = (torch.cat(part) for part in zip(*kept))
     scales = torch.tensor([1.0, -1.0], device=device)
     both = lambda x: x[:, None].expand(-1, 2, *x.shape[1:])  # (n, 2, 4, h, w): the same x_t at either end

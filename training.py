@@ -65,10 +65,10 @@ def finish(args, model, slider, train, held_out, difference: float, about: dict,
            enough=(0.25, 0.5)):
     """Fit the slider to what the teacher collected, write its file, and say in plain words what came out.
 
-    difference, enough: as in student.verdict. about: what else the file's metadata says. cond, uncond: what previews show.
+    difference, enough: as in student.verdict. about: what else the file's metadata says. cond, uncond: what previews show, by their first rows.
     """
     slider.attach(model.unet)
-    path = Path(args.out)
+    path, cond, uncond = Path(args.out), tuple(c[:1] for c in cond), tuple(c[:1] for c in uncond)
 
     def preview(step):
         if args.preview and (step % args.preview == 0 or step == args.steps):
@@ -101,9 +101,7 @@ def probe(model, slider, cond, uncond, shape, seeds: int, steps: int = 20) -> di
     range:    the scales where surprise reaches SURPRISE, or where a unit of scale changes a tenth of what the first does.
     """
     x_T, start = sampler.noise(range(seeds), shape, model.device, model.dtype), 0.3
-    expand = lambda c, n: tuple(part[:1].expand(n, *part.shape[1:]) for part in c)
-    walk = lambda x, **more: sampler.sample(model.unet, x, expand(cond, len(x)), expand(uncond, len(x)), alpha_bar=model.alpha_bar,
-                                            steps=steps, start=start, **more)
+    walk = lambda x, **more: sampler.sample(model.unet, x, cond, uncond, alpha_bar=model.alpha_bar, steps=steps, start=start, **more)
     before = sampler.steps_before(start, steps, len(model.alpha_bar))
     shared = walk(x_T, stop=before)
     eps = sampler.noise(range(seeds, 2 * seeds), shape, model.device, model.dtype)
@@ -113,7 +111,7 @@ def probe(model, slider, cond, uncond, shape, seeds: int, steps: int = 20) -> di
         errors = 0.0
         for t in (100, 200, 300):
             t = torch.full((seeds,), t, device=model.device)
-            found = model.unet(sampler.add_noise(x_0, eps, t, model.alpha_bar), t, *expand(cond, seeds))
+            found = model.unet(sampler.add_noise(x_0, eps, t, model.alpha_bar), t, *sampler.rows(cond, seeds))
             errors += (found.float() - eps.float()).square().mean().item()
         pictures_at.append(x_0.float())
         surprise.append(errors)
@@ -139,11 +137,9 @@ def useful_end(scales, surprise, change) -> float:
 
 
 def strip(model, slider, cond, uncond, shape):
-    """A sheet of a few seeds at a few scales. cond, uncond: their first rows are taken; no text encoder is needed."""
-    n, columns = len(PREVIEW_SEEDS), []
-    repeat = lambda c: tuple(part[:1].expand(n, *part.shape[1:]) for part in c)
+    """A sheet of a few seeds at a few scales. cond, uncond: one row; no text encoder is needed."""
+    columns = []
     for scale in PREVIEW_SCALES:
         x_T = sampler.noise(PREVIEW_SEEDS, shape, model.device, model.dtype)
-        columns.append(model.pictures(sampler.sample(model.unet, x_T, repeat(cond), repeat(uncond), alpha_bar=model.alpha_bar,
-                                                     sliders=[(slider, scale)])))
+        columns.append(model.pictures(sampler.sample(model.unet, x_T, cond, uncond, alpha_bar=model.alpha_bar, sliders=[(slider, scale)])))
     return pictures.sheet([list(row) for row in zip(*columns)], [pictures.label(s) for s in PREVIEW_SCALES], [str(s) for s in PREVIEW_SEEDS])

@@ -70,7 +70,7 @@ def test_pairs_train_and_preview(tmp_path):
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     done = run("train_pairs.py", "--neg", tmp_path / "0.6", "--at", "0.2", tmp_path / "1.1", "--pos", tmp_path / "1.6", "--steps", 4, "--noises", 2,
-               "--preview", 2, "--out", tmp_path / "eyes.safetensors")
+               "--preview", 4, "--probe", 1, "--out", tmp_path / "eyes.safetensors")
     assert done.returncode == 0, done.stderr
     assert "3 groups of 3" in done.stdout and "teacher's change on unseen x_t" in done.stdout
     assert Image.open(tmp_path / "eyes.png").width > 3 * 128

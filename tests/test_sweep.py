@@ -1,8 +1,11 @@
 """Many sliders at once, and one seed at many scales: the same pictures as one at a time, for less."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import lora
 import sampler
@@ -105,18 +108,27 @@ def test_eq_8_at_sampling_time_is_what_it_says(model):
         assert torch.allclose(ours, expected, atol=1e-4) and not torch.allclose(ours, plain, atol=1e-2)
 
 
-def test_scales_over_the_useful_range(model, several):
-    import json
+def test_scales_over_the_useful_range(several):
     one, other = several[:2]
     assert slider.useful_scales([one]) == [-3, -2, -1, 0, 1, 2, 3]
-    one.metadata = {"probe": json.dumps({"range": [-1.5, 6.0], "scales": [-2, -1, 0, 1, 4, 8], "change": [-5, -1, 0, 1, 2, 10]})}
-    other.metadata = {"probe": json.dumps({"range": [-6.0, 3.0], "scales": [-6, 0, 3], "change": [-1, 0, 1]})}
-    assert np.allclose(slider.useful_scales([one]), [-1.5, -1, -0.5, 0, 2, 4, 6])
-    assert np.allclose(slider.useful_scales([one, other]), [-1.5, -1, -0.5, 0, 1, 2, 3])
-    # From -1.5 (change -3) to 0 in three even steps of change, and from 0 to 6 (change 6): read off the broken line by hand.
-    assert np.allclose(slider.useful_scales([one], even=True), [-1.5, -1.25, -1, 0, 4, 5, 6])
-    with pytest.raises(ValueError, match="--probe"):
-        slider.useful_scales([several[3]], even=True)
+    one.metadata = {"probe": json.dumps({"range": [-1.5, 6.0]})}
+    other.metadata = {"probe": json.dumps({"range": [-6.0, 3.0]})}
+    assert slider.useful_scales([one]) == [-1.5, -1, -0.5, 0, 2, 4, 6]
+    assert slider.useful_scales([one, other]) == [-1.5, -1, -0.5, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("low, high, left", [(-4, 4, 3), (-1, 4, 2), (0, 4, 0), (1, 4, 0)])
+def test_even_scales_look_evenly_spaced(low, high, left):
+    """Pictures whose grey is a known curve of the scale, steep near 0: neighbours must differ by about the same."""
+    grey = lambda scale: 120 + 100 * np.tanh(scale / 2)
+    draw = lambda scales: [[Image.fromarray(np.full((4, 4), grey(s), dtype=np.float32), mode="F")] * 2 for s in scales]
+    scales = slider.even_scales(draw, low, high)
+    steps = np.diff([grey(s) for s in scales])
+    assert len(scales) == 7 and scales[0] == low and scales[-1] == high and sum(s < 0 for s in scales) == left
+    assert (0 in scales) == (low <= 0) and steps.min() > 0
+    for side in (steps[:left], steps[left:]):
+        assert not len(side) or side.std() < 0.15 * side.mean()
+    assert steps.max() < 1.6 * steps.min()
 
 
 def test_where_a_slider_stops_being_useful():
@@ -131,7 +143,7 @@ def test_where_a_slider_stops_being_useful():
 def test_a_slider_that_wrecks_pictures_is_found_out(model):
     cond, uncond = model.condition(["a photo of a person"]), model.condition([""])
     found = []
-    for strength in (0.02, 0.4):
+    for strength in (0.4, 6.0):
         s = trained_slider(model.unet, 3, layers="noxattn")
         for name, p in s.named_parameters():
             if "lora_up" in name:
