@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 import lora
 from formats import slider_files
@@ -54,6 +55,9 @@ def parse(p: argparse.ArgumentParser):
     for name in ("model", "base", "merge"):  # what a stranger's file names is neither opened nor downloaded
         if settings.pop(name, None) and getattr(args, name) is None:
             raise ValueError(f"{args.like}: was trained with a --{name} of its own: name it here too")
+    if strange := settings.keys() - {action.dest for action in actions}:
+        raise ValueError(f"{args.like}: was trained by another script: {', '.join(sorted(strange))} mean nothing here")
+    settings.pop("device", None)
     for action in actions:
         if getattr(args, action.dest) is None:
             setattr(args, action.dest, settings.get(action.dest, action.default))
@@ -117,7 +121,7 @@ def run(main):
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         main()
-    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, FloatingPointError, SafetensorError, torch.OutOfMemoryError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

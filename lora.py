@@ -43,9 +43,6 @@ class LowRank(nn.Module):
 
     def __init__(self, layer: nn.Module, rank: int, alpha: float):
         super().__init__()
-        most = min(layer.weight.shape[0], layer.weight[0].numel())  # the full rank: min(out, in), a kernel's places counted as in
-        if not 1 <= rank <= most:
-            raise ValueError(f"rank: {rank} is not between 1 and {most}, the full rank of one of the layers")
         if isinstance(layer, nn.Conv2d):
             self.lora_down = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, bias=False)
             self.lora_up = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
@@ -82,10 +79,14 @@ class Slider(nn.Module):
     """
 
     def __init__(self, layers: dict[str, nn.Module], rank: int | dict = 4, alpha: float | dict = 1.0):
-        """layers: from target_layers. rank, alpha: one for all layers, or a dict by layer name.
-        Raises ValueError for a rank that no or not every layer can have."""
+        """layers: from target_layers. rank, alpha: one for all layers, or a dict by layer name (files may hold more than a
+        layer's full rank, as merged ones do). Raises ValueError for one rank that not every layer can have."""
         super().__init__()
         pick = lambda value, name: value[name] if isinstance(value, dict) else value
+        # A layer's full rank is min(out, in), a kernel's places counted as in.
+        most = min((min(m.weight.shape[0], m.weight[0].numel()) for m in layers.values()), default=0)
+        if not isinstance(rank, dict) and not 1 <= rank <= most:
+            raise ValueError(f"rank: {rank} is not between 1 and {most}, the full rank of one of the layers")
         for name, layer in layers.items():
             self.add_module(file_name(name), LowRank(layer, pick(rank, name), pick(alpha, name)))
         self.scale = 0.0
@@ -151,8 +152,9 @@ class Composed:
     nothing however many they are, but rounds, and memory for a second W. Off, each W is the tensor that it was.
     """
 
-    def __init__(self, unet: nn.Module, pairs):
-        """pairs: (slider, scale), sliders not attached. Raises ValueError if one does not fit `unet`."""
+    def __init__(self, unet: nn.Module, pairs, only_low_rank: bool = False):
+        """pairs: (slider, scale), sliders not attached. only_low_rank: where another Composed switches on the same UNet, as
+        only one W can stand in a layer. Raises ValueError if a slider does not fit `unet`."""
         self._scale, self.handles, self.changed, parts = 0.0, [], [], {}
         for slider, scale in pairs:
             for name, layer in slider.layers_of(unet):
@@ -160,7 +162,7 @@ class Composed:
         for layer, here in parts.values():
             A = torch.cat([part.lora_down.weight.detach() for _, part in here])  # (R, in) or (R, in, k, k), R = r_1 + r_2 + ...
             B = torch.cat([scale * part.factor * part.lora_up.weight.detach() for scale, part in here], 1)  # (out, R) or (out, R, 1, 1)
-            if 4 * len(A) <= min(layer.weight.shape[:2]):
+            if only_low_rank or 4 * len(A) <= min(layer.weight.shape[:2]):
                 self.handles.append(layer.register_forward_hook(self._hook(A.to(layer.weight.dtype), B.to(layer.weight.dtype))))
             else:
                 W = layer.weight.float() + (B.flatten(1).float() @ A.flatten(1).float()).view_as(layer.weight)
@@ -192,6 +194,8 @@ def hung(unet: nn.Module, sliders):
     Yields what to switch: triples (slider, scale, start) again, those with a number as scale and the same start in one.
     """
     alike, switches, attached = {}, [], []
+    if len({id(slider) for slider, _, _ in sliders}) < len(sliders):
+        raise ValueError("the same slider is given twice: load its file once for each")
     for slider, scale, start in sliders:
         slider.scale = 0.0
         if torch.is_tensor(scale):
@@ -199,9 +203,10 @@ def hung(unet: nn.Module, sliders):
         elif scale:
             alike.setdefault(start, []).append((slider, scale))
     try:
+        several = [start for start, pairs in alike.items() if len(pairs) > 1]
         for start, pairs in alike.items():
             if len(pairs) > 1:
-                attached.append(Composed(unet, pairs))
+                attached.append(Composed(unet, pairs, only_low_rank=len(several) > 1))
                 switches.append((attached[-1], 1.0, start))
             else:
                 switches.append((*pairs[0], start))

@@ -38,8 +38,8 @@ def timesteps(steps: int, T: int = 1000) -> list[int]:
 
 def add_noise(x_0, eps, t, alpha_bar):
     """x_0, eps (B, 4, h, w), t (B,) -> x_t (B, 4, h, w). Ho et al. 2020, eq. (4)."""
-    a = alpha_bar.to(x_0.device)[t].view(-1, 1, 1, 1).to(x_0.dtype)  # (B, 1, 1, 1)
-    return a.sqrt() * x_0 + (1 - a).sqrt() * eps
+    a = alpha_bar.to(x_0.device)[t].view(-1, 1, 1, 1)  # (B, 1, 1, 1), float32: in bfloat16 1 - a would be 0 at the lowest t
+    return a.sqrt().to(x_0.dtype) * x_0 + (1 - a).sqrt().to(x_0.dtype) * eps
 
 
 def ddim_step(x_t, eps, t: int, t_next: int, alpha_bar):

@@ -54,6 +54,8 @@ class SDXL:
         configs = files.configs
         self.name = str(path_or_id)
         self.device = torch.device(device or best_device())
+        if not {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(self.device.type, lambda: True)():
+            raise ValueError(f"device: there is no {device} on this machine, or this PyTorch cannot use it")
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
         self.zeros_for_empty = configs["model_index"].get("force_zeros_for_empty_prompt", True)
         self.alpha_bar = sampler.make_alpha_bar(configs["scheduler"])

@@ -91,7 +91,7 @@ def even_scales(draw, low: float, high: float, count: int = 7) -> list[float]:
     draw: scales -> columns of pictures (sweep). Draws a finer sweep, adds up the mean absolute differences of the pixels
     from scale to scale, and divides the way into even steps, on either side of 0 as many as it has of the way.
     """
-    fine = sorted({*np.linspace(low, high, 2 * count - 1), min(max(0.0, low), high)})
+    fine = sorted({float(s) for s in (*np.linspace(low, high, 2 * count - 1), min(max(0.0, low), high))})
     values = [np.stack([np.asarray(p, dtype=np.float32) for p in column]) for column in draw(fine)]
     way = np.cumsum([0.0] + [np.abs(b - a).mean() for a, b in zip(values, values[1:])])
     middle = way[fine.index(min(max(0.0, low), high))]
@@ -138,6 +138,12 @@ def check(args):
         raise ValueError(f"--batch must be at least 1, not {args.batch}")
     if args.guide and args.slider:
         raise ValueError("--guide shows eq. (8) without a slider: leave --slider out")
+    if (args.eta is not None or args.preserve) and not args.guide:
+        raise ValueError("--eta and --preserve belong to --guide")
+    if args.eta is not None and not args.eta > 0:
+        raise ValueError(f"--eta must be above 0, not {args.eta}")
+    if args.scales and not args.guide and all(scale is not None for _, scale, _ in args.slider):
+        raise ValueError("--scales: there is no slider to sweep; give one without a scale of its own")
     if args.even and args.grid:
         raise ValueError("--even spaces one sweep, not a --grid")
     if args.grid and [scale for _, scale, _ in args.slider].count(None) != 2:
@@ -152,7 +158,7 @@ def main():
     out = Path(args.out)
     model = cli.load_model(args)
     model.vae.tile = args.vae_tile // model.factor
-    size = (args.size,) * 2 if args.size else None
+    size = (args.size,) * 2 if args.size is not None else None
     model.latent_shape(size)
     sampler.timesteps(args.steps)
     sliders = [(lora.load(path, model.unet), fixed, args.start if start is None else start) for path, fixed, start in args.slider]

@@ -64,6 +64,8 @@ def fit(unet, slider, train: Targets, held_out: Targets, *, steps: int, batch: i
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: min(1.0, (i + 1) / warmup) * min(1.0, 2 * (steps - i) / steps))
     generator = torch.Generator().manual_seed(seed)
     nothing = train.wanted.square().mean()  # the squared error of scale 0
+    if not nothing > 0:
+        raise ValueError("the model sees no difference between the two ends: there is nothing to learn")
     reading = meter(unet, slider, held_out, batch)
     average, order = None, []
     with slider.at(0.0), tqdm(total=steps, unit="step", desc="train") as bar:

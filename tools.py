@@ -51,7 +51,7 @@ def of_rank(A, B, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     of each, so that nothing larger than R x R is decomposed. The singular values are shared evenly."""
     Q_B, R_B = torch.linalg.qr(B.double())  # (out, R), (R, R)
     Q_A, R_A = torch.linalg.qr(A.double().T)  # (in, R), (R, R)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.T)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
     root = S[:rank].sqrt()
     return (root[:, None] * (Vh[:rank] @ Q_A.T)).float(), (Q_B @ U[:, :rank] * root).float()
 
@@ -148,6 +148,7 @@ def bake(args, unet):
         source = weights.from_hub(args.model)
     if out.exists():
         raise ValueError(f"{out}: is there already")
+    out.parent.mkdir(parents=True, exist_ok=True)
     change = {}
     for path, w in map(cli.file_and_scale, args.files):
         for name, part in slider_files.read(path, unet).parts.items():
@@ -179,6 +180,8 @@ def main():
     p.add_argument("--layers", choices=lora.LAYERS, default="all", help="extract: which layers (default: %(default)s)")
     p.add_argument("--store", choices=cli.DTYPES, default="float16", help="dtype in the file (default: %(default)s)")
     args = p.parse_args()
+    if args.merge:
+        raise ValueError("--merge is for training and drawing; here, bake does it")
     if args.what != "info":
         if not args.out:
             raise ValueError("--out is needed: the file to write")

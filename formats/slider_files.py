@@ -12,7 +12,6 @@ ComfyUI, A1111, Forge and InvokeAI read the first two, diffusers all three.
 
 import json
 import os
-import pickle
 import re
 import warnings
 from dataclasses import dataclass, field
@@ -30,7 +29,8 @@ ENDINGS = {"lora_down.weight": "down", "lora_up.weight": "up", "lora_A.weight": 
            "lora.up.weight": "up", "lora_A.default.weight": "down", "lora_B.default.weight": "up", "lora_linear_layer.down.weight": "down",
            "lora_linear_layer.up.weight": "up", "alpha": "alpha"}
 OTHER_KINDS = {"hada_w": "LoHa", "lokr_w": "LoKr", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "lora_mid": "LoCon with a core tensor",
-               "lora_t2": "LoHa", "oft_": "OFT", "on_input": "IA3", "ia3_": "IA3", "glora": "GLoRA", ".diff": "whole weights"}
+               "lora_t2": "LoHa", "oft_": "OFT", "on_input": "IA3", "ia3_": "IA3", "glora": "GLoRA", ".diff ": "whole weights", ".diff_b ": "whole weights"}
+ADAPTER = "lora_adapter_metadata"  # diffusers' name for it
 TEXT = re.compile(r"(lora_te\d?_|text_encoder(_2)?\.|te\d?\.)")
 LARGEST = 4 * 2**30  # bytes: no LoRA is larger, and a pickle of that size is not read
 
@@ -89,10 +89,14 @@ def read(path, unet: nn.Module) -> File:
     a plain low-rank one, damaged, or made for another model. Warns of parts for the text encoders, which are left out."""
     path = Path(path)
     tensors, metadata = raw(path)
-    odd = next(((kind, name) for name in tensors for word, kind in OTHER_KINDS.items() if word in name), None)
+    odd = next(((kind, name) for name in tensors for word, kind in OTHER_KINDS.items() if word in name + " "), None)
     if odd:
         raise ValueError(f"{path}: a {odd[0]} file ({odd[1]}); only plain low-rank ones (LoRA, LoCon) can be used")
-    stems = {theirs: (stem, naming) for naming, table in names(unet).items() for stem, theirs in table.items()}
+    tables = names(unet)
+    stems = {theirs: (stem, naming) for naming, table in tables.items() for stem, theirs in table.items()}
+    layers = layers_by_file_name(unet)
+    dotted = single_file.original_names([name for name, _ in layers.values()], unet.config["layers_per_block"] + 1)
+    stems |= {f"unet.{dotted[name]}": (stem, "peft") for stem, (name, _) in layers.items()}  # "diffusion_model.input_blocks..."
     found, naming, text = {}, "kohya", []
     for name, tensor in tensors.items():
         if TEXT.match(name):
@@ -109,8 +113,32 @@ def read(path, unet: nn.Module) -> File:
         raise ValueError(f"{path}: not a slider or LoRA file: it holds nothing for a UNet")
     if text:
         warnings.warn(f"{path}: its {len({(split(n) or (n,))[0] for n in text})} changes of the text encoders are left out: sliders change the UNet alone", stacklevel=2)
-    layers = layers_by_file_name(unet)
-    return File({stem: checked(path, stem, layers[stem][1], here) for stem, here in found.items()}, naming, metadata, text)
+    adapter = json_of(metadata.pop(ADAPTER, "{}"), path)  # diffusers' own place for alpha, in force where it is given
+    parts = {stem: checked(path, stem, layers[stem][1], here) for stem, here in found.items()}
+    for stem, part in parts.items():
+        part.alpha = adapter_alpha(adapter, layers[stem][0], part)
+    return File(parts, naming, metadata, text)
+
+
+def json_of(text: str, path) -> dict:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: damaged: its metadata is no JSON object")
+    return value
+
+
+def adapter_alpha(adapter: dict, layer: str, part: Part) -> float:
+    """alpha of a layer from diffusers' metadata ("unet.lora_alpha", and by layer "unet.alpha_pattern"); else as it was."""
+    alpha = adapter.get("unet.lora_alpha")
+    for pattern, value in (adapter.get("unet.alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            alpha = value
+    if alpha is None:
+        return part.alpha
+    return float(alpha) * (len(part.down) ** 0.5 if adapter.get("unet.use_rslora") else 1.0)
 
 
 def raw(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -122,8 +150,9 @@ def raw(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     if path.suffix.lower() in (".pt", ".pth", ".bin", ".ckpt"):
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, OSError, ValueError, EOFError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{path}: not a file of tensors alone, or damaged; it was not read ({str(error).splitlines()[0][:100]})") from None
+        except Exception as error:  # a damaged one can raise anything
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+            raise ValueError(f"{path}: not a file of tensors alone, or damaged; it was not read ({reason})") from None
         tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else tensors
         if not isinstance(tensors, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in tensors.items()):
             raise ValueError(f"{path}: not a dict of tensors")

@@ -211,6 +211,8 @@ def pour(kind, config: dict, where: dict, device, dtype, part: str):
     try:
         for some in tensors(where, device, dtype):
             module.load_state_dict(some, strict=False, assign=True)
+    except torch.OutOfMemoryError:
+        raise
     except (SafetensorError, RuntimeError, OSError) as error:
         raise ValueError(f"{part}: the weights do not fit config.json: {str(error).splitlines()[-1].strip()}") from None
     return module.eval().requires_grad_(False)
