@@ -102,6 +102,7 @@ def test_other_spellings_of_the_same_slider(model, tmp_path):
         peft[name] = t
     spellings = {
         "published.pt": ours, "no_alpha": {k: v for k, v in ours.items() if not k.endswith("alpha")},
+        "comfyui": {"diffusion_model." + k.removeprefix("unet."): v for k, v in peft.items()},
         "base_model": {"base_model.model." + k.removeprefix("unet."): v for k, v in peft.items()},
         "default": {k.replace("lora_A.weight", "lora_A.default.weight").replace("lora_B.weight", "lora_B.default.weight"): v for k, v in peft.items()},
         "dots": {k.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): v for k, v in peft.items()},
@@ -230,6 +231,36 @@ def tool(*words):
     return done.stdout
 
 
+def test_alpha_in_diffusers_metadata_is_in_force(model, pipeline, tmp_path):
+    """Its save_lora_weights writes alpha into the metadata alone: rank 4 with alpha 1 is a quarter of what B A says."""
+    import peft
+    config = peft.LoraConfig(r=4, lora_alpha=1, init_lora_weights=False, target_modules=["to_q", "conv2"])
+    pipeline.unet.add_adapter(config, "theirs")
+    state = peft.get_peft_model_state_dict(pipeline.unet, adapter_name="theirs")
+    type(pipeline).save_lora_weights(tmp_path, unet_lora_layers=state, weight_name="b.safetensors", unet_lora_adapter_metadata=config.to_dict())
+    slider = lora.load(tmp_path / "b.safetensors", model.unet)
+    try:
+        ours, theirs = pictures_of_both(model, pipeline, slider, 1.0)
+        assert ((ours - theirs).abs().max() / theirs.abs().max()) < 1e-3
+        assert {part.factor for part in slider.children()} == {0.25}
+    finally:
+        pipeline.unet.delete_adapters("theirs")
+
+
+def test_damaged_pt_files_are_one_line(model, tmp_path):
+    lora.save(tmp_path / "good.safetensors", trained_slider(model.unet, layers="xattn", rank=1), {})
+    torch.save(load_file(tmp_path / "good.safetensors"), tmp_path / "good.pt")
+    whole, g = bytearray((tmp_path / "good.pt").read_bytes()), torch.Generator().manual_seed(0)
+    for i in range(60):
+        cut = int(torch.randint(len(whole), (1,), generator=g))
+        broken = whole[:cut] if i % 2 else whole[:cut // 8] + bytes([whole[cut // 8] ^ 255]) + whole[cut // 8 + 1:]
+        (tmp_path / "bad.pt").write_bytes(broken)
+        try:
+            lora.load(tmp_path / "bad.pt", model.unet)  # a flipped bit may leave a file that is still whole
+        except ValueError as error:
+            assert "bad.pt" in str(error) and "\n" not in str(error)
+
+
 @pytest.fixture
 def two(model, tmp_path):
     sliders = [trained_slider(model.unet, 1, rank=2, alpha=1.0, layers="attn"), trained_slider(model.unet, 2, rank=5, alpha=3.0, layers="noxattn")]
@@ -257,6 +288,14 @@ def test_merging_files_is_exact_and_of_lower_rank_the_nearest(model, tmp_path, t
             S = torch.linalg.svdvals(expected.flatten(1).double())
             error = (low[name] - expected).flatten(1).double().norm()
             assert error <= S[3:].norm() + 1e-5  # Eckart-Young: no rank-3 matrix is nearer
+    # Beyond a layer's full rank (here 64), whole and cut: both load and say the same.
+    tool("merge", *[paths[1]] * 15, "--store", "float32", "--out", tmp_path / "many.safetensors")
+    tool("merge", *[paths[1]] * 15, "--store", "float32", "--rank", 70, "--out", tmp_path / "cut.safetensors")
+    for name, change in change_of(other, model.unet).items():
+        if torch.is_tensor(change):
+            break
+    many, cut = (lora.load(tmp_path / f"{n}.safetensors", model.unet) for n in ("many", "cut"))
+    assert torch.allclose(many.get_submodule(name).change(), 15 * change, atol=1e-4) and torch.allclose(cut.get_submodule(name).change(), 15 * change, atol=1e-3)
     text = tool("info", paths[0], tmp_path / "all.safetensors")
     assert "rank 2" in text and "rank 2, 5, 7" in text and "cosine" in text
 
@@ -301,3 +340,5 @@ def test_like_trains_the_same_slider_again(tmp_path):
     a, b, c = (load_file(tmp_path / f"{n}.safetensors") for n in "abc")
     assert a.keys() == b.keys() == c.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert all(len(v) == 3 for k, v in c.items() if k.endswith("lora_down.weight"))
+    done = subprocess.run([sys.executable, "train_pairs.py", "--like", str(tmp_path / "a.safetensors")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "trained by another script" in done.stderr and "Traceback" not in done.stderr

@@ -153,3 +153,21 @@ def test_a_slider_that_wrecks_pictures_is_found_out(model):
     assert gentle["range"][0] < -4 and gentle["range"][1] > 4 and -2 < wild["range"][0] < 0 < wild["range"][1] < 2
     for one in found:
         assert one["change"] == sorted(one["change"]) and one["change"][4] == 0 and one["surprise"][4] == 1
+
+
+def test_two_groups_of_sliders_with_starts_of_their_own_add_up(model, inputs):
+    """Four sliders whose ranks call for a second W in narrow layers, two and two on switches of their own."""
+    four = [trained_slider(model.unet, i, rank=9, layers="attn") for i in range(4)]
+    with torch.no_grad():
+        with lora.hung(model.unet, [(s, 1.0, 0.3 if i < 2 else 0.5) for i, s in enumerate(four)]) as switches:
+            for switch, scale, _ in switches:
+                switch.scale = scale
+            ours = model.unet(*inputs)
+        for s in four:
+            s.attach(model.unet).scale = 1.0
+        expected = model.unet(*inputs)
+        for s in four:
+            s.detach()
+    assert len(switches) == 2 and torch.allclose(ours, expected, atol=1e-3)
+    with pytest.raises(ValueError, match="twice"), lora.hung(model.unet, [(four[0], 1.0, 0.3), (four[0], 1.0, 0.5)]):
+        pass

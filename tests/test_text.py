@@ -118,6 +118,15 @@ def test_divergence_stops_training(model):
     slider.detach()
 
 
+def test_nothing_to_learn_is_said(model):
+    train = collect(model)
+    train.target = train.eps_0.float().clone()
+    slider = lora.Slider(lora.target_layers(model.unet)).attach(model.unet)
+    with pytest.raises(ValueError, match="no difference"):
+        student.fit(model.unet, slider, train, train, steps=3, batch=2, lr=1e-3)
+    slider.detach()
+
+
 def test_verdicts():
     good = {"share": 0.8, "cosine": 0.9, "plus": 0.8, "minus": 0.8}
     assert "It works" in " ".join(student.verdict(good, 0.1)) and "WARNING" not in " ".join(student.verdict(good, 0.1))
