@@ -1,7 +1,6 @@
 """What the command lines share: options that choose the model, and errors as one clear line."""
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -51,7 +50,7 @@ def parse(p: argparse.ArgumentParser):
     _, metadata = slider_files.raw(Path(args.like))
     if "settings" not in metadata:
         raise ValueError(f"{args.like}: does not say how it was trained")
-    settings = json.loads(metadata["settings"])
+    settings = slider_files.json_of(metadata["settings"], args.like)
     for name in ("model", "base", "merge"):  # what a stranger's file names is neither opened nor downloaded
         if settings.pop(name, None) and getattr(args, name) is None:
             raise ValueError(f"{args.like}: was trained with a --{name} of its own: name it here too")

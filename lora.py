@@ -58,10 +58,13 @@ class LowRank(nn.Module):
         # In the UNet's dtype, whatever A's and B's: in training they stay in float32, where small steps are not lost.
         return self.factor * low_rank(x, self.lora_down.weight.to(x.dtype), self.lora_up.weight.to(x.dtype), self.lora_down)
 
+    def part(self) -> slider_files.Part:
+        """What a file holds of it."""
+        return slider_files.Part(self.lora_down.weight.detach(), self.lora_up.weight.detach(), self.factor * len(self.lora_down.weight))
+
     def change(self):
         """(alpha / r) B A in the shape of the layer's weight, float32."""
-        A, B = self.lora_down.weight.detach().float(), self.lora_up.weight.detach().float()
-        return self.factor * (B.flatten(1) @ A.flatten(1)).view(len(B), *A.shape[1:])  # (out, in) or (out, in, k, k)
+        return self.factor * slider_files.dense(self.lora_down.weight.detach(), self.lora_up.weight.detach())
 
 
 def low_rank(x, A, B, layer):
@@ -129,7 +132,7 @@ class Slider(nn.Module):
 
     def parts(self) -> dict:
         """{kohya name: slider_files.Part}."""
-        return {name: slider_files.Part(p.lora_down.weight, p.lora_up.weight, float(p.alpha)) for name, p in self.named_children()}
+        return {name: low.part() for name, low in self.named_children()}
 
     @contextmanager
     def at(self, scale):
@@ -146,9 +149,8 @@ class Slider(nn.Module):
 class Composed:
     """Several sliders, each at a fixed scale, as one change of `unet`: off at `scale` 0, on at any other.
 
-    Exact, and in each layer in the cheaper of two forms. Where the ranks add up to little, one low-rank change: the A's
-    stacked, the B's side by side, each times its scale * alpha / r; it keeps small changes apart from bfloat16 weights,
-    which would round them. Where they add up to much, W + sum of scale * (alpha / r) B A takes W's place, which costs
+    Exact, and in each layer in the cheaper of two forms. Where the ranks add up to little, one low-rank change
+    (slider_files.stacked); it keeps small changes apart from bfloat16 weights, which would round them. Where they add up to much, W + sum of scale * (alpha / r) B A takes W's place, which costs
     nothing however many they are, but rounds, and memory for a second W. Off, each W is the tensor that it was.
     """
 
@@ -158,14 +160,13 @@ class Composed:
         self._scale, self.handles, self.changed, parts = 0.0, [], [], {}
         for slider, scale in pairs:
             for name, layer in slider.layers_of(unet):
-                parts.setdefault(name, (layer, []))[1].append((scale, getattr(slider, name)))
+                parts.setdefault(name, (layer, []))[1].append((getattr(slider, name).part(), scale))
         for layer, here in parts.values():
-            A = torch.cat([part.lora_down.weight.detach() for _, part in here])  # (R, in) or (R, in, k, k), R = r_1 + r_2 + ...
-            B = torch.cat([scale * part.factor * part.lora_up.weight.detach() for scale, part in here], 1)  # (out, R) or (out, R, 1, 1)
+            A, B = slider_files.stacked(here)
             if only_low_rank or 4 * len(A) <= min(layer.weight.shape[:2]):
                 self.handles.append(layer.register_forward_hook(self._hook(A.to(layer.weight.dtype), B.to(layer.weight.dtype))))
             else:
-                W = layer.weight.float() + (B.flatten(1).float() @ A.flatten(1).float()).view_as(layer.weight)
+                W = layer.weight.float() + slider_files.dense(A, B)
                 self.changed.append((layer, layer.weight, nn.Parameter(W.to(layer.weight.dtype), requires_grad=False)))
 
     def _hook(self, A, B):
@@ -231,21 +232,12 @@ def save(path, slider: Slider, metadata: dict, **options):
 def load(path, unet: nn.Module) -> Slider:
     """Read a slider or LoRA file of any common naming for `unet`; rank, alpha and layers come from the file itself. Not yet
     attached. Its metadata, all strings, is the returned slider's `.metadata`. Raises ValueError, naming the file."""
-    file = slider_files.read(path, unet)
-    try:
-        slider = of_parts(file.parts, unet)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    slider.metadata = file.metadata
-    return slider
-
-
-def of_parts(parts: dict, unet: nn.Module) -> Slider:
-    """{kohya name: slider_files.Part} -> a slider in the UNet's dtype, without gradients."""
-    layers = {stem: slider_files.layers_by_file_name(unet)[stem] for stem in parts}
-    slider = Slider(dict(layers.values()), {name: len(parts[stem].down) for stem, (name, _) in layers.items()},
-                    {name: parts[stem].alpha for stem, (name, _) in layers.items()})
-    for stem, part in parts.items():
+    file, known = slider_files.read(path, unet), layers_by_file_name(unet)
+    parts = {known[stem][0]: part for stem, part in file.parts.items()}  # by the layer's name in the UNet
+    slider = Slider({known[stem][0]: known[stem][1] for stem in file.parts}, {name: len(part.down) for name, part in parts.items()},
+                    {name: part.alpha for name, part in parts.items()})
+    for stem, part in file.parts.items():
         low = getattr(slider, stem)
         low.lora_down.weight.data, low.lora_up.weight.data = part.down, part.up
+    slider.metadata = file.metadata
     return slider.requires_grad_(False).to(next(unet.parameters()))

@@ -118,6 +118,41 @@ def steps_before(start: float, steps: int, T: int = 1000) -> int:
     return sum(t > (1 - start) * T for t in timesteps(steps, T))
 
 
+def sweep(unet, x_T, cond, uncond, columns, *, alpha_bar, steps: int = 30, start: float = 0.3, batch: int = 16, ends=None, etas=None, **settings):
+    """The same x_T (n, 4, h, w) in several settings: yields (column, x_0 (n, 4, h, w)) for each of `columns`, as they are done.
+
+    columns: for each column a list of pairs (slider, scale) or triples (slider, scale, start); every column names the
+    same sliders in the same order, at scales of its own. The steps before the first slider switches on are walked once
+    for all columns. ends, etas: eq. (8) in place of a slider (guided_eps), at an eta for each column. batch: pictures
+    denoised at once. cond, uncond: of one row. settings: the rest as in `sample`.
+    """
+    columns = [[(*entry, start)[:3] for entry in column] for column in columns]
+    etas = etas or [0.0] * len(columns)
+    starts = [s for column in columns for _, scale, s in column if scale] + [start] * any(etas)
+    before = steps_before(min(starts), steps, len(alpha_bar)) if starts and len(columns) > 1 else 0
+    walk = lambda x, **more: sample(unet, x, cond, uncond, alpha_bar=alpha_bar, steps=steps, start=start, **settings, **more)
+    n = len(x_T)
+    off = [(slider, 0.0) for slider, _, _ in columns[0]]  # named, so that one that was left at a scale is off here
+    shared = walk(x_T, stop=before, sliders=off) if before else x_T
+    for some in grouped(columns, etas, max(1, batch // n)):
+        each = lambda values: torch.tensor(values, device=x_T.device).repeat_interleave(n)  # one for each picture
+        sliders = []
+        for entries in zip(*(columns[c] for c in some)):  # one slider in these columns
+            scales = [scale for _, scale, _ in entries]
+            sliders.append((entries[0][0], scales[0] if len(set(scales)) == 1 else each(scales), entries[0][2]))
+        eta = each([etas[c] for c in some])
+        x_0 = walk(shared.repeat(len(some), 1, 1, 1), skip=before, sliders=sliders, ends=ends if eta.any() else None, eta=eta)
+        yield from zip(some, x_0.chunk(len(some)))
+
+
+def grouped(columns, etas, at_once: int) -> list[list[int]]:
+    """Which columns go through the UNet together: those that change nothing by themselves, as they cost less and are to be
+    the untouched model's bit for bit; of the others up to `at_once`."""
+    changes = [bool(eta) or any(scale for _, scale, _ in column) for column, eta in zip(columns, etas)]
+    plain, rest = ([c for c in range(len(columns)) if changes[c] == kind] for kind in (False, True))
+    return [[c] for c in plain] + [rest[i:i + at_once] for i in range(0, len(rest), at_once)]
+
+
 def noise(seeds, shape, device="cpu", dtype=torch.float32):
     """x_T for each seed: (len(seeds), *shape). Drawn on the CPU in float32, one generator a seed,
     so that a seed means the same noise on every machine, in every dtype and in every batch."""

@@ -52,7 +52,6 @@ class SDXL:
         self = cls()
         files = weights.find(path_or_id, base)
         configs = files.configs
-        self.name = str(path_or_id)
         self.device = torch.device(device or best_device())
         if not {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(self.device.type, lambda: True)():
             raise ValueError(f"device: there is no {device} on this machine, or this PyTorch cannot use it")

@@ -16,7 +16,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 import cli
@@ -24,6 +23,7 @@ import lora
 import pictures
 import sampler
 import train_text
+import training
 
 
 def generate(model, prompt: str, seeds, sliders=(), **settings) -> list[Image.Image]:
@@ -31,48 +31,17 @@ def generate(model, prompt: str, seeds, sliders=(), **settings) -> list[Image.Im
     return sweep(model, prompt, seeds, [sliders], **settings)[0]
 
 
-def sweep(model, prompt: str, seeds, columns, *, steps: int = 30, guidance: float = 5.0, start: float = 0.3, negative: str = "",
-          size: tuple[int, int] | None = None, batch: int = 16, ends=None, etas=None) -> list[list[Image.Image]]:
-    """The same seeds in several settings: a list of pictures, one for each seed, for each of `columns`.
-
-    columns: for each column a list of pairs (slider, scale) or triples (slider, scale, start); every column names the
-    same sliders in the same order, at scales of its own. The steps before the first slider switches on are walked once
-    for all columns. ends, etas: eq. (8) in place of a slider (sampler.guided_eps), at an eta for each column.
-    batch: pictures denoised at once. The other settings are sampler.sample's.
-    """
-    columns = [[(*entry, start)[:3] for entry in column] for column in columns]
-    etas = etas or [0.0] * len(columns)
-    starts = [s for column in columns for _, scale, s in column if scale] + [start] * any(etas)
-    before = sampler.steps_before(min(starts), steps, len(model.alpha_bar)) if starts and len(columns) > 1 else 0
-    walk = lambda x, **more: sampler.sample(model.unet, x, cond, uncond, alpha_bar=model.alpha_bar, steps=steps, guidance=guidance,
-                                            start=start, **more)
+def sweep(model, prompt: str, seeds, columns, *, negative: str = "", size: tuple[int, int] | None = None, batch: int = 16,
+          **settings) -> list[list[Image.Image]]:
+    """The same seeds in several settings: a list of pictures, one for each seed, for each of `columns`. size: (height,
+    width) in pixels; batch: pictures denoised at once. columns and settings are sampler.sweep's."""
     cond, uncond = model.condition([prompt], size), model.condition([negative], size)
     out = [[] for _ in columns]
     for i in range(0, len(seeds), batch):
-        x_T = sampler.noise(seeds[i:i + batch], model.latent_shape(size), model.device, model.dtype)  # (n, 4, h, w)
-        n = len(x_T)
-        shared = walk(x_T, stop=before) if before else x_T
-        at_once = max(1, batch // n)
-        for some in grouped(columns, etas, at_once):
-            m = len(some)
-            sliders = []
-            for entries in zip(*(columns[c] for c in some)):  # one slider in these columns
-                scales = [scale for _, scale, _ in entries]
-                alike = len(set(scales)) == 1
-                sliders.append((entries[0][0], scales[0] if alike else torch.tensor(scales, device=model.device).repeat_interleave(n), entries[0][2]))
-            eta = torch.tensor([etas[c] for c in some], device=model.device).repeat_interleave(n)
-            x_0 = walk(shared.repeat(m, 1, 1, 1), skip=before, sliders=sliders, ends=ends if eta.any() else None, eta=eta)
-            for c, part in zip(some, x_0.chunk(m)):
-                out[c] += model.pictures(part)
+        x_T = sampler.noise(seeds[i:i + batch], model.latent_shape(size), model.device, model.dtype)
+        for column, x_0 in sampler.sweep(model.unet, x_T, cond, uncond, columns, alpha_bar=model.alpha_bar, batch=batch, **settings):
+            out[column] += model.pictures(x_0)
     return out
-
-
-def grouped(columns, etas, at_once: int) -> list[list[int]]:
-    """Which columns go through the UNet together: those that change nothing by themselves, as they cost less and are to be
-    the untouched model's bit for bit; of the others up to `at_once`."""
-    changes = [bool(eta) or any(scale for _, scale, _ in column) for column, eta in zip(columns, etas)]
-    plain, rest = ([c for c in range(len(columns)) if changes[c] == kind] for kind in (False, True))
-    return [[c] for c in plain] + [rest[i:i + at_once] for i in range(0, len(rest), at_once)]
 
 
 # ------------------------------------------------------------------------------------------------ scales
@@ -162,9 +131,8 @@ def main():
     model.latent_shape(size)
     sampler.timesteps(args.steps)
     sliders = [(lora.load(path, model.unet), fixed, args.start if start is None else start) for path, fixed, start in args.slider]
-    small = max(model.unet.config["block_out_channels"]) < 640
     settings = dict(steps=args.steps, guidance=args.guidance, start=args.start, negative=args.negative, size=size,
-                    batch=args.batch or (16 if small else 4))
+                    batch=args.batch or (16 if training.is_small(model.unet) else 4))
 
     sweeping = [s for s, fixed, _ in sliders if fixed is None]
     scales = args.scales or (useful_scales(sweeping) if sweeping or args.guide else [0.0])

@@ -13,44 +13,38 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 import cli
 import lora
 from formats import single_file, slider_files, weights
-from formats.slider_files import Part
+from formats.slider_files import Part, dense, stacked
 from sdxl import MINIATURE
 from sdxl_unet import UNet
 
 
-def unet_for(args) -> torch.nn.Module:
-    """--model's UNet without its weights: names and shapes. Without --model the miniature's or SDXL's, whichever the files fit."""
-    configs = [weights.find(args.model, args.base).configs["unet"]]
+def bare(config: dict) -> UNet:
+    """A UNet without its weights: names and shapes."""
+    with torch.device("meta"):
+        return UNet(config)
+
+
+def unet_for(args) -> UNet:
+    """--model's UNet; without --model the miniature's or SDXL's, whichever the first of the slider files fits."""
+    unet = bare(weights.find(args.model, args.base).configs["unet"])
     if args.model == str(MINIATURE) and args.what in ("info", "convert", "merge"):
-        configs.append(single_file.SDXL["unet"])
-    for config in configs:
-        with torch.device("meta"):
-            unet = UNet(config)
         try:
             slider_files.read(cli.file_and_scale(args.files[0])[0], unet)
-            break
-        except ValueError as error:
-            if "another model" not in str(error) or config is configs[-1]:
-                raise
+        except ValueError as error:  # what else may be wrong is said when the file is used
+            if "another model" in str(error):
+                return bare(single_file.SDXL["unet"])
     return unet
-
-
-def stacked(pairs) -> tuple[torch.Tensor, torch.Tensor]:
-    """[(Part, weight)] of one layer -> A (R, in), B (out, R) of their weighted sum, R = r_1 + r_2 + ...: exact."""
-    A = torch.cat([part.down.flatten(1) for part, _ in pairs])
-    return A, torch.cat([w * (part.alpha / len(part.down)) * part.up.flatten(1) for part, w in pairs], 1)
 
 
 def of_rank(A, B, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The A (rank, in), B (out, rank) whose product is nearest to B A (Eckart & Young 1936), by the SVD of B A; through the QR
-    of each, so that nothing larger than R x R is decomposed. The singular values are shared evenly."""
-    Q_B, R_B = torch.linalg.qr(B.double())  # (out, R), (R, R)
-    Q_A, R_A = torch.linalg.qr(A.double().T)  # (in, R), (R, R)
+    of each, so that nothing larger than R x R is decomposed. The singular values are shared evenly. A kernel counts as in."""
+    Q_B, R_B = torch.linalg.qr(B.flatten(1).double())  # (out, R), (R, R)
+    Q_A, R_A = torch.linalg.qr(A.flatten(1).double().T)  # (in, R), (R, R)
     U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
     root = S[:rank].sqrt()
     return (root[:, None] * (Vh[:rank] @ Q_A.T)).float(), (Q_B @ U[:, :rank] * root).float()
@@ -60,7 +54,7 @@ def inner(a: dict[str, Part], b: dict[str, Part]) -> float:
     """The inner product of two sliders' changes, sum over layers of <B_a A_a, B_b A_b> = tr(A_a^T B_a^T B_b A_b)."""
     total = 0.0
     for name in a.keys() & b.keys():
-        (A1, B1), (A2, B2) = stacked([(a[name], 1.0)]), stacked([(b[name], 1.0)])
+        (A1, B1), (A2, B2) = ((x.flatten(1) for x in stacked([(slider[name], 1.0)])) for slider in (a, b))
         total += ((B1.T @ B2) * (A1 @ A2.T)).sum().item()
     return total
 
@@ -84,7 +78,7 @@ def info(args, unet):
             norms[block(name)] = norms.get(block(name), 0.0) + inner({name: part}, {name: part})
         print("  norm of the change, per block: " + ", ".join(f"{b} {n ** 0.5:.3g}" for b, n in sorted(norms.items())))
         if "settings" in file.metadata:
-            settings = json.loads(file.metadata["settings"])
+            settings = slider_files.json_of(file.metadata["settings"], path)
             print("  settings: " + ", ".join(f"{k} {v}" for k, v in settings.items() if v is not None and v is not False and v != []))
         if "probe" in file.metadata:
             print("  useful from scale {:+g} to {:+g}".format(*json.loads(file.metadata["probe"])["range"]))
@@ -109,16 +103,14 @@ def merge(args, unet):
         if args.rank and args.rank < len(A):
             A, B = of_rank(A, B, args.rank)
         down, up = here[0][0].down, here[0][0].up
-        parts[name] = Part(A.view(-1, *down.shape[1:]), B.view(*B.shape, *up.shape[2:]), float(len(A)))
+        parts[name] = Part(A.view(-1, *down.shape[1:]), B.view(*B.shape[:2], *up.shape[2:]), float(len(A)))
     slider_files.write(args.out, parts, {"kind": "merged sliders", "of": args.files}, dtype=cli.DTYPES[args.store])
     print(f"{args.out}: written, rank {max(len(p.down) for p in parts.values())}")
 
 
-def extract(args, _):
+def extract(args, unet):
     """For each layer the rank-r matrix nearest to W_tuned - W."""
-    base, tuned = weights.find(args.model, args.base), weights.find(args.files[0], args.base).where["unet"]
-    with torch.device("meta"):
-        unet = UNet(base.configs["unet"])
+    base, tuned = (weights.find(model, args.base).where["unet"] for model in (args.model, args.files[0]))
     layers = {f"{name}.weight": m.weight.shape for name, m in lora.target_layers(unet, args.layers).items()}
     missing = [name for name in layers if name not in tuned]
     if missing:
@@ -126,7 +118,7 @@ def extract(args, _):
     only = lambda where, names: {name: where[name] for name in names}
     parts, left, whole = {}, 0.0, 0.0
     for some in weights.tensors(only(tuned, layers), "cpu", torch.float32):
-        before = {name: t for part in weights.tensors(only(base.where["unet"], some), "cpu", torch.float32) for name, t in part.items()}
+        before = {name: t for part in weights.tensors(only(base, some), "cpu", torch.float32) for name, t in part.items()}
         for name, W in some.items():
             if W.shape != layers[name]:
                 raise ValueError(f"{args.files[0]}: another kind of UNet: {name} is {tuple(W.shape)}")
@@ -148,13 +140,11 @@ def bake(args, unet):
         source = weights.from_hub(args.model)
     if out.exists():
         raise ValueError(f"{out}: is there already")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    change = {}
+    known, change = slider_files.layers_by_file_name(unet), {}
     for path, w in map(cli.file_and_scale, args.files):
         for name, part in slider_files.read(path, unet).parts.items():
-            layer = slider_files.layers_by_file_name(unet)[name][0] + ".weight"
-            A, B = stacked([(part, 1.0 if w is None else w)])
-            change[layer] = change.get(layer, 0.0) + B @ A
+            layer = known[name][0] + ".weight"
+            change[layer] = change.get(layer, 0.0) + dense(*stacked([(part, 1.0 if w is None else w)]))
     if source.is_dir():
         shutil.copytree(source, out, ignore=lambda folder, names: [n for n in names if Path(folder).name == "unet" and n.endswith(".safetensors")])
     by_file = {}
@@ -166,7 +156,7 @@ def bake(args, unet):
         for old, new in released.items():
             if new in change:
                 tensors[old] = (tensors[old].float() + change[new].view(tensors[old].shape)).to(tensors[old].dtype)
-        save_file(tensors, out / "unet" / file.name if source.is_dir() else out, metadata=metadata)
+        slider_files.save(out / "unet" / file.name if source.is_dir() else out, tensors, metadata)
     print(f"{out}: written, {len(change)} layers changed")
 
 
@@ -185,7 +175,8 @@ def main():
     if args.what != "info":
         if not args.out:
             raise ValueError("--out is needed: the file to write")
-        cli.check_output(args.out) if args.what != "bake" else None
+        if args.what != "bake":
+            cli.check_output(args.out)
     if args.what in ("convert", "extract") and len(args.files) > 1:
         raise ValueError(f"{args.what} takes one file, not {len(args.files)}")
     if args.rank is not None and args.rank < 1:
@@ -193,7 +184,7 @@ def main():
     args.rank = args.rank or (16 if args.what == "extract" else None)
     do = {"info": info, "convert": convert, "merge": merge, "extract": extract, "bake": bake}[args.what]
     with torch.no_grad():
-        do(args, None if args.what == "extract" else unet_for(args))
+        do(args, unet_for(args))
 
 
 if __name__ == "__main__":

@@ -84,25 +84,19 @@ def parse_args():
     p.add_argument("--prompt", default="", help="what the pictures show (default: nothing, the empty prompt)")
     p.add_argument("--target", choices=["shared", "noise"], default="shared", help="what both ends are taught to predict (default: %(default)s)")
     p.add_argument("--noises", type=int, default=32, help="noisings of each pair (default: %(default)s)")
-    training.add_options(p, steps="200; for a UNet of SDXL's size 500", batch="4; for a UNet of SDXL's size 1", lr="2e-4")
+    training.add_options(p)
     return cli.parse(p)
-
-
-def recipe(unet) -> dict:
-    """Defaults: for a small UNet what was measured to work on the miniature, for one of SDXL's size the published recipe."""
-    widest = max(unet.config["block_out_channels"])
-    return dict(lr=0.256 / widest) | (dict(batch=4, steps=200) if widest < 640 else dict(batch=1, steps=500))
 
 
 def main():
     args = parse_args()
-    training.check_above_0(args, "noises", *training.NUMBERS)
+    training.check_numbers(args, "noises")
     scales, where = folders(args)
     groups = pictures.matched(where)
     cli.check_output(args.out)
     started = time.time()
     model = cli.load_model(args)
-    size, slider = training.start(args, model, recipe(model.unet))
+    size, slider = training.start(args, model, training.recipe(model.unet))
 
     print(f"{len(groups)} {'pairs' if len(scales) == 2 else f'groups of {len(scales)}'}: " + ", ".join(f"{f} at {s:+g}" for s, f in zip(scales, where)))
     latents = torch.stack([model.latents(pictures.read_matched(files, size[0])) for files in groups])  # (n, k, 4, h, w)

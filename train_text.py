@@ -113,14 +113,12 @@ def parse_args():
     p.add_argument("--per-trajectory", type=int, default=16, help="x_t kept from each (default: %(default)s)")
     p.add_argument("--denoising-steps", type=int, default=50, help="default: %(default)s")
     p.add_argument("--guidance", type=float, default=3.0, help="while denoising (default: %(default)s)")
-    training.add_options(p, steps="200; for a UNet of SDXL's size 500", batch="4; for a UNet of SDXL's size 1", lr="2e-4")
+    training.add_options(p)
     return cli.parse(p)
 
 
 def recipe(unet) -> dict:
-    """Defaults: for a small UNet what was measured to work on the miniature, for one of SDXL's size the published recipe."""
-    widest = max(unet.config["block_out_channels"])
-    return dict(lr=0.256 / widest) | (dict(eta=0.5, batch=4, steps=200) if widest < 640 else dict(eta=4.0, batch=1, steps=500))
+    return training.recipe(unet) | {"eta": 0.5 if training.is_small(unet) else 4.0}
 
 
 def main():
@@ -128,7 +126,7 @@ def main():
     for name in ("pos", "neg"):
         if not getattr(args, name).strip():
             raise ValueError(f"--{name} is empty: give the words of this end of the slider")
-    training.check_above_0(args, "eta", "trajectories", "per_trajectory", "denoising_steps", *training.NUMBERS)
+    training.check_numbers(args, "eta", "trajectories", "per_trajectory", "denoising_steps")
     prompts = args.prompt or [shared_part(args.pos, args.neg)]
     preserve = combinations(args.preserve)
     cli.check_output(args.out)

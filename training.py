@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import cli
 import lora
 import pictures
 import sampler
@@ -17,20 +16,29 @@ from sdxl import MINIATURE
 PROBED = (-8.0, -4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 8.0)  # scales that a new slider is tried at
 SURPRISE = 1.25  # a picture that is so much harder to denoise for the frozen model begins to break down: measured on the miniature
 VERSION = "0.1"
-NUMBERS = ("rank", "alpha", "steps", "batch", "lr")  # options that must be above 0
 PREVIEW_SCALES, PREVIEW_SEEDS = [-2.0, 0.0, 2.0], [0, 1, 2, 3]
 
 
-def add_options(p, steps: str, batch: str, lr: str):
-    """The options of every trainer. steps, batch, lr: their defaults in words."""
+def is_small(unet) -> bool:
+    """Far below SDXL's size: the miniature, for which other defaults were measured."""
+    return max(unet.config["block_out_channels"]) < 640
+
+
+def recipe(unet) -> dict:
+    """Defaults: for a small UNet what was measured to work on the miniature, for one of SDXL's size the published recipe."""
+    return dict(lr=0.256 / max(unet.config["block_out_channels"])) | (dict(batch=4, steps=200) if is_small(unet) else dict(batch=1, steps=500))
+
+
+def add_options(p):
+    """The options of every trainer."""
     p.add_argument("--out", default="slider.safetensors", help="slider file to write (default: %(default)s)")
     p.add_argument("--layers", choices=lora.LAYERS, default="noxattn", help="which layers the slider changes (default: %(default)s)")
     p.add_argument("--no-conv", action="store_true", help="leave convolutions out")
     p.add_argument("--rank", type=int, default=4, help="default: %(default)s")
     p.add_argument("--alpha", type=float, default=1.0, help="the LoRA's constant alpha (default: %(default)s)")
-    p.add_argument("--steps", type=int, help=f"optimiser steps (default: {steps})")
-    p.add_argument("--batch", type=int, help=f"x_t in a step, each at every scale (default: {batch})")
-    p.add_argument("--lr", type=float, help=f"learning rate (default: {lr}; for narrower UNets more)")
+    p.add_argument("--steps", type=int, help="optimiser steps (default: 200; for a UNet of SDXL's size 500)")
+    p.add_argument("--batch", type=int, help="x_t in a step, each at every scale (default: 4; for a UNet of SDXL's size 1)")
+    p.add_argument("--lr", type=float, help="learning rate (default: 2e-4; for narrower UNets more)")
     p.add_argument("--checkpointing", action="store_true", help="less memory, more time: compute parts of the UNet again on the way back")
     p.add_argument("--preview", type=int, default=0, metavar="STEPS",
                    help="draw a strip beside the slider file, its name with .png, every so many steps (default: never)")
@@ -39,8 +47,8 @@ def add_options(p, steps: str, batch: str, lr: str):
     p.add_argument("--seed", type=int, default=0)
 
 
-def check_above_0(args, *names):
-    for name in names:
+def check_numbers(args, *above_0):
+    for name in (*above_0, "rank", "alpha", "steps", "batch", "lr"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
     for name in ("preview", "probe"):
@@ -94,30 +102,25 @@ def probe(model, slider, cond, uncond, shape, seeds: int, steps: int = 20) -> di
     """Where the slider is useful: draws `seeds` pictures at the scales PROBED and looks at their latents.
 
     change:   the way a picture has gone at each scale, starting from scale 0 (negative below): the root mean square
-              distances of the latents from scale to scale, added up. What slider.py --even spaces evenly.
+              distances of the latents from scale to scale, added up.
     surprise: how badly the frozen model denoises the picture, as a multiple of scale 0's: || eps_theta(x_t) - eps ||^2 at
               a few low t, the same noise for all scales. It is a bound on the picture's likelihood (Ho et al. 2020), and
               it rises where pictures break down, whatever the attribute.
     range:    the scales where surprise reaches SURPRISE, or where a unit of scale changes a tenth of what the first does.
     """
-    x_T, start = sampler.noise(range(seeds), shape, model.device, model.dtype), 0.3
-    walk = lambda x, **more: sampler.sample(model.unet, x, cond, uncond, alpha_bar=model.alpha_bar, steps=steps, start=start, **more)
-    before = sampler.steps_before(start, steps, len(model.alpha_bar))
-    shared = walk(x_T, stop=before)
+    x_T = sampler.noise(range(seeds), shape, model.device, model.dtype)
     eps = sampler.noise(range(seeds, 2 * seeds), shape, model.device, model.dtype)
-    pictures_at, surprise = [], []
-    for scale in tqdm(PROBED, unit="scale", desc="probe"):
-        x_0 = walk(shared, skip=before, sliders=[(slider, scale)])
-        errors = 0.0
+    columns = sampler.sweep(model.unet, x_T, cond, uncond, [[(slider, s)] for s in PROBED], alpha_bar=model.alpha_bar, steps=steps, batch=seeds)
+    x_0, surprise = {}, {}
+    for i, x in tqdm(columns, total=len(PROBED), unit="scale", desc="probe"):
+        x_0[i], surprise[i] = x.float(), 0.0
         for t in (100, 200, 300):
             t = torch.full((seeds,), t, device=model.device)
-            found = model.unet(sampler.add_noise(x_0, eps, t, model.alpha_bar), t, *sampler.rows(cond, seeds))
-            errors += (found.float() - eps.float()).square().mean().item()
-        pictures_at.append(x_0.float())
-        surprise.append(errors)
+            found = model.unet(sampler.add_noise(x, eps, t, model.alpha_bar), t, *sampler.rows(cond, seeds))
+            surprise[i] += (found.float() - eps.float()).square().mean().item()
     zero = PROBED.index(0.0)
-    surprise = [s / surprise[zero] for s in surprise]
-    moves = [(b - a).square().mean((1, 2, 3)).sqrt().mean().item() for a, b in zip(pictures_at, pictures_at[1:])]
+    surprise = [surprise[i] / surprise[zero] for i in range(len(PROBED))]
+    moves = [(x_0[i + 1] - x_0[i]).square().mean((1, 2, 3)).sqrt().mean().item() for i in range(len(PROBED) - 1)]
     change = np.cumsum([0.0] + moves)
     change = (change - change[zero]).tolist()
     low, high = useful_end(PROBED[zero::-1], surprise[zero::-1], change[zero::-1]), useful_end(PROBED[zero:], surprise[zero:], change[zero:])
@@ -138,8 +141,7 @@ def useful_end(scales, surprise, change) -> float:
 
 def strip(model, slider, cond, uncond, shape):
     """A sheet of a few seeds at a few scales. cond, uncond: one row; no text encoder is needed."""
-    columns = []
-    for scale in PREVIEW_SCALES:
-        x_T = sampler.noise(PREVIEW_SEEDS, shape, model.device, model.dtype)
-        columns.append(model.pictures(sampler.sample(model.unet, x_T, cond, uncond, alpha_bar=model.alpha_bar, sliders=[(slider, scale)])))
-    return pictures.sheet([list(row) for row in zip(*columns)], [pictures.label(s) for s in PREVIEW_SCALES], [str(s) for s in PREVIEW_SEEDS])
+    x_T = sampler.noise(PREVIEW_SEEDS, shape, model.device, model.dtype)
+    columns = dict(sampler.sweep(model.unet, x_T, cond, uncond, [[(slider, s)] for s in PREVIEW_SCALES], alpha_bar=model.alpha_bar, batch=len(x_T)))
+    drawn = [model.pictures(columns[i]) for i in range(len(PREVIEW_SCALES))]
+    return pictures.sheet([list(row) for row in zip(*drawn)], [pictures.label(s) for s in PREVIEW_SCALES], [str(s) for s in PREVIEW_SEEDS])

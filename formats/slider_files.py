@@ -28,8 +28,9 @@ NAMINGS = ("kohya", "ldm", "peft")
 ENDINGS = {"lora_down.weight": "down", "lora_up.weight": "up", "lora_A.weight": "down", "lora_B.weight": "up", "lora.down.weight": "down",
            "lora.up.weight": "up", "lora_A.default.weight": "down", "lora_B.default.weight": "up", "lora_linear_layer.down.weight": "down",
            "lora_linear_layer.up.weight": "up", "alpha": "alpha"}
-OTHER_KINDS = {"hada_w": "LoHa", "lokr_w": "LoKr", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "lora_mid": "LoCon with a core tensor",
-               "lora_t2": "LoHa", "oft_": "OFT", "on_input": "IA3", "ia3_": "IA3", "glora": "GLoRA", ".diff ": "whole weights", ".diff_b ": "whole weights"}
+OTHER_KINDS = {  # what their tensors' names contain
+               "hada_w": "LoHa", "lokr_w": "LoKr", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "lora_mid": "LoCon with a core tensor",
+               "lora_t2": "LoHa", "oft_": "OFT", "on_input": "IA3", "ia3_": "IA3", "glora": "GLoRA", r"\.diff(_b)?$": "whole weights"}
 ADAPTER = "lora_adapter_metadata"  # diffusers' name for it
 TEXT = re.compile(r"(lora_te\d?_|text_encoder(_2)?\.|te\d?\.)")
 LARGEST = 4 * 2**30  # bytes: no LoRA is larger, and a pickle of that size is not read
@@ -41,6 +42,18 @@ class Part:
     down: torch.Tensor
     up: torch.Tensor
     alpha: float
+
+
+def stacked(pairs) -> tuple[torch.Tensor, torch.Tensor]:
+    """[(Part, weight)] of one layer -> A (R, in) or (R, in, k, k), B (out, R) or (out, R, 1, 1) of their weighted sum,
+    R = r_1 + r_2 + ...: exact, the A's stacked, the B's side by side, each times its weight * alpha / r."""
+    return (torch.cat([part.down for part, _ in pairs]),
+            torch.cat([weight * (part.alpha / len(part.down)) * part.up for part, weight in pairs], 1))
+
+
+def dense(A, B) -> torch.Tensor:
+    """B A in the shape of the layer's weight, float32: (out, in) or (out, in, k, k)."""
+    return (B.flatten(1).float() @ A.flatten(1).float()).view(len(B), *A.shape[1:])
 
 
 @dataclass
@@ -64,11 +77,12 @@ def layers_by_file_name(unet: nn.Module) -> dict[str, tuple[str, nn.Module]]:
 
 
 def names(unet: nn.Module) -> dict[str, dict[str, str]]:
-    """{naming: {kohya name: name in that naming}} of the same layers."""
+    """{naming: {kohya name: name in that naming}} of the same layers; "dotted", the original names as they are, is only read."""
     layers = {stem: name for stem, (name, _) in layers_by_file_name(unet).items()}
     original = single_file.original_names(list(layers.values()), unet.config["layers_per_block"] + 1)
     return {"kohya": {stem: stem for stem in layers}, "ldm": {stem: file_name(original[name]) for stem, name in layers.items()},
-            "peft": {stem: f"unet.{name}" for stem, name in layers.items()}}
+            "peft": {stem: f"unet.{name}" for stem, name in layers.items()},
+            "dotted": {stem: f"unet.{original[name]}" for stem, name in layers.items()}}
 
 
 def split(name: str) -> tuple[str, str] | None:
@@ -89,14 +103,11 @@ def read(path, unet: nn.Module) -> File:
     a plain low-rank one, damaged, or made for another model. Warns of parts for the text encoders, which are left out."""
     path = Path(path)
     tensors, metadata = raw(path)
-    odd = next(((kind, name) for name in tensors for word, kind in OTHER_KINDS.items() if word in name + " "), None)
+    odd = next(((kind, name) for name in tensors for word, kind in OTHER_KINDS.items() if re.search(word, name)), None)
     if odd:
         raise ValueError(f"{path}: a {odd[0]} file ({odd[1]}); only plain low-rank ones (LoRA, LoCon) can be used")
-    tables = names(unet)
-    stems = {theirs: (stem, naming) for naming, table in tables.items() for stem, theirs in table.items()}
+    stems = {theirs: (stem, naming) for naming, table in names(unet).items() for stem, theirs in table.items()}
     layers = layers_by_file_name(unet)
-    dotted = single_file.original_names([name for name, _ in layers.values()], unet.config["layers_per_block"] + 1)
-    stems |= {f"unet.{dotted[name]}": (stem, "peft") for stem, (name, _) in layers.items()}  # "diffusion_model.input_blocks..."
     found, naming, text = {}, "kohya", []
     for name, tensor in tensors.items():
         if TEXT.match(name):
@@ -121,6 +132,7 @@ def read(path, unet: nn.Module) -> File:
 
 
 def json_of(text: str, path) -> dict:
+    """A JSON object out of a file's metadata. Raises ValueError, naming the file, for anything else."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -190,7 +202,7 @@ def checked(path, name: str, layer: nn.Module, here: dict) -> Part:
 # ---------------------------------------------------------------------------------------- out
 
 def write(path, parts: dict[str, Part], metadata: dict, naming: str = "kohya", unet=None, dtype=torch.float16):
-    """Write a .safetensors file under a temporary name, then rename it. metadata: any JSON values. unet: the model that
+    """Write a slider file. metadata: any JSON values. unet: the model that
     the names are of, needed for the namings that are not kohya's."""
     theirs = names(unet)[naming] if naming != "kohya" else {stem: stem for stem in parts}
     down, up = ("lora_A.weight", "lora_B.weight") if naming == "peft" else ("lora_down.weight", "lora_up.weight")
@@ -203,23 +215,27 @@ def write(path, parts: dict[str, Part], metadata: dict, naming: str = "kohya", u
             tensors[f"{theirs[stem]}.alpha"] = torch.tensor(part.alpha, dtype=dtype)
         tensors[f"{theirs[stem]}.{down}"] = part.down.detach().cpu().to(dtype).contiguous()
         tensors[f"{theirs[stem]}.{up}"] = B.to(dtype).contiguous()
+    metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
+    save(path, tensors, tool_metadata(parts, metadata) | metadata)
+
+
+def save(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None):
+    """A .safetensors file, written under a temporary name, then renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    metadata = tool_metadata(parts, metadata) | metadata
-    save_file(tensors, temporary, metadata={k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()})
+    save_file(tensors, temporary, metadata=metadata)
     os.replace(temporary, path)
 
 
-def tool_metadata(parts: dict[str, Part], metadata: dict) -> dict[str, str]:
+def tool_metadata(parts: dict[str, Part], metadata: dict[str, str]) -> dict[str, str]:
     """What ComfyUI, A1111 and model browsers display, in their keys: kohya's ss_..., and Stability's modelspec."""
-    settings = metadata.get("settings", {})
-    settings = json.loads(settings) if isinstance(settings, str) else settings
+    settings = json.loads(metadata.get("settings", "{}"))
     rank = max((len(part.down) for part in parts.values()), default=0)
     alpha = max((part.alpha for part in parts.values()), default=0.0)
     said = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}", "ss_base_model_version": "sdxl_base_v1-0",
             "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": "stable-diffusion-xl-v1-base/lora", "modelspec.prediction_type": "epsilon",
-            "modelspec.implementation": "diffusers", "modelspec.title": str(metadata.get("kind", "slider"))}
+            "modelspec.implementation": "diffusers", "modelspec.title": metadata.get("kind", "slider")}
     for key, name in (("ss_learning_rate", "lr"), ("ss_max_train_steps", "steps"), ("ss_seed", "seed"), ("modelspec.resolution", "size")):
         if settings.get(name):
             said[key] = f"{settings[name]}x{settings[name]}" if name == "size" else str(settings[name])

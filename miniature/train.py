@@ -8,7 +8,7 @@ Five stages, each resumable: kill it at any time and start it again.
     clip    tokenizer, two text encoders and a vision tower, contrastive (Radford et al. 2021)
     unet    the UNet: predict eps on the VAE's latents (Ho et al. 2020), min-SNR weights (Hang et al. 2023)
 
-Work in progress lives in miniature/work/ (checkpoints, log.txt, sample grids);
+Work in progress lives in miniature/training/ (checkpoints, log.txt, sample grids);
 the result is an ordinary SDXL folder, miniature/model/.
 """
 
@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from miniature import world
 
 HERE = Path(__file__).parent
-WORK = HERE / "work"
+WORK = HERE / "training"
 MODEL = WORK / "model"
 PICTURES = 32_000
 
@@ -152,7 +152,7 @@ class Optimiser:
 # ---------------------------------------------------------------------------------------------------- data
 
 def make_data():
-    """Draw PICTURES pictures to work/pictures.npy (uint8, N x 128 x 128 x 3), attributes beside them."""
+    """Draw PICTURES pictures to training/pictures.npy (uint8, N x 128 x 128 x 3), attributes beside them."""
     pictures_path, attributes_path = WORK / "pictures.npy", WORK / "attributes.json"
     if not attributes_path.exists():
         shape = (PICTURES, world.SIZE, world.SIZE, 3)

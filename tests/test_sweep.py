@@ -74,6 +74,16 @@ def test_a_sweep_is_the_separate_runs_for_less(model, several, monkeypatch):
     assert not torch.allclose(together[0][0], together[6][0], atol=0.1)
 
 
+def test_a_slider_left_at_a_scale_is_off_in_the_steps_that_a_sweep_shares(model, several, monkeypatch):
+    latents_of(model, monkeypatch)
+    columns = [[(several[1], s)] for s in (-1.0, 1.0)]
+    expected = slider.sweep(model, "a photo of a person", [1], columns, steps=4)
+    several[1].attach(model.unet).scale = 3.0
+    found = slider.sweep(model, "a photo of a person", [1], columns, steps=4)
+    several[1].detach()
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(expected, found))
+
+
 def test_scale_0_in_a_sweep_is_the_untouched_model_bit_for_bit(model, several, monkeypatch):
     latents_of(model, monkeypatch)
     columns = [[(several[1], s)] for s in (-1.0, 0.0, 1.0)]
