@@ -2,7 +2,7 @@
 # make test       all tests
 # make test-full  the checks on full-size SDXL with random weights (20 GB of memory and of disk, some minutes)
 # make test-oldest  loading and prompts with the oldest supported transformers
-# make bench      timings and memory against diffusers and peft
+# make bench      timings and memory against diffusers, peft and the published training loop (1.5 hours)
 # make miniature  train the miniature again from nothing (hours), resumable
 
 PYTHON ?= python3
@@ -37,7 +37,9 @@ test-oldest: requirements.txt
 
 bench: $(VENV)/test.stamp
 	$(PY) -m bench.many
-	$(PY) -m bench.full_size
+	$(PY) -m bench.unet
+	$(PY) -m bench.unet --size full --dtype bfloat16 --what checkpointing --what memory --rounds 1
+	$(PY) -m bench.recipe --attribute eye_size --attribute age
 
 miniature: $(VENV)/run.stamp
 	$(PY) -m miniature.train

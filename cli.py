@@ -1,6 +1,7 @@
 """What the command lines share: options that choose the model, and errors as one clear line."""
 
 import argparse
+import contextlib
 import os
 import re
 import sys
@@ -11,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 import lora
+import parallel
 from formats import slider_files
 from sdxl import MINIATURE, SDXL
 
@@ -119,9 +121,15 @@ def run(main):
     """Run main(); whatever the user can mend becomes one line and exit status 2, without a traceback."""
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
-        main()
+        parallel.start()
+        with contextlib.ExitStack() as quiet:
+            if not parallel.is_first():  # of several processes only the first one talks
+                nowhere = quiet.enter_context(open(os.devnull, "w"))
+                quiet.enter_context(contextlib.redirect_stdout(nowhere)), quiet.enter_context(contextlib.redirect_stderr(nowhere))
+            main()
+        parallel.stop()
     except (ValueError, OSError, FloatingPointError, SafetensorError, torch.OutOfMemoryError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error{parallel.name()}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -58,28 +58,33 @@ def rows(cond, n: int):
 
 
 def guided_eps(unet, x_t, t: int, cond, uncond=None, guidance: float = 1.0, ends=None, eta=0.0):
-    """eps_u + g (eps_c - eps_u): classifier-free guidance (Ho & Salimans 2022), all in one batch.
+    """eps_u + g (eps_c - eps_u): classifier-free guidance (Ho & Salimans 2022). Returns it, and eps_c alone.
 
     cond, uncond: tuples (context (B, 77, d), pooled (B, p), time_ids (B, 6)). guidance 1 needs, and runs, no uncond.
-    ends: the same of (c+, p) for each p, then (c-, p) for each p, (2|P|, ...); with it the right-hand side of Concept
-    Sliders' eq. (8), eps + eta * mean_p (eps_{c+, p} - eps_{c-, p}), takes the place of eps: what a trained slider
-    imitates, at 2|P| more evaluations of the network. eta: a number, or (B,).
+    ends: as in ends_difference; with it the right-hand side of Concept Sliders' eq. (8), eps + eta * ends_difference,
+    takes the place of eps: what a trained slider imitates, at 2|P| more evaluations. eta: a number, or (B,).
     """
-    B, guided = len(x_t), guidance != 1 and uncond is not None
-    batch = ([uncond] if guided else []) + [cond]
-    if ends is not None:
-        batch += [rows([e[i:i + 1] for e in ends], B) for i in range(len(ends[0]))]
-    n = len(batch)
-    eps = unet(x_t.repeat(n, 1, 1, 1), torch.full((n * B,), t, device=x_t.device), *(torch.cat(part) for part in zip(*batch)))
-    eps = list(eps.chunk(n))  # each (B, 4, h, w)
-    eps_u = eps.pop(0) if guided else None
-    eps_c = eps.pop(0)
-    out = eps_u + guidance * (eps_c - eps_u) if guided else eps_c
+    t = torch.full((len(x_t),), t, device=x_t.device)
+    if guidance == 1 or uncond is None:
+        eps = eps_c = unet(x_t, t, *cond)
+    else:  # both in one batch
+        eps_u, eps_c = unet(x_t.repeat(2, 1, 1, 1), t.repeat(2), *(torch.cat(part) for part in zip(uncond, cond))).chunk(2)
+        eps = eps_u + guidance * (eps_c - eps_u)
     if ends is not None:  # the slider changes eps_u as it changes eps_c, so guidance does not multiply it
-        eta = eta.view(-1, 1, 1, 1).to(x_t.dtype) if torch.is_tensor(eta) else eta
-        pos, neg = torch.stack(eps).chunk(2)  # (|P|, B, 4, h, w) each
-        out = out + eta * (pos - neg).mean(0)
-    return out
+        eta = eta.view(-1, 1, 1, 1) if torch.is_tensor(eta) else eta
+        eps = eps + (eta * ends_difference(unet, x_t, t, ends)).to(eps.dtype)
+    return eps, eps_c
+
+
+def ends_difference(unet, x_t, t, ends):
+    """mean_{p in P} (eps(x_t, (c+, p), t) - eps(x_t, (c-, p), t)): what eq. (8) adds, but for eta. (B, 4, h, w), float32.
+
+    x_t (B, 4, h, w), t (B,). ends: conditioning of (c+, p) for each p, then of (c-, p) for each p: (2|P|, ...) of each part.
+    """
+    B, n = len(x_t), len(ends[0])
+    eps = unet(x_t.repeat(n, 1, 1, 1), t.repeat(n), *(e.repeat_interleave(B, 0) for e in ends))
+    eps_pos, eps_neg = eps.float().view(n, *x_t.shape).chunk(2)  # (|P|, B, 4, h, w) each; float32: a small difference of large numbers
+    return (eps_pos - eps_neg).mean(0)
 
 
 @torch.no_grad()
@@ -94,7 +99,7 @@ def sample(unet, x_T, cond, uncond=None, *, alpha_bar, steps: int = 30, guidance
                 picture first. 0.3 is the paper's code's start_noise = 700 (SDEdit's idea, Meng et al. 2022).
     ends, eta:  eq. (8) without a slider (guided_eps), from `start` on.
     skip, stop: begin after `skip` steps (x_T is the x_t there), end after `stop`: partial denoising.
-    on_step:    called as on_step(i, t, x_t, eps) before each step.
+    on_step:    called as on_step(i, t, x_t, eps_c) before each step; eps_c: the prediction for `cond`, without guidance.
     """
     T = len(alpha_bar)
     ts = timesteps(steps, T)
@@ -106,9 +111,9 @@ def sample(unet, x_T, cond, uncond=None, *, alpha_bar, steps: int = 30, guidance
                     guided = torch.is_tensor(scale) and uncond is not None and guidance != 1
                     slider.scale = torch.cat([scale, scale]) if guided else scale
             eq_8 = ends if t <= (1 - start) * T else None
-            eps = guided_eps(unet, x_t, t, cond, uncond, guidance, eq_8, eta)
+            eps, eps_c = guided_eps(unet, x_t, t, cond, uncond, guidance, eq_8, eta)
             if on_step:
-                on_step(i, t, x_t, eps)
+                on_step(i, t, x_t, eps_c)
             x_t = ddim_step(x_t, eps, t, t - T // steps, alpha_bar)
     return x_t
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 import cli
 import lora
+import parallel
 import pictures
 import sampler
 import train_text
@@ -36,12 +37,12 @@ def sweep(model, prompt: str, seeds, columns, *, negative: str = "", size: tuple
     """The same seeds in several settings: a list of pictures, one for each seed, for each of `columns`. size: (height,
     width) in pixels; batch: pictures denoised at once. columns and settings are sampler.sweep's."""
     cond, uncond = model.condition([prompt], size), model.condition([negative], size)
-    out = [[] for _ in columns]
-    for i in range(0, len(seeds), batch):
-        x_T = sampler.noise(seeds[i:i + batch], model.latent_shape(size), model.device, model.dtype)
+    mine, out = parallel.mine(seeds), [[] for _ in columns]
+    for i in range(0, len(mine), batch):
+        x_T = sampler.noise(mine[i:i + batch], model.latent_shape(size), model.device, model.dtype)
         for column, x_0 in sampler.sweep(model.unet, x_T, cond, uncond, columns, alpha_bar=model.alpha_bar, batch=batch, **settings):
             out[column] += model.pictures(x_0)
-    return out
+    return [parallel.gather(column, len(seeds)) for column in out]
 
 
 # ------------------------------------------------------------------------------------------------ scales
@@ -151,6 +152,8 @@ def main():
         scales = even_scales(draw, min(scales), max(scales))
     drawn = draw([(across, down) for down in scales for across in scales] if args.grid else scales)
     names = [pictures.label(s) for s in scales]
+    if not parallel.is_first():
+        return
     if args.grid:
         write_grids(out, args.seeds, drawn, names)
     else:

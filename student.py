@@ -4,59 +4,58 @@ A teacher (train_text.py, train_pairs.py) visits noised latents x_t with the fro
 model predicts (eps_0), at which scale s the slider is to be asked there, and what it is to answer (target):
 
     L = mean over x_t and s of  || eps_{theta, s}(x_t, c_t, t) - target ||^2
+
+The samples of all scales are shuffled together: an x_t that is asked at 1 and at -1 is so in different steps, since the
+two would say nearly the same about the slider, which is nearly linear in its scale, at the price of two evaluations.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from tqdm import tqdm
 
+import parallel
+
 
 @dataclass
 class Targets:
-    """What a teacher collected: n groups of k, one for each scale; those of a group share noise level and prompt."""
-    scales: torch.Tensor  # (k,): the slider's scales, -1 and 1 say
-    x_t: torch.Tensor  # (n, k, 4, h, w)
+    """What a teacher collected: n samples."""
+    x_t: torch.Tensor  # (n, 4, h, w)
     t: torch.Tensor  # (n,) noise levels
-    prompt: torch.Tensor  # (n,) row of `cond` that belongs to each group
-    eps_0: torch.Tensor  # (n, k, 4, h, w): the frozen model's own prediction
-    target: torch.Tensor  # (n, k, 4, h, w): what the model with the slider should predict
+    scale: torch.Tensor  # (n,): the slider's scale there
+    prompt: torch.Tensor  # (n,) row of `cond` that belongs to each
+    eps_0: torch.Tensor  # (n, 4, h, w): the frozen model's own prediction
+    target: torch.Tensor  # (n, 4, h, w): what the model with the slider should predict
     cond: tuple  # context (m, 77, d), pooled (m, p), time_ids (m, 6) of the m prompts
 
     def __len__(self):
         return len(self.t)
 
     def __getitem__(self, rows) -> "Targets":
-        return Targets(self.scales, self.x_t[rows], self.t[rows], self.prompt[rows], self.eps_0[rows], self.target[rows], self.cond)
-
-    def only(self, which) -> "Targets":
-        """The same groups at some of the scales. which: bool (k,)."""
-        return Targets(self.scales[which], self.x_t[:, which], self.t, self.prompt, self.eps_0[:, which], self.target[:, which], self.cond)
+        return Targets(*(getattr(self, f.name)[rows] for f in fields(self) if f.name != "cond"), self.cond)
 
     @property
     def wanted(self):
-        """The change of prediction that is asked for, (n, k, 4, h, w)."""
+        """The change of prediction that is asked for, (n, 4, h, w)."""
         return self.target.float() - self.eps_0.float()
 
 
 def predict(unet, slider, batch: Targets):
-    """eps_{theta*}(x_t, c_t, t) with the slider at the batch's scales, shape (n, k, 4, h, w).
+    """eps_{theta*}(x_t, c_t, t) with the slider at each sample's scale, shape (n, 4, h, w).
 
     Leaves the slider at them: with gradient checkpointing, backward() runs parts of the UNet again, slider and all.
     """
-    n, k = batch.x_t.shape[:2]
-    t, prompt = batch.t.repeat_interleave(k), batch.prompt.repeat_interleave(k)
-    slider.scale = batch.scales.repeat(n)
-    return unet(batch.x_t.flatten(0, 1), t, *(c[prompt] for c in batch.cond)).unflatten(0, (n, k))
+    slider.scale = batch.scale
+    return unet(batch.x_t, batch.t, *(c[batch.prompt] for c in batch.cond))
 
 
 def fit(unet, slider, train: Targets, held_out: Targets, *, steps: int, batch: int, lr: float, seed: int = 0,
         meter_every: int = 25, on_meter=None) -> dict:
     """Train `slider` (attached to `unet`), show a progress bar with loss and meter; returns the final meter.
 
-    batch: groups in a step, each at all of its scales. on_meter: called as on_meter(step) after each reading.
-    The loss is the mean squared error divided by that of doing nothing: 1 is an untrained slider, 0 a perfect copy of
-    the teacher. Raises FloatingPointError when the loss is no longer finite or far above 1.
+    batch: samples in a step, of all processes together (parallel.py). on_meter: called as on_meter(step) after each
+    reading. The loss is the mean squared error divided by that of doing nothing: 1 is an untrained slider, 0 a perfect
+    copy of the teacher. Raises FloatingPointError when the loss is no longer finite or far above 1.
     """
     parameters = [p for p in slider.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
@@ -66,20 +65,23 @@ def fit(unet, slider, train: Targets, held_out: Targets, *, steps: int, batch: i
     nothing = train.wanted.square().mean()  # the squared error of scale 0
     if not nothing > 0:
         raise ValueError("the model sees no difference between the two ends: there is nothing to learn")
-    reading = meter(unet, slider, held_out, batch)
-    average, order = None, []
+    batch = min(batch, len(train))
+    if batch < parallel.processes():
+        raise ValueError(f"{batch} samples in a step are too few for {parallel.processes()} processes")
+    average, order, reading = None, [], {"share": 0.0, "cosine": 0.0}
     with slider.at(0.0), tqdm(total=steps, unit="step", desc="train") as bar:
         for i in range(steps):
-            if len(order) < batch:  # every group once before any comes again
+            if len(order) < batch:  # every sample once before any comes again
                 order = torch.randperm(len(train), generator=generator).tolist()
             rows, order = torch.tensor(order[:batch]), order[batch:]
-            here = train[rows]
-            loss = (predict(unet, slider, here).float() - here.target.float()).square().mean() / nothing
             opt.zero_grad()
+            here = train[parallel.mine(rows)]
+            error = (predict(unet, slider, here).float() - here.target.float()).square().mean((1, 2, 3))  # one for each sample
+            loss = error.sum() / batch / nothing  # of several processes, each has a part of the batch, and of the loss
             loss.backward()
+            value = parallel.add_up([loss.detach(), *(p.grad for p in parameters)])[0].item()
             opt.step()
             schedule.step()
-            value = loss.item()
             if not value < 10:  # NaN too
                 raise FloatingPointError(f"training diverged at step {i + 1} (loss {value:.3g}): try a lower --lr than {lr:.2g}")
             average = value if average is None else 0.9 * average + 0.1 * value
@@ -100,15 +102,15 @@ def meter(unet, slider, held_out: Targets, batch: int) -> dict:
     cosine: between the two; near 0 the slider does something else.
     plus, minus: the shares at the positive and at the negative scales (0 where there are none).
     """
-    along, length, change = (torch.zeros(len(held_out.scales)) for _ in range(3))  # (k,)
+    products = []  # for each sample: along, length, change
     with slider.at(0.0):
-        for rows in torch.arange(len(held_out)).split(batch):
+        for rows in parallel.mine(torch.arange(len(held_out))).split(batch):
             here = held_out[rows]
             moved, wanted = predict(unet, slider, here).float() - here.eps_0.float(), here.wanted
-            for total, value in ((along, moved * wanted), (length, wanted.square()), (change, moved.square())):
-                total += value.sum((0, 2, 3, 4)).cpu()
+            products.append(torch.stack([moved * wanted, wanted.square(), moved.square()]).sum((2, 3, 4)).T)  # (batch, 3)
+    along, length, change = parallel.gather(torch.cat(products) if products else held_out.target.new_zeros(0, 3).float(), len(held_out)).T
     share = lambda which: (along[which].sum() / length[which].sum().clamp(min=1e-12)).item()
-    plus = (held_out.scales > 0).cpu()
+    plus = held_out.scale > 0
     return {"share": share(slice(None)), "cosine": (along.sum() / (length.sum() * change.sum()).sqrt().clamp(min=1e-12)).item(),
             "plus": share(plus), "minus": share(~plus)}
 

@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 import cli
+import parallel
 import pictures
 import sampler
 import student
@@ -44,7 +45,7 @@ def shared_prediction(eps_0, scales):
 @torch.no_grad()
 def collect(model, latents, scales, cond, *, noises: int, seed: int, batch: int, target: str = "shared") -> student.Targets:
     """The teacher. Noises each pair's latents (n, k, 4, h, w) `noises` times, at levels spread over the whole schedule,
-    alike within a pair, and notes what the frozen model predicts. Returns student.Targets of n * noises groups.
+    alike within a pair, and notes what the frozen model predicts. Returns student.Targets of n * noises * k samples.
 
     scales: (k,). cond: one row. target: "shared" for eps_bar, "noise" for eps, as the paper has it.
     """
@@ -54,12 +55,13 @@ def collect(model, latents, scales, cond, *, noises: int, seed: int, batch: int,
     eps = sampler.noise(range(seed * 100_000, seed * 100_000 + n * noises), latents.shape[2:], model.device, model.dtype)
     rows = torch.arange(n, device=model.device).repeat_interleave(noises)
     x_t = sampler.add_noise(latents[rows].flatten(0, 1), eps.repeat_interleave(k, 0), t.repeat_interleave(k), model.alpha_bar)
-    parts = []
-    for part in tqdm(torch.arange(len(x_t), device=model.device).split(batch), unit="batch", desc="teacher"):
-        parts.append(model.unet(x_t[part], t[part // k], *sampler.rows(cond, len(part))))
-    x_t, eps_0 = x_t.unflatten(0, (-1, k)), torch.cat(parts).unflatten(0, (-1, k))  # (n * noises, k, 4, h, w)
-    goal = eps[:, None].float() if target == "noise" else shared_prediction(eps_0, scales)
-    return student.Targets(scales, x_t, t, torch.zeros_like(t), eps_0, goal.expand(x_t.shape), cond)
+    samples = parallel.mine(torch.arange(len(x_t), device=model.device))
+    parts = [model.unet(x_t[part], t[part // k], *sampler.rows(cond, len(part)))
+             for part in tqdm(samples.split(batch), unit="batch", desc="teacher")]
+    eps_0 = parallel.gather(torch.cat(parts), len(x_t)).unflatten(0, (-1, k))  # (n * noises, k, 4, h, w)
+    goal = (eps[:, None].float() if target == "noise" else shared_prediction(eps_0, scales)).expand(eps_0.shape)
+    t = t.repeat_interleave(k)
+    return student.Targets(x_t, t, scales.repeat(n * noises), torch.zeros_like(t), eps_0.flatten(0, 1), goal.flatten(0, 1), cond)
 
 
 def folders(args) -> tuple[list[float], list[Path]]:
@@ -104,10 +106,14 @@ def main():
     model.release(vae=not args.preview)
     aside = len(groups) // 8  # pairs the slider never sees, for the meter; of very few, only noises that it never sees
     seen, unseen = latents[aside:], latents[:aside] if aside else latents
-    teach = lambda latents, seed, noises, target: collect(model, latents, torch.tensor(scales, device=model.device), cond, noises=noises,
-                                                          seed=seed, batch=8 * args.batch, target=target)
-    train = teach(seen, 2 * args.seed + 1, args.noises, args.target)
-    held_out = teach(unseen, 2 * args.seed + 2, max(1, -(-32 // len(unseen))), "shared")
+    parts = (seen, args.noises, args.target), (unseen, max(1, -(-16 // len(unseen))), "shared")  # for training, and for the meter
+    evaluations = [len(z) * len(scales) * noises for z, noises, _ in parts]
+    plan = training.cost(args, sum(evaluations), evaluations[1])
+    if args.dry_run:
+        return training.dry_run(args, model, slider, cond, plan)
+    at = torch.tensor(scales, device=model.device)
+    train, held_out = (collect(model, z, at, cond, noises=noises, seed=2 * args.seed + 1 + i, batch=4 * args.batch, target=target)
+                       for i, (z, noises, target) in enumerate(parts))
     difference = (held_out.wanted.norm() / held_out.eps_0.float().norm()).item()
     about = {"kind": "visual slider", "pairs": len(groups)}
     # Of what the model sees in a pair, a good part is its own and not the concept's: 30%, cosine 0.5 is a good slider on the miniature.

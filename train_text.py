@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 import cli
+import parallel
 import sampler
 import student
 import training
@@ -30,53 +31,62 @@ def encode(model, targets: list[str], pos: str, neg: str, preserve: list[str], s
 
 
 @torch.no_grad()
-def collect(model, prompts, *, eta: float, trajectories: int, per_trajectory: int, denoising_steps: int, guidance: float,
-            size: tuple[int, int], seed: int, batch: int) -> student.Targets:
+def collect(model, prompts, *, eta: float, trajectories: int, per_trajectory: int, size: tuple[int, int], seed: int, batch: int,
+            denoising_steps: int = 20, guidance: float = 3.0) -> student.Targets:
     """The teacher. Walks `trajectories` noises down with the frozen model, guided toward the target prompts in turn,
     and keeps `per_trajectory` of the x_t on each way, evenly spread and from another offset each, with the right-hand
-    side of eq. (8) there. Returns student.Targets of trajectories * per_trajectory groups: the target at scale +1 is
-    eq. (8)'s; at -1, where the paper leaves the slider untrained, its mirror image, eps_0 - eta * mean(...).
+    side of eq. (8) there. Returns student.Targets of 2 * trajectories * per_trajectory samples: each x_t at scale +1 with
+    eq. (8)'s target, and at -1, where the paper leaves the slider untrained, with its mirror image, eps_0 - eta * mean(...).
 
-    prompts: from `encode`. No more than `batch` samples go through the UNet at once (twice that with guidance).
+    prompts: from `encode`. About `batch` samples go through the UNet at once (twice as many with guidance).
     """
-    unet, device = model.unet, model.device
-    cond, cond_ends, uncond = prompts
-    n_ends, n_targets = len(cond_ends[0]), len(cond[0])
+    cond, ends, uncond = prompts
+    device, every = model.device, torch.arange(trajectories)
+    prompt = every % len(cond[0])  # each trajectory's target prompt: (trajectories,)
     offsets = torch.rand(trajectories, generator=torch.Generator().manual_seed(seed))
     # Step indices kept on each trajectory: (trajectories, per_trajectory)
     keep = ((torch.arange(per_trajectory) + offsets[:, None]) * denoising_steps / per_trajectory).long()
-    kept = []
 
-    def look(x, t, which):
-        """At x (n, 4, h, w): every frozen prediction that eq. (8) wants, of c_t and of both ends with every p."""
-        n, k = len(x), 1 + n_ends
-        every = [torch.cat([c[which, None], e[None].expand(n, *e.shape)], 1).flatten(0, 1) for c, e in zip(cond, cond_ends)]
-        xs = x.repeat_interleave(k, 0)  # (n * k, 4, h, w)
-        out = torch.cat([unet(xs[part], torch.full((len(part),), t, device=device), *(c[part] for c in every))
-                         for part in torch.arange(n * k, device=device).split(batch)])
-        out = out.view(n, k, *x.shape[1:])  # (n, 1 + 2|P|, 4, h, w)
-        eps_pos, eps_neg = out[:, 1:].chunk(2, 1)  # (n, |P|, 4, h, w) each
-        delta = eta * (eps_pos - eps_neg).float().mean(1)  # float32: a small difference of large numbers
-        kept.append((x, torch.full((n,), t, device=device), which, out[:, 0], delta))
+    # The way down: x_t, t, and the prediction for c_t, which is made there in any case.
+    kept = {int(j): [] for j in parallel.mine(every)}  # trajectory -> triples (x_t, t, eps_0), in the order of the way
+    for some in parallel.mine(every).split(batch):
+        def on_step(i, t, x_t, eps_c):
+            for row in (keep[some] == i).any(1).nonzero()[:, 0].tolist():
+                kept[int(some[row])].append((x_t[row], torch.tensor(t, device=device), eps_c[row]))
+            bar.update()
 
-    with tqdm(total=-(-trajectories // batch) * denoising_steps, unit="step", desc="teacher") as bar:
-        for walk in torch.arange(trajectories).split(batch):
-            which = (walk % n_targets).to(device)  # each trajectory's target prompt
+        with tqdm(total=denoising_steps, unit="step", desc="trajectories") as bar:
+            x_T = sampler.noise((seed * 1000 + some).tolist(), model.latent_shape(size), device, model.dtype)
+            sampler.sample(model.unet, x_T, tuple(c[prompt[some].to(device)] for c in cond), uncond, alpha_bar=model.alpha_bar,
+                           steps=denoising_steps, guidance=guidance, on_step=on_step)
+    x_t, t, eps_0 = (torch.stack(part) for part in zip(*itertools.chain(*kept.values())))  # (n, 4, h, w), (n,), (n, 4, h, w)
 
-            def on_step(i, t, x_t, eps):
-                rows = (keep[walk] == i).any(1).nonzero()[:, 0].to(device)
-                if len(rows):
-                    look(x_t[rows], t, which[rows])
-                bar.update()
+    # The rest of eq. (8) there: (n, 4, h, w)
+    parts = tqdm(torch.arange(len(t), device=device).split(max(1, batch // len(ends[0]))), unit="batch", desc="both ends")
+    delta = eta * torch.cat([sampler.ends_difference(model.unet, x_t[rows], t[rows], ends) for rows in parts])
 
-            x_T = sampler.noise((seed * 1000 + walk).tolist(), model.latent_shape(size), device, model.dtype)
-            sampler.sample(unet, x_T, tuple(c[which] for c in cond), uncond, alpha_bar=model.alpha_bar, steps=denoising_steps,
-                           guidance=guidance, on_step=on_step)
-    x_t, t, which, eps_0, delta = (torch.cat(part) for part in zip(*kept))
-    scales = torch.tensor([1.0, -1.0], device=device)
-    both = lambda x: x[:, None].expand(-1, 2, *x.shape[1:])  # (n, 2, 4, h, w): the same x_t at either end
-    target = eps_0[:, None].float() + scales.view(1, 2, 1, 1, 1) * delta[:, None]
-    return student.Targets(scales, both(x_t), t, which, both(eps_0), target, cond)
+    whole = lambda x: parallel.gather(x.unflatten(0, (-1, per_trajectory)), trajectories).flatten(0, 1)
+    x_t, t, eps_0, delta = whole(x_t), whole(t), whole(eps_0), whole(delta)
+    prompt, one = prompt.repeat_interleave(per_trajectory).to(device), torch.ones(len(t), device=device)
+    twice = lambda x: torch.cat([x, x])
+    return student.Targets(twice(x_t), twice(t), torch.cat([one, -one]), twice(prompt), twice(eps_0),
+                           torch.cat([eps_0 + delta, eps_0 - delta]), cond)
+
+
+def teach(model, prompts, *, seed: int, trajectories: int = 16, per_trajectory: int = 4, **settings):
+    """What a training needs: (targets to train on, unseen ones for the meter). prompts, settings: as in `collect`."""
+    return tuple(collect(model, prompts, trajectories=n, per_trajectory=per, seed=2 * seed + 1 + i, **settings)
+                 for i, (n, per) in enumerate(parts(trajectories, per_trajectory)))
+
+
+def parts(trajectories: int, per_trajectory: int):
+    """(trajectories, x_t kept from each), for training and for the meter."""
+    return (trajectories, per_trajectory), (max(-(-trajectories // 4), parallel.processes()), per_trajectory)
+
+
+def evaluations(trajectories: int, per_trajectory: int, denoising_steps: int, guidance: float, n_ends: int) -> int:
+    """UNet evaluations, one a sample, that `teach` takes with n_ends = 2|P| (2 where P is empty)."""
+    return sum(n * (denoising_steps * (1 if guidance == 1 else 2) + per * n_ends) for n, per in parts(trajectories, per_trajectory))
 
 
 def with_concept(prompt: str, concept: str) -> str:
@@ -110,8 +120,8 @@ def parse_args():
     p.add_argument("--eta", type=float, help="strength of the teacher's change (default: 0.5; for a UNet of SDXL's size 4)")
     p.add_argument("--positive-only", action="store_true", help="eq. (8) as printed: train scale +1 alone, not both ends")
     p.add_argument("--trajectories", type=int, default=16, help="noises that the teacher denoises (default: %(default)s)")
-    p.add_argument("--per-trajectory", type=int, default=16, help="x_t kept from each (default: %(default)s)")
-    p.add_argument("--denoising-steps", type=int, default=50, help="default: %(default)s")
+    p.add_argument("--per-trajectory", type=int, default=4, help="x_t kept from each (default: %(default)s)")
+    p.add_argument("--denoising-steps", type=int, default=20, help="default: %(default)s")
     p.add_argument("--guidance", type=float, default=3.0, help="while denoising (default: %(default)s)")
     training.add_options(p)
     return cli.parse(p)
@@ -127,6 +137,10 @@ def main():
         if not getattr(args, name).strip():
             raise ValueError(f"--{name} is empty: give the words of this end of the slider")
     training.check_numbers(args, "eta", "trajectories", "per_trajectory", "denoising_steps")
+    if args.per_trajectory > args.denoising_steps:
+        raise ValueError(f"--per-trajectory {args.per_trajectory}: a trajectory of --denoising-steps {args.denoising_steps} has no more x_t than that")
+    if args.trajectories < parallel.processes():
+        raise ValueError(f"--trajectories must be at least {parallel.processes()}, one for each process")
     prompts = args.prompt or [shared_part(args.pos, args.neg)]
     preserve = combinations(args.preserve)
     cli.check_output(args.out)
@@ -137,11 +151,15 @@ def main():
     print(f"target: {' | '.join(prompts)}\npositive: {args.pos}\nnegative: {args.neg}\npreserved: {' | '.join(preserve) or 'nothing'}")
     encoded = encode(model, prompts, args.pos, args.neg, preserve, size)
     model.release(vae=not args.preview)
-    teach = lambda n, seed: collect(model, encoded, eta=args.eta, trajectories=n, seed=seed, per_trajectory=args.per_trajectory,
-                                    denoising_steps=args.denoising_steps, guidance=args.guidance, size=size, batch=4 * args.batch)
-    train, held_out = teach(args.trajectories, 2 * args.seed + 1), teach(max(1, args.trajectories // 4), 2 * args.seed + 2)
+    teacher = evaluations(args.trajectories, args.per_trajectory, args.denoising_steps, args.guidance, len(encoded[1][0]))
+    n_held_out, per_held_out = parts(args.trajectories, args.per_trajectory)[1]
+    plan = training.cost(args, teacher, held_out=2 * n_held_out * per_held_out)
+    if args.dry_run:
+        return training.dry_run(args, model, slider, encoded[0], plan)
+    train, held_out = teach(model, encoded, eta=args.eta, trajectories=args.trajectories, per_trajectory=args.per_trajectory, guidance=args.guidance,
+                            denoising_steps=args.denoising_steps, size=size, seed=args.seed, batch=4 * args.batch)
     if args.positive_only:
-        train = train.only(train.scales > 0)
+        train = train[train.scale > 0]
     difference = (train.wanted.norm() / args.eta / train.eps_0.float().norm()).item()
     about = {"kind": "text slider", "prompts": prompts, "preserved": preserve}
     training.finish(args, model, slider, train, held_out, difference, about, encoded[0], encoded[2], started)

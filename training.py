@@ -1,5 +1,7 @@
 """What the trainers share around student.fit: their common options, previews, the slider file, the verdict."""
 
+import re
+import statistics
 import time
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 import lora
+import parallel
 import pictures
 import sampler
 import student
@@ -16,6 +19,8 @@ from sdxl import MINIATURE
 PROBED = (-8.0, -4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 8.0)  # scales that a new slider is tried at
 SURPRISE = 1.25  # a picture that is so much harder to denoise for the frozen model begins to break down: measured on the miniature
 VERSION = "0.1"
+PROBE_STEPS, PROBE_T = 20, (100, 200, 300)
+METER_EVERY = 25
 PREVIEW_SCALES, PREVIEW_SEEDS = [-2.0, 0.0, 2.0], [0, 1, 2, 3]
 
 
@@ -25,8 +30,8 @@ def is_small(unet) -> bool:
 
 
 def recipe(unet) -> dict:
-    """Defaults: for a small UNet what was measured to work on the miniature, for one of SDXL's size the published recipe."""
-    return dict(lr=0.256 / max(unet.config["block_out_channels"])) | (dict(batch=4, steps=200) if is_small(unet) else dict(batch=1, steps=500))
+    """Defaults: for a small UNet what was measured to work on the miniature, for one of SDXL's size the published recipe's."""
+    return dict(lr=4e-3, batch=8, steps=60) if is_small(unet) else dict(lr=2e-4, batch=2, steps=500)
 
 
 def add_options(p):
@@ -36,13 +41,14 @@ def add_options(p):
     p.add_argument("--no-conv", action="store_true", help="leave convolutions out")
     p.add_argument("--rank", type=int, default=4, help="default: %(default)s")
     p.add_argument("--alpha", type=float, default=1.0, help="the LoRA's constant alpha (default: %(default)s)")
-    p.add_argument("--steps", type=int, help="optimiser steps (default: 200; for a UNet of SDXL's size 500)")
-    p.add_argument("--batch", type=int, help="x_t in a step, each at every scale (default: 4; for a UNet of SDXL's size 1)")
-    p.add_argument("--lr", type=float, help="learning rate (default: 2e-4; for narrower UNets more)")
+    p.add_argument("--steps", type=int, help="optimiser steps (default: 60; for a UNet of SDXL's size 500)")
+    p.add_argument("--batch", type=int, help="samples in a step, of all processes together (default: 8; for a UNet of SDXL's size 2)")
+    p.add_argument("--lr", type=float, help="learning rate (default: 4e-3; for a UNet of SDXL's size 2e-4)")
     p.add_argument("--checkpointing", action="store_true", help="less memory, more time: compute parts of the UNet again on the way back")
     p.add_argument("--preview", type=int, default=0, metavar="STEPS",
                    help="draw a strip beside the slider file, its name with .png, every so many steps (default: never)")
     p.add_argument("--probe", type=int, default=4, metavar="SEEDS", help="pictures to find the useful range of scales with; 0: leave it out (default: %(default)s)")
+    p.add_argument("--dry-run", action="store_true", help="train nothing: say how many network evaluations, how long and how much memory it would take")
     p.add_argument("--size", type=int, help="pixels (default: the model's own, at most 512)")
     p.add_argument("--seed", type=int, default=0)
 
@@ -51,9 +57,68 @@ def check_numbers(args, *above_0):
     for name in (*above_0, "rank", "alpha", "steps", "batch", "lr"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
+    if args.batch is not None and args.batch < parallel.processes():
+        raise ValueError(f"--batch must be at least {parallel.processes()}, one sample for each process")
     for name in ("preview", "probe"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} must be 0 or more, not {getattr(args, name)}")
+
+
+def cost(args, teacher: int, held_out: int) -> dict[str, tuple[int, int]]:
+    """The cost model: UNet evaluations, one a sample, of each part of a training: {part: (without, with gradients)}.
+
+    teacher: what the teacher takes for all its x_t; held_out: samples that the meter reads each time.
+    """
+    def drawn(seeds, columns, steps):  # a sweep with guidance: what is before the start once for all columns
+        before = sampler.steps_before(0.3, steps)
+        return 2 * seeds * (before + columns * (steps - before))
+
+    every = args.preview or METER_EVERY
+    plan = {"teacher": (teacher, 0), "training": (0, args.steps * args.batch), "meter": (-(-args.steps // every) * held_out, 0)}
+    if args.preview:
+        plan["previews"] = (-(-args.steps // args.preview) * drawn(len(PREVIEW_SEEDS), len(PREVIEW_SCALES), 30), 0)
+    if args.probe:
+        plan["probe"] = (drawn(args.probe, len(PROBED), PROBE_STEPS) + args.probe * len(PROBED) * len(PROBE_T), 0)
+    print("UNet evaluations: " + ", ".join(f"{part} {sum(n):,}" + " with gradients" * bool(n[1]) for part, n in plan.items()))
+    return plan
+
+
+def dry_run(args, model, slider, cond, plan: dict):
+    """Time a few evaluations without gradients and a few optimiser steps, and say what `plan` (from `cost`) will take."""
+    slider.attach(model.unet)
+    n = 4 * args.batch
+    x_t, t, cond = sampler.noise(range(n), model.latent_shape((args.size,) * 2), model.device, model.dtype), torch.full((n,), 500, device=model.device), [c[:1] for c in cond]
+
+    def seconds(samples, scale, gradients):
+        """Of one sample, median of three after a warm-up."""
+        taken = []
+        for _ in range(4):
+            started = time.time()
+            with torch.set_grad_enabled(gradients), slider.at(scale):
+                loss = model.unet(x_t[:samples], t[:samples], *sampler.rows(cond, samples)).float().square().mean()
+                if gradients:
+                    loss.backward()
+            loss.item()  # on a GPU: waits until it is done
+            taken.append((time.time() - started) / samples)
+        return statistics.median(taken[1:])
+
+    each = seconds(n, 0.0, False), seconds(args.batch, 1.0, True)
+    slider.detach()
+    took = {part: (a * each[0] + b * each[1]) / parallel.processes() for part, (a, b) in plan.items()}
+    print(f"{'':10}{'without':>10}{'with gradients':>16}{'seconds':>10}")
+    for part, counts in plan.items():
+        print(f"{part:10}{counts[0]:10,}{counts[1]:16,}{took[part]:10.0f}")
+    print(f"{'together':10}{sum(n[0] for n in plan.values()):10,}{sum(n[1] for n in plan.values()):16,}{sum(took.values()):10.0f}")
+    print(f"One sample takes {each[0]:.3g} s without, {each[1]:.3g} s with gradients; peak memory so far {peak_memory(model.device) / 2**30:.1f} GiB. Nothing was trained.")
+
+
+def peak_memory(device="cpu") -> int:
+    """Bytes: of the GPU's memory, or of this process's (nan where the system does not say). Not getrusage's, which starts
+    at the parent process's."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) if status.exists() else float("nan")
 
 
 def start(args, model, recipe: dict) -> tuple[tuple[int, int], lora.Slider]:
@@ -62,7 +127,7 @@ def start(args, model, recipe: dict) -> tuple[tuple[int, int], lora.Slider]:
     size = (args.size,) * 2
     model.latent_shape(size)  # refuses a size the model cannot make before any work is done
     for name, value in recipe.items():
-        setattr(args, name, getattr(args, name) or value)
+        setattr(args, name, getattr(args, name) or (max(value, parallel.processes()) if name == "batch" else value))
     model.unet.checkpointing(args.checkpointing)
     torch.manual_seed(args.seed)
     slider = lora.Slider(lora.target_layers(model.unet, args.layers, not args.no_conv), args.rank, args.alpha)
@@ -79,17 +144,19 @@ def finish(args, model, slider, train, held_out, difference: float, about: dict,
     path, cond, uncond = Path(args.out), tuple(c[:1] for c in cond), tuple(c[:1] for c in uncond)
 
     def preview(step):
-        if args.preview and (step % args.preview == 0 or step == args.steps):
-            pictures.save(strip(model, slider, cond, uncond, train.x_t.shape[2:]), path.with_suffix(".png"))
+        if parallel.is_first() and args.preview and (step % args.preview == 0 or step == args.steps):
+            pictures.save(strip(model, slider, cond, uncond, train.x_t.shape[1:]), path.with_suffix(".png"))
 
     reading = student.fit(model.unet, slider, train, held_out, steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed,
-                          meter_every=args.preview or 25, on_meter=preview)
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "like") and not (k == "model" and v == str(MINIATURE))}
+                          meter_every=args.preview or METER_EVERY, on_meter=preview)
+    if not parallel.is_first():
+        return
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "like", "dry_run") and not (k == "model" and v == str(MINIATURE))}
     about = about | {"settings": settings, "meter": reading, "difference": difference, "version": VERSION}
     lora.save(path, slider, about | {"seconds": round(time.time() - started, 1)})  # what comes now may take a while
     print(*student.verdict(reading, difference, enough), sep="\n")
     if args.probe:
-        found = probe(model, slider, cond, uncond, train.x_t.shape[2:], args.probe)
+        found = probe(model, slider, cond, uncond, train.x_t.shape[1:], args.probe)
         lora.save(path, slider, about | {"probe": found, "seconds": round(time.time() - started, 1)})
         print(f"Useful from scale {found['range'][0]:+.1f} to {found['range'][1]:+.1f}: beyond, pictures break down or stay as they are.")
     print(f"{path}: written, {path.stat().st_size / 1e6:.2f} MB, after {time.time() - started:.0f} s")
@@ -98,7 +165,7 @@ def finish(args, model, slider, train, held_out, difference: float, about: dict,
 
 
 @torch.no_grad()
-def probe(model, slider, cond, uncond, shape, seeds: int, steps: int = 20) -> dict:
+def probe(model, slider, cond, uncond, shape, seeds: int, steps: int = PROBE_STEPS) -> dict:
     """Where the slider is useful: draws `seeds` pictures at the scales PROBED and looks at their latents.
 
     change:   the way a picture has gone at each scale, starting from scale 0 (negative below): the root mean square
@@ -114,7 +181,7 @@ def probe(model, slider, cond, uncond, shape, seeds: int, steps: int = 20) -> di
     x_0, surprise = {}, {}
     for i, x in tqdm(columns, total=len(PROBED), unit="scale", desc="probe"):
         x_0[i], surprise[i] = x.float(), 0.0
-        for t in (100, 200, 300):
+        for t in PROBE_T:
             t = torch.full((seeds,), t, device=model.device)
             found = model.unet(sampler.add_noise(x, eps, t, model.alpha_bar), t, *sampler.rows(cond, seeds))
             surprise[i] += (found.float() - eps.float()).square().mean().item()

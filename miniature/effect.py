@@ -21,24 +21,30 @@ SCALES = [-3, -2, -1, 0, 1, 2, 3]
 
 
 def readings(model, columns, seeds, prompts=PROMPTS, **settings):
-    """{attribute: array (columns, seeds)}. columns, settings: of slider.sweep. Seeds take the prompts in turn; hair and
-    background become one yes/no attribute for each of their words."""
-    pictures = [{} for _ in columns]
+    """{attribute: array (columns, seeds)}. columns, settings: of slider.sweep. Seeds take the prompts in turn."""
+    tables = [attributes(drawn) for drawn in pictures(model, columns, seeds, prompts, **settings)]
+    return {name: np.array([table[name] for table in tables]) for name in tables[0]}
+
+
+def pictures(model, columns, seeds, prompts=PROMPTS, **settings):
+    """As slider.sweep, but the seeds take the prompts in turn: a list of pictures, one for each seed, for each column."""
+    known = [{} for _ in columns]
     for i, prompt in enumerate(prompts):
         mine = seeds[i::len(prompts)]
         if len(mine):
-            for known, drawn in zip(pictures, slider.sweep(model, prompt, mine, columns, **settings)):
-                known.update(zip(mine, drawn))
-    table = {}
-    for known in pictures:
-        read = measure([known[s] for s in seeds])
-        for name in world.RANGES:
-            table.setdefault(name, []).append(read[name])
-        for name in ("hair", "background"):
-            for word in WORDS[name]:
-                table.setdefault(f"{name} {word}", []).append((read[name] == word).astype(float))
-        table.setdefault("face", []).append((read["kind"] == "face").astype(float))
-    return {name: np.array(rows) for name, rows in table.items()}
+            for column, drawn in zip(known, slider.sweep(model, prompt, mine, columns, **settings)):
+                column.update(zip(mine, drawn))
+    return [[column[s] for s in seeds] for column in known]
+
+
+def attributes(drawn) -> dict[str, np.ndarray]:
+    """What the measuring stick reads in N pictures, all as numbers: {attribute: array (N,)}. Hair and background become one
+    yes/no attribute for each of their words."""
+    read = measure(drawn)
+    table = {name: read[name] for name in world.RANGES}
+    for name in ("hair", "background"):
+        table |= {f"{name} {word}": (read[name] == word).astype(float) for word in WORDS[name]}
+    return table | {"face": (read["kind"] == "face").astype(float)}
 
 
 def moved(rows, name) -> float:

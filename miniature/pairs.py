@@ -12,6 +12,12 @@ import pictures
 from miniature import world
 
 
+def draw(attribute: str, values, count: int, seed: int = 0):
+    """`count` lists of pictures: a face with each of the values of its attribute."""
+    faces = [world.sample(np.random.default_rng([seed, i]), kind="face", malformed=0) for i in range(count)]
+    return [[world.draw(face | {attribute: value}) for value in values] for face in faces]
+
+
 def main():
     p = cli.plain_parser(__doc__)
     p.add_argument("--attribute", default="eye_size", choices=[n for n in world.RANGES if n != "malformed"])
@@ -20,10 +26,9 @@ def main():
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="pairs", help="folder to write to (default: %(default)s)")
     args = p.parse_args()
-    for i in range(args.count):
-        face = world.sample(np.random.default_rng([args.seed, i]), kind="face", malformed=0)
-        for value in args.values:
-            pictures.save(world.draw(face | {args.attribute: value}), Path(args.out) / f"{value:g}" / f"{i:03}.png")
+    for i, group in enumerate(draw(args.attribute, args.values, args.count, args.seed)):
+        for value, picture in zip(args.values, group):
+            pictures.save(picture, Path(args.out) / f"{value:g}" / f"{i:03}.png")
     print(f"{args.out}: {args.count} faces with {args.attribute} at {', '.join(f'{v:g}' for v in args.values)}")
 
 

@@ -95,6 +95,7 @@ BAD = [
     ([*TRAIN, "--size", "100"], "size: 100x100"),
     ([*TRAIN, "--out", "tests"], "is a folder"),
     ([*TRAIN, "--steps", "0"], "--steps"),
+    ([*TRAIN, "--per-trajectory", "30"], "--per-trajectory 30"),
     (["train_text.py", "--pos", "", "--neg", "a"], "--pos is empty"),
     (["train_text.py", "--pos", "an old man", "--neg", "a young man"], "--prompt is needed"),
     (["train_text.py", "--pos", "an old man"], "--neg"),

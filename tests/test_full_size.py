@@ -20,11 +20,11 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.05), (torch.float32, 1e-4)])
 def test_forward_agrees_with_diffusers(dtype, tolerance):
-    from bench.full_size import CONFIG, UNet, empty, inputs
+    from bench.unet import CONFIGS, UNet, empty, inputs
     diffusers = pytest.importorskip("diffusers")
     ours = empty(UNet, dtype)
     with torch.device("meta"):
-        theirs = diffusers.UNet2DConditionModel(**CONFIG)
+        theirs = diffusers.UNet2DConditionModel(**CONFIGS["full"])
     theirs.load_state_dict(ours.state_dict(), assign=True)  # the same tensors: no second copy
     x, t, context, pooled, ids = inputs(dtype, side=32)
     with torch.no_grad():
@@ -39,7 +39,8 @@ def test_forward_agrees_with_diffusers(dtype, tolerance):
 LOAD = """
 import sys, torch
 from sdxl import SDXL
-from bench.full_size import inputs, peak_memory
+from bench.unet import inputs
+from training import peak_memory
 before = peak_memory()
 model = SDXL.load(sys.argv[1], device="cpu", dtype=torch.float16, base=sys.argv[2])
 loaded = peak_memory() - before  # a mapped tensor is resident only once it was used

@@ -72,7 +72,7 @@ def test_a_slider_moves_its_attribute_and_not_the_others(model):
                                                guidance=3.0, size=(128, 128), seed=seed, batch=16)
     torch.manual_seed(0)
     age = lora.Slider(lora.target_layers(model.unet)).attach(model.unet)
-    reading = student.fit(model.unet, age, teach(6, 1), teach(2, 2), steps=60, batch=4, lr=1.33e-3)
+    reading = student.fit(model.unet, age, teach(6, 1), teach(2, 2), steps=60, batch=8, lr=1.33e-3)
     assert reading["share"] > 0.3
     table = readings(model, [[(age, s)] for s in (-2.0, 0.0, 2.0)], range(200, 216), steps=15)
     age.detach()

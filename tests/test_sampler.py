@@ -69,8 +69,8 @@ def test_guidance_is_linear_and_runs_one_batch():
         return x * 0 + context.view(-1, 1, 1, 1)
     cond, uncond = (torch.full((2,), 3.0),) * 3, (torch.full((2,), 1.0),) * 3
     x = torch.zeros(2, 4, 2, 2)
-    assert torch.equal(sampler.guided_eps(unet, x, 5, cond, uncond, 4.0), x + 1 + 4 * (3 - 1))
-    assert torch.equal(sampler.guided_eps(unet, x, 5, cond, uncond, 1.0), x + 3)
+    assert torch.equal(sampler.guided_eps(unet, x, 5, cond, uncond, 4.0)[0], x + 1 + 4 * (3 - 1))
+    assert torch.equal(sampler.guided_eps(unet, x, 5, cond, uncond, 1.0)[0], x + 3)
     assert calls == [4, 2]
 
 

@@ -114,7 +114,7 @@ def test_eq_8_at_sampling_time_is_what_it_says(model):
         one = [eps(tuple(e[i:i + 1] for e in ends)) for i in range(4)]
         plain = eps(uncond) + 4.0 * (eps(cond) - eps(uncond))
         expected = plain + 0.7 * (one[0] + one[1] - one[2] - one[3]) / 2
-        ours = sampler.guided_eps(model.unet, x_t, 500, cond, uncond, 4.0, ends, torch.tensor([0.7]))
+        ours, _ = sampler.guided_eps(model.unet, x_t, 500, cond, uncond, 4.0, ends, torch.tensor([0.7]))
         assert torch.allclose(ours, expected, atol=1e-4) and not torch.allclose(ours, plain, atol=1e-2)
 
 
