@@ -42,7 +42,7 @@ def ours(model, sliders) -> dict:
 
 def theirs(dtype, files) -> dict:
     import diffusers
-    diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar(), diffusers.utils.logging.set_verbosity_error()
     load = lambda: diffusers.StableDiffusionXLPipeline.from_pretrained(MINIATURE, torch_dtype=dtype, add_watermarker=False)
     plain, with_one, with_fifty = load(), load(), load()
     for pipe in (plain, with_one, with_fifty):

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import lora
 import training
@@ -93,9 +94,11 @@ def theirs(config, dtype):
 def measure(who, what, size, dtype, steps):
     """In its own process: seconds of each step (the first, a warm-up, left out) and the peak resident memory in GiB."""
     config, training_ = CONFIGS[size], what != "forward"
-    unet, slider = {"ours": ours, "diffusers": theirs}[who](config, dtype)
+    unet, slider = {"ours": ours, "diffusers": theirs, "compiled": ours}[who](config, dtype)
     x, seconds = inputs(dtype, SIDE[size], BATCH[size][training_], config), []
     opt = torch.optim.AdamW(slider(what == "checkpointing"), lr=2e-4) if training_ else None
+    if who == "compiled":
+        unet = torch.compile(unet)
     for _ in range(steps + 1):
         started = time.time()
         with torch.set_grad_enabled(training_):
@@ -106,7 +109,7 @@ def measure(who, what, size, dtype, steps):
             opt.step()
         assert loss.isfinite()
         seconds.append(time.time() - started)
-    print(json.dumps({"seconds": seconds[1:], "GiB": training.peak_memory() / 2**30}))
+    print(json.dumps({"seconds": seconds[1:], "first": seconds[0], "GiB": training.peak_memory() / 2**30}))
 
 
 @torch.no_grad()
@@ -129,6 +132,16 @@ def decode(tile):
     print(json.dumps({"seconds": [time.time() - started], "GiB": training.peak_memory() / 2**30, "start": before / 2**30}))
 
 
+def arithmetic():
+    """Multiplications and additions of one sample at 512 pixels, and how many of them a cache of the prompt's keys and values saves."""
+    with torch.device("meta"):
+        unet, x = UNet(CONFIGS["full"]), [v.to("meta") for v in inputs(torch.float32)]
+    with FlopCounterMode(display=False) as count:
+        unet(*x)
+    saved = sum(2 * 77 * m.weight.numel() for name, m in unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v")))
+    print(f"\none sample of 512 pixels: {count.get_total_flops() / 1e12:.2f} TFLOP, of which keys and values of the prompt {saved / count.get_total_flops():.1%}")
+
+
 OTHERS = {"teacher": ("UNet, 8 samples of 512 pixels (the teacher at --batch 2)", lambda: evaluate(64, 8)),
           "one": ("UNet, 1 sample of 512 pixels", lambda: evaluate(64, 1)),
           "draw": ("UNet, 2 samples of 1024 pixels (drawing, with guidance)", lambda: evaluate(128, 2)),
@@ -149,7 +162,8 @@ def main():
     p.add_argument("--only", nargs="+", help=argparse.SUPPRESS)
     p.add_argument("--size", choices=CONFIGS, action="append", help="may be repeated (default: both)")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], action="append", help="may be repeated (default: both)")
-    p.add_argument("--what", choices=["forward", "train", "checkpointing", "memory"], action="append", help="may be repeated (default: forward, train)")
+    p.add_argument("--what", choices=["forward", "train", "checkpointing", "memory", "arithmetic"], action="append", help="may be repeated (default: forward, train)")
+    p.add_argument("--against", choices=["diffusers", "compiled"], default="diffusers", help="compiled: our own, through torch.compile (default: %(default)s)")
     p.add_argument("--rounds", type=int, default=3, help="processes of each kind, alternating (default: %(default)s)")
     args = p.parse_args()
     if args.only and args.only[0] in OTHERS:
@@ -158,11 +172,11 @@ def main():
         who, what, size, dtype, steps = args.only
         return measure(who, what, size, DTYPES[dtype], int(steps))
     what = args.what or ["forward", "train"]
-    print("| UNet | dtype | | ours, s (range) | diffusers, s (range) | ratio of medians | GiB, ours | diffusers |\n|---|---|---|---|---|---|---|---|")
+    print(f"| UNet | dtype | | ours, s (range) | {args.against}, s (range) | ratio of medians | GiB, ours | {args.against} |\n" + "|---" * 8 + "|")
     for size in args.size or CONFIGS:
         for dtype in args.dtype or ["float32", "bfloat16"]:
-            for kind in [w for w in what if w != "memory"]:
-                seconds, memory = {"ours": [], "diffusers": []}, {"ours": 0.0, "diffusers": 0.0}
+            for kind in [w for w in what if w not in ("memory", "arithmetic")]:
+                seconds, memory = {"ours": [], args.against: []}, {"ours": 0.0, args.against: 0.0}
                 for _ in range(args.rounds):
                     for who in seconds:
                         result = alone(who, kind, size, dtype, "20" if size == "miniature" else "2")
@@ -170,13 +184,16 @@ def main():
                         memory[who] = max(memory[who], result["GiB"])
                 middle = {who: statistics.median(s) for who, s in seconds.items()}
                 cells = [f"{middle[who]:.3g} ({min(s):.3g} to {max(s):.3g})" for who, s in seconds.items()]
-                print(f"| {size} | {dtype} | {kind} | {cells[0]} | {cells[1]} | {middle['ours'] / middle['diffusers']:.2f} | "
-                      f"{memory['ours']:.2f} | {memory['diffusers']:.2f} |", flush=True)
+                first = f"; compiling took {result['first']:.0f} s" if who == "compiled" else ""
+                print(f"| {size} | {dtype} | {kind} | {cells[0]} | {cells[1]}{first} | {middle['ours'] / middle[who]:.2f} | "
+                      f"{memory['ours']:.2f} | {memory[who]:.2f} |", flush=True)
     if "memory" in what:
         print("\n| full size, bfloat16, no gradients | s | peak GiB | of it before (weights, Python) |\n|---|---|---|---|")
         for name, (meaning, _) in OTHERS.items():
             result = alone(name)
             print(f"| {meaning} | {result['seconds'][0]:.1f} | {result['GiB']:.2f} | {result['start']:.2f} |", flush=True)
+    if "arithmetic" in what:
+        arithmetic()
 
 
 if __name__ == "__main__":
