@@ -2,7 +2,7 @@
 # make test       all tests
 # make test-full  the checks on full-size SDXL with random weights (20 GB of memory and of disk, some minutes)
 # make test-oldest  loading and prompts with the oldest supported transformers
-# make bench      timings and memory against diffusers, peft and the published training loop (1.5 hours)
+# make bench      timings and memory against diffusers, peft and the published training loop (an hour or so)
 # make miniature  train the miniature again from nothing (hours), resumable
 
 PYTHON ?= python3
