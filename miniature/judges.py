@@ -1,0 +1,57 @@
+"""The miniature's judges in the places of CLIP, LPIPS and Inception (evaluate.Judges). They are small networks trained on the
+drawn world alone: their numbers compare with one another, not with any that real judges give.
+
+CLIP: the convolutional vision tower that the text encoders were trained against (train.py), with the second text encoder.
+LPIPS: the judge's convolutions, every unit-length layer weighted alike. FID: the 160 numbers before the judge's last layer.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+from evaluate import Judges
+from miniature import world
+from miniature.measure import Judge, judge
+from sdxl import SDXL
+
+
+def tensor(images) -> torch.Tensor:
+    """(N, 3, 128, 128) in [-1, 1]"""
+    x = torch.from_numpy(np.stack([np.asarray(p.convert("RGB").resize((world.SIZE,) * 2)) for p in images]))
+    return x.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def vision_tower() -> Judge:
+    """pictures (B, 3, 128, 128) in [-1, 1] -> (B, 128), in the space of the second text encoder's pooled output."""
+    tower = Judge(outputs=128)
+    tower.load_state_dict({k: v.float() for k, v in load_file(Path(__file__).parent / "vision.safetensors").items()})
+    return tower.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def miniature_judges(model: SDXL | None = None) -> Judges:
+    """model: the miniature, if it is loaded already, with its text encoders."""
+    model, tower = model or SDXL.load(vae=False), vision_tower()
+    known = {}  # prompts encoded before: training releases the text encoders
+
+    @torch.no_grad()
+    def clip_prompts(prompts):
+        for p in set(prompts) - known.keys():
+            known[p] = model.encode_prompt([p])[1][0].float().cpu()
+        return torch.stack([known[p] for p in prompts])
+
+    @torch.no_grad()
+    def layers(images):
+        x, out = tensor(images), []
+        for layer in judge().features[:-1]:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                out.append(F.normalize(x, dim=1, eps=1e-10))
+        return out
+
+    in_parts = lambda f: torch.no_grad()(lambda images: torch.cat([f(tensor(images[i:i + 64])) for i in range(0, len(images), 64)]))
+    return Judges(in_parts(tower), clip_prompts, layers, in_parts(lambda x: judge().head[:2](judge().features(x))))
