@@ -28,8 +28,8 @@ def at_amount(rows: list[dict], scales, amount: float) -> dict:
 def main():
     lab = Lab(__doc__, "ablations")
     before, = lab.draw([[]])
-    kinds = {f"rank {r}": dict(rank=r) for r in RANKS} | {"full": dict(full=True, lr=lab.recipe["lr"] / 20)}
-    kinds |= {"rank 4, P empty": dict(preserve=[]), "full, P empty": dict(full=True, lr=lab.recipe["lr"] / 20, preserve=[])}
+    kinds = {f"rank {r}": dict(rank=r) for r in RANKS} | {"full": dict(full=True, lr=lab.recipe["lr"] / 400)}
+    kinds |= {"rank 4, P empty": dict(preserve=[]), "full, P empty": dict(full=True, lr=lab.recipe["lr"] / 400, preserve=[])}
     shown = {"plain": before}
     for name, kind in kinds.items():
         def measure():

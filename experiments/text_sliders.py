@@ -27,7 +27,7 @@ def main():
 
         ways = {"slider, scale 1": lambda: by_slider()(1.0), "slider, scale 2": lambda: by_slider()(2.0),
                 "prompt": lambda: lab.draw([[]], [f"{p}, {pos}" for p in lab.prompts])[0], "eq. (8)": by_eq_8,
-                "full fine-tuning": lambda: by_slider(full=True, lr=lab.recipe["lr"] / 20)(2.0)}
+                "full fine-tuning": lambda: by_slider(full=True, lr=lab.recipe["lr"] / 400)(2.0)}
         for way, draw in ways.items():
             lab.once(f"{concept}: {way}", lambda: lab.edit(concept, before, draw()))
         if len(shown) < 5:
