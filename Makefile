@@ -3,13 +3,14 @@
 # make test-full  the checks on full-size SDXL with random weights (20 GB of memory and of disk, some minutes)
 # make test-oldest  loading and prompts with the oldest supported transformers
 # make bench      timings and memory against diffusers, peft and the published training loop (an hour or so)
+# make experiments  the experiments of the paper (so far: Table 1, 8 minutes)
 # make miniature  train the miniature again from nothing (hours), resumable
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test test-full test-oldest bench miniature clean
+.PHONY: demo test test-full test-oldest bench experiments miniature clean
 
 $(VENV)/run.stamp: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +41,10 @@ bench: $(VENV)/test.stamp
 	$(PY) -m bench.unet
 	$(PY) -m bench.unet --size full --dtype bfloat16 --what checkpointing --what memory --rounds 1
 	$(PY) -m bench.recipe --attribute eye_size --attribute age
+
+experiments: $(VENV)/run.stamp
+	$(PY) -m experiments.text_sliders --pictures 32
+	$(PY) -m experiments.report
 
 miniature: $(VENV)/run.stamp
 	$(PY) -m miniature.train
