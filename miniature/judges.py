@@ -7,22 +7,14 @@ LPIPS: the judge's convolutions, every unit-length layer weighted alike. FID: th
 
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
 from evaluate import Judges
-from miniature import world
-from miniature.measure import Judge, judge
+from miniature.measure import Judge, judge, tensor
 from sdxl import SDXL
-
-
-def tensor(images) -> torch.Tensor:
-    """(N, 3, 128, 128) in [-1, 1]"""
-    x = torch.from_numpy(np.stack([np.asarray(p.convert("RGB").resize((world.SIZE,) * 2)) for p in images]))
-    return x.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def vision_tower() -> Judge:

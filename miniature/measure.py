@@ -84,12 +84,16 @@ def judge() -> Judge:
     return _judge
 
 
+def tensor(pictures: list[Image.Image]) -> torch.Tensor:
+    """What the judge looks at: (N, 3, 128, 128) in [-1, 1]."""
+    x = torch.from_numpy(np.stack([np.asarray(p.convert("RGB").resize((world.SIZE,) * 2)) for p in pictures]))
+    return x.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 @torch.no_grad()
 def measure(pictures: list[Image.Image]) -> dict[str, np.ndarray]:
     """Pictures -> readings, an array (N,) each: world.RANGES' names, `hair`, `background`, `kind`, `fingers`, `eye_pixels`."""
-    x = torch.from_numpy(np.stack([np.asarray(p.convert("RGB").resize((world.SIZE,) * 2)) for p in pictures]))
-    x = x.permute(0, 3, 1, 2).float() / 127.5 - 1
-    out = torch.cat([judge()(part) for part in x.split(64)])
+    out = torch.cat([judge()(part) for part in tensor(pictures).split(64)])
     readings = {}
     for i, name in enumerate(NUMBERS):
         low, high = world.RANGES[name]
