@@ -53,6 +53,13 @@ def lpips(judges, originals, edited) -> np.ndarray:
     return sum((a - b).square().sum(1).mean((1, 2)) for a, b in pairs).numpy()
 
 
+def psnr(originals, edited) -> np.ndarray:
+    """(N,): peak signal-to-noise ratio in dB, of pictures of one size; infinite for the same picture."""
+    array = lambda images: np.stack([np.asarray(p.convert("RGB"), dtype=float) for p in images])
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(255**2 / np.square(array(originals) - array(edited)).mean((1, 2, 3)))
+
+
 def fid(judges, some, others) -> float:
     """|| m_1 - m_2 ||^2 + Tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)) of the two sets' features. Heusel et al. 2017, eq. (6).
 
@@ -77,6 +84,13 @@ def interval(values, statistic=np.mean, draws: int = 2000, seed: int = 0) -> dic
     drawn = [statistic(values[rng.integers(0, len(values), len(values))]) for _ in range(draws)]
     low, high = np.percentile(drawn, [2.5, 97.5])
     return {"mean": float(statistic(values)), "low": float(low), "high": float(high)}
+
+
+def wilson(k: int, n: int, z: float = 1.96) -> dict:
+    """A rate of k in n: {"mean", "low", "high": Wilson's 95% interval (1927), which stays within 0 and 1}."""
+    p, middle = k / n, (k / n + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return {"mean": p, "low": max(0.0, middle - half), "high": min(1.0, middle + half)}
 
 
 # ---------------------------------------------------------------------------------------------- judges of real pictures

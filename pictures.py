@@ -31,9 +31,9 @@ def read(path) -> Image.Image:
     return picture.convert("RGB")
 
 
-def square(picture: Image.Image, side: int) -> Image.Image:
-    """The middle square, resized to side x side."""
-    return ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS)
+def fit(picture: Image.Image, height: int, width: int) -> Image.Image:
+    """Resized to height x width without distortion: what sticks out on two sides is cut off."""
+    return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
 
 
 def matched(folders: list[Path]) -> list[list[Path]]:
@@ -70,7 +70,7 @@ def read_matched(files: list[Path], side: int) -> list[Image.Image]:
     for file, picture in zip(files, read_in):
         if abs(picture.width / picture.height - w / h) > 0.01 * w / h:
             raise ValueError(f"{file}: is {picture.width}x{picture.height}, but {first} is {w}x{h}: crop them to the same proportions")
-    return [square(picture, side) for picture in read_in]
+    return [fit(picture, side, side) for picture in read_in]
 
 
 def label(scale: float) -> str:

@@ -43,13 +43,27 @@ def add_noise(x_0, eps, t, alpha_bar):
 
 
 def ddim_step(x_t, eps, t: int, t_next: int, alpha_bar):
-    """One deterministic DDIM step from level t to t_next (Song et al. 2021, eq. 12 with sigma = 0).
+    """One deterministic DDIM step from level t to t_next (Song et al. 2021, eq. 12 with sigma = 0), down or up.
 
-    t_next < 0 means the end: alpha_bar_0, since SDXL's scheduler sets `set_alpha_to_one` to false.
+    A level below 0 means the end: alpha_bar_0, since SDXL's scheduler sets `set_alpha_to_one` to false.
     """
-    a_t, a_next = float(alpha_bar[t]), float(alpha_bar[max(t_next, 0)])
+    a_t, a_next = float(alpha_bar[max(t, 0)]), float(alpha_bar[max(t_next, 0)])
     x_0 = (x_t - (1 - a_t) ** 0.5 * eps) / a_t ** 0.5  # the picture that x_t and eps imply
     return a_next ** 0.5 * x_0 + (1 - a_next) ** 0.5 * eps
+
+
+@torch.no_grad()
+def ddim_backwards(unet, x_0, cond, *, alpha_bar, steps: int = 30):
+    """Latents x_0 (B, 4, h, w) walked up to noise, at guidance 1: x*_T ... x*_0, (steps + 1, B, 4, h, w), noise first.
+
+    A step up from level t' to t wants eps(x_t, t), and x_t is not known yet: eps(x_{t'}, t) stands in for it, as the two
+    differ little when steps are short (Song et al. 2021, section 4.3; Mokady et al. 2023).
+    """
+    T, way = len(alpha_bar), [x_0]
+    for t in reversed(timesteps(steps, T)):
+        eps = unet(way[-1], torch.full((len(x_0),), t, device=x_0.device), *rows(cond, len(x_0)))
+        way.append(ddim_step(way[-1], eps, t - T // steps, t, alpha_bar))
+    return torch.stack(way[::-1])
 
 
 def rows(cond, n: int):
@@ -92,7 +106,8 @@ def sample(unet, x_T, cond, uncond=None, *, alpha_bar, steps: int = 30, guidance
            ends=None, eta=0.0, skip: int = 0, stop: int | None = None, on_step=None):
     """Walk noise x_T (B, 4, h, w) down to latents x_0 (B, 4, h, w), all B with the same settings.
 
-    cond, uncond: as in guided_eps, of B rows or of one for all.
+    cond, uncond: as in guided_eps, of B rows or of one for all. uncond may be a list with one for each of the steps, as
+                null-text inversion makes it (invert.py).
     sliders:    pairs (lora.Slider, scale), or triples with a start of its own; a scale is a number, or a tensor (B,): one
                 for each picture. Sliders that are not attached are attached for as long as it takes.
     start:      delayed LoRA: scales are 0 while t > t_on = (1 - start) T, so that the frozen model lays out the
@@ -103,7 +118,8 @@ def sample(unet, x_T, cond, uncond=None, *, alpha_bar, steps: int = 30, guidance
     """
     T = len(alpha_bar)
     ts = timesteps(steps, T)
-    x_t, cond, uncond = x_T, rows(cond, len(x_T)), uncond and rows(uncond, len(x_T))
+    x_t, cond = x_T, rows(cond, len(x_T))
+    uncond_at = lambda i: uncond and rows(uncond[i] if isinstance(uncond, list) else uncond, len(x_T))
     with lora.hung(unet, [(*pair, start)[:3] for pair in sliders]) as switches:
         for i, t in list(enumerate(ts))[skip:stop]:
             for slider, scale, its_start in switches:
@@ -111,7 +127,7 @@ def sample(unet, x_T, cond, uncond=None, *, alpha_bar, steps: int = 30, guidance
                     guided = torch.is_tensor(scale) and uncond is not None and guidance != 1
                     slider.scale = torch.cat([scale, scale]) if guided else scale
             eq_8 = ends if t <= (1 - start) * T else None
-            eps, eps_c = guided_eps(unet, x_t, t, cond, uncond, guidance, eq_8, eta)
+            eps, eps_c = guided_eps(unet, x_t, t, cond, uncond_at(i), guidance, eq_8, eta)
             if on_step:
                 on_step(i, t, x_t, eps_c)
             x_t = ddim_step(x_t, eps, t, t - T // steps, alpha_bar)
@@ -123,22 +139,22 @@ def steps_before(start: float, steps: int, T: int = 1000) -> int:
     return sum(t > (1 - start) * T for t in timesteps(steps, T))
 
 
-def sweep(unet, x_T, cond, uncond, columns, *, alpha_bar, steps: int = 30, start: float = 0.3, batch: int = 16, ends=None, etas=None, **settings):
+def sweep(unet, x_T, cond, uncond, columns, *, alpha_bar, steps: int = 30, start: float = 0.3, batch: int = 16, skip: int = 0, ends=None, etas=None, **settings):
     """The same x_T (n, 4, h, w) in several settings: yields (column, x_0 (n, 4, h, w)) for each of `columns`, as they are done.
 
     columns: for each column a list of pairs (slider, scale) or triples (slider, scale, start); every column names the
     same sliders in the same order, at scales of its own. The steps before the first slider switches on are walked once
     for all columns. ends, etas: eq. (8) in place of a slider (guided_eps), at an eta for each column. batch: pictures
-    denoised at once. cond, uncond: of one row. settings: the rest as in `sample`.
+    denoised at once. cond, uncond: of one row (or n, for a single column). settings: the rest as in `sample`.
     """
     columns = [[(*entry, start)[:3] for entry in column] for column in columns]
     etas = etas or [0.0] * len(columns)
     starts = [s for column in columns for _, scale, s in column if scale] + [start] * any(etas)
-    before = steps_before(min(starts), steps, len(alpha_bar)) if starts and len(columns) > 1 else 0
+    before = max(skip, steps_before(min(starts), steps, len(alpha_bar)) if starts and len(columns) > 1 else 0)
     walk = lambda x, **more: sample(unet, x, cond, uncond, alpha_bar=alpha_bar, steps=steps, start=start, **settings, **more)
     n = len(x_T)
     off = [(slider, 0.0) for slider, _, _ in columns[0]]  # named, so that one that was left at a scale is off here
-    shared = walk(x_T, stop=before, sliders=off) if before else x_T
+    shared = walk(x_T, skip=skip, stop=before, sliders=off) if before > skip else x_T
     for some in grouped(columns, etas, max(1, batch // n)):
         each = lambda values: torch.tensor(values, device=x_T.device).repeat_interleave(n)  # one for each picture
         sliders = []

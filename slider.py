@@ -4,6 +4,11 @@ Writes a labelled strip (rows are seeds, columns are scales), the same as a GIF,
 `--slider FILE` may be repeated; FILE:1.5 keeps that one at 1.5 while the others sweep over the scales, FILE:1.5@0.5 also
 switches it on after half of the denoising. Two sliders that sweep, with --grid, make a grid for each seed.
 
+    python slider.py --image photo.jpg --prompt "a photo of a person" --slider age.safetensors --scales -2,0,2
+
+edits a real picture: it is inverted first (invert.py; the inversion is kept in the output folder for the next time). With
+--strength 0.6 it is instead noised to 60% of the way and drawn again from there (SDEdit), once for each seed.
+
 From Python:
 
     model = SDXL.load()
@@ -16,9 +21,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 import cli
+import invert
 import lora
 import parallel
 import pictures
@@ -33,16 +40,56 @@ def generate(model, prompt: str, seeds, sliders=(), **settings) -> list[Image.Im
 
 
 def sweep(model, prompt: str, seeds, columns, *, negative: str = "", size: tuple[int, int] | None = None, batch: int = 16,
-          **settings) -> list[list[Image.Image]]:
+          start_from=None, uncond=None, **settings) -> list[list[Image.Image]]:
     """The same seeds in several settings: a list of pictures, one for each seed, for each of `columns`. size: (height,
-    width) in pixels; batch: pictures denoised at once. columns and settings are sampler.sweep's."""
-    cond, uncond = model.condition([prompt], size), model.condition([negative], size)
+    width) in pixels; batch: pictures denoised at once. start_from: function of a few seeds, the latents to begin with instead
+    of their noise; uncond: in the place of `negative`'s conditioning. columns and settings are sampler.sweep's."""
+    cond, uncond = model.condition([prompt], size), uncond or model.condition([negative], size)
+    start_from = start_from or (lambda some: sampler.noise(some, model.latent_shape(size), model.device, model.dtype))
     mine, out = parallel.mine(seeds), [[] for _ in columns]
     for i in range(0, len(mine), batch):
-        x_T = sampler.noise(mine[i:i + batch], model.latent_shape(size), model.device, model.dtype)
+        x_T = start_from(mine[i:i + batch])
         for column, x_0 in sampler.sweep(model.unet, x_T, cond, uncond, columns, alpha_bar=model.alpha_bar, batch=batch, **settings):
             out[column] += model.pictures(x_0)
     return [parallel.gather(column, len(seeds)) for column in out]
+
+
+# ------------------------------------------------------------------------------------------------ real pictures
+
+def opened(model, path, side: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+    """The picture in the file `path` as the model can take it, and its size (height, width): of the proportions that are
+    nearest to its own, in multiples of 64 and of about side x side pixels, as SDXL was trained on (Podell et al. 2023,
+    section 2.3). The miniature knows squares only. What sticks out is cut off; nothing is distorted."""
+    picture, side = pictures.read(path), side or model.size
+    square = training.is_small(model.unet)
+    sizes = [(h, side**2 // h // 64 * 64) for h in range(64, 4 * side, 64) if side**2 // h >= 64]
+    h, w = (side, side) if square else min(sizes, key=lambda hw: abs(np.log(hw[1] / hw[0]) - np.log(picture.width / picture.height)))
+    if picture.size != (w, h):
+        print(f"{path}: {picture.width}x{picture.height}, brought to {w}x{h}" + ", its middle square: this model knows nothing else" * square)
+    return pictures.fit(picture, h, w), (h, w)
+
+
+def begin_with(model, args, picture, size) -> dict:
+    """Where `sweep` begins in order to draw `picture`, or to edit it: its settings start_from, uncond, skip."""
+    z = model.latents([picture])
+    if args.strength:
+        skip = args.steps - max(1, round(args.strength * args.steps))
+        t = torch.tensor([sampler.timesteps(args.steps)[skip]], device=model.device)
+        noised = lambda seeds: sampler.add_noise(z, sampler.noise(seeds, z.shape[1:], model.device, model.dtype), t.expand(len(seeds)), model.alpha_bar)
+        return dict(start_from=noised, skip=skip)
+    settings = dict(method=args.invert, steps=args.steps, guidance=args.guidance)
+    path = Path(args.out) / f"inversion-{invert.key(model, z, args.prompt, args.negative, settings)}.safetensors"
+
+    def make():
+        most = invert.evaluations(args.invert, args.steps)
+        print(f"{args.invert} inversion: {'at most ' * (args.invert == 'null-text')}{most} network evaluations")
+        made = invert.invert(model.unet, z, model.condition([args.prompt], size), model.condition([args.negative], size), alpha_bar=model.alpha_bar, **settings)
+        print(f"{made.evaluations} network evaluations; kept in {path} for the next time")
+        return made
+
+    found = invert.kept(path, make)
+    to = lambda c: c.to(model.device, model.dtype)
+    return dict(start_from=lambda seeds: to(found.x_T), uncond=[tuple(map(to, u)) for u in found.uncond])
 
 
 # ------------------------------------------------------------------------------------------------ scales
@@ -76,6 +123,9 @@ def even_scales(draw, low: float, high: float, count: int = 7) -> list[float]:
 def parse_args():
     p = cli.parser(__doc__)
     p.add_argument("--prompt", required=True, help="what the pictures show")
+    p.add_argument("--image", help="edit this picture instead of drawing new ones; --prompt says what it shows")
+    p.add_argument("--invert", choices=invert.METHODS, default="null-text", help="with --image: how it is inverted (default: %(default)s)")
+    p.add_argument("--strength", type=float, help="with --image: do not invert it; noise it this far, 0 to 1, and draw it again (SDEdit)")
     p.add_argument("--slider", action="append", default=[], type=cli.file_scale_start, metavar="FILE[:SCALE][@START]", help="slider file; may be repeated")
     p.add_argument("--scales", type=cli.numbers, help="scales to sweep over (default: seven over the sliders' useful range, as their files say)")
     p.add_argument("--even", action="store_true", help="seven scales over the same range, so spaced that each picture looks as far from the next")
@@ -114,6 +164,11 @@ def check(args):
         raise ValueError(f"--eta must be above 0, not {args.eta}")
     if args.scales and not args.guide and all(scale is not None for _, scale, _ in args.slider):
         raise ValueError("--scales: there is no slider to sweep; give one without a scale of its own")
+    for name in ("strength",) + ("invert",) * (args.invert != "null-text"):
+        if getattr(args, name) is not None and not args.image:
+            raise ValueError(f"--{name} belongs to --image")
+    if args.strength is not None and not 0 < args.strength <= 1:
+        raise ValueError(f"--strength must be above 0 and at most 1, not {args.strength}")
     if args.even and args.grid:
         raise ValueError("--even spaces one sweep, not a --grid")
     if args.grid and [scale for _, scale, _ in args.slider].count(None) != 2:
@@ -128,12 +183,18 @@ def main():
     out = Path(args.out)
     model = cli.load_model(args)
     model.vae.tile = args.vae_tile // model.factor
-    size = (args.size,) * 2 if args.size is not None else None
+    size, picture, names_of_rows = (args.size,) * 2 if args.size is not None else None, None, [f"seed{s}" for s in args.seeds]
+    if args.image:
+        picture, size = opened(model, args.image, args.size)
+        if args.strength is None:  # an inversion is one noise, not many
+            args.seeds, names_of_rows = [0], [Path(args.image).stem]
     model.latent_shape(size)
     sampler.timesteps(args.steps)
     sliders = [(lora.load(path, model.unet), fixed, args.start if start is None else start) for path, fixed, start in args.slider]
     settings = dict(steps=args.steps, guidance=args.guidance, start=args.start, negative=args.negative, size=size,
                     batch=args.batch or (16 if training.is_small(model.unet) else 4))
+    if args.image:
+        settings |= begin_with(model, args, picture, size)
 
     sweeping = [s for s, fixed, _ in sliders if fixed is None]
     scales = args.scales or (useful_scales(sweeping) if sweeping or args.guide else [0.0])
@@ -155,33 +216,34 @@ def main():
     if not parallel.is_first():
         return
     if args.grid:
-        write_grids(out, args.seeds, drawn, names)
+        write_grids(out, names_of_rows, drawn, names)
     else:
-        write_strip(out, args.seeds, drawn, names if sweeping or args.guide else [""])
+        write_strip(out, names_of_rows, drawn, names if sweeping or args.guide else [""], picture)
 
 
-def write_strip(out: Path, seeds, drawn, names: list[str]):
+def write_strip(out: Path, rows: list[str], drawn, names: list[str], original=None):
     """Single files, and where there is more than one column a strip and a GIF that goes there and back."""
     for name, column in zip(names, drawn):
-        for seed, picture in zip(seeds, column):
-            pictures.save(picture, out / (f"seed{seed}" + (f"_scale{name}" if name else "") + ".png"))
-    pictures.save(pictures.sheet([list(row) for row in zip(*drawn)], names, [str(s) for s in seeds]), out / "strip.png")
+        for row, picture in zip(rows, column):
+            pictures.save(picture, out / (row + (f"_scale{name}" if name else "") + ".png"))
+    sheet = [[*([original] if original else []), *row] for row in zip(*drawn)]
+    pictures.save(pictures.sheet(sheet, [*(["original"] if original else []), *names], [row.removeprefix("seed") for row in rows]), out / "strip.png")
     if len(names) == 1:
         return print(f"{out / 'strip.png'}: written")
-    frames = [pictures.sheet([column], [f"seed {s}" for s in seeds], [name]) for name, column in zip(names, drawn)]
+    frames = [pictures.sheet([column], rows, [name]) for name, column in zip(names, drawn)]
     pictures.save_gif(frames + frames[-2:0:-1], out / "sweep.gif")
-    print(f"{out / 'strip.png'}: rows are seeds {', '.join(map(str, seeds))}; columns are scales {', '.join(names)}; {out / 'sweep.gif'}: the same in motion")
+    print(f"{out / 'strip.png'}: rows are {', '.join(rows)}; columns are scales {', '.join(names)}; {out / 'sweep.gif'}: the same in motion")
 
 
-def write_grids(out: Path, seeds, drawn, names: list[str]):
-    for i, seed in enumerate(seeds):
+def write_grids(out: Path, rows: list[str], drawn, names: list[str]):
+    for i, row in enumerate(rows):
         mine = [column[i] for column in drawn]  # row by row
-        rows = [mine[j:j + len(names)] for j in range(0, len(mine), len(names))]
-        for down, row in zip(names, rows):
-            for across, picture in zip(names, row):
-                pictures.save(picture, out / f"seed{seed}_scale{across}_{down}.png")
-        pictures.save(pictures.sheet(rows, names, names), out / f"grid_seed{seed}.png")
-    print(f"{out}: a grid for each of seeds {', '.join(map(str, seeds))}; the first slider's scales across, the second's down: {', '.join(names)}")
+        grid = [mine[j:j + len(names)] for j in range(0, len(mine), len(names))]
+        for down, line in zip(names, grid):
+            for across, picture in zip(names, line):
+                pictures.save(picture, out / f"{row}_scale{across}_{down}.png")
+        pictures.save(pictures.sheet(grid, names, names), out / f"grid_{row}.png")
+    print(f"{out}: a grid for each of {', '.join(rows)}; the first slider's scales across, the second's down: {', '.join(names)}")
 
 
 if __name__ == "__main__":

@@ -21,28 +21,31 @@ import student
 import train_text
 import training
 from miniature import effect, world
+from miniature.compose import PERSON, SLIDERS
 
 RESULTS = Path(__file__).parent / "results"
 
 # concept -> target prompt, what is added for the positive and the negative end, --preserve, what the measuring stick calls it
-MINIATURE = {
-    "age": ("a photo of a person", "very old", "very young", ["with glasses, without glasses", "with a hat, without a hat"], "age"),
-    "smile": ("a photo of a person", "with a big smile", "with a big frown", ["man, woman"], "smile"),
-    "eye size": ("a photo of a person", "with big eyes", "with small eyes", ["man, woman"], "eye_size"),
-    "red hair": ("a photo of a person", "red hair", "black hair", ["man, woman"], "hair red")}
+NAMES = {"eye_size": "eye size", "hair red": "red hair", "hair_length": "long hair", "background blue": "blue background"}
+TEN = {NAMES.get(attribute, attribute): (PERSON, *words, attribute) for attribute, words in SLIDERS.items()}
+REPAIR = {"faces": (PERSON, "well made, detailed face", "distorted, deformed", ["man, woman"], "malformed"),
+          "hands": ("a hand", "realistic hands, five fingers, 8k hyperrealistic hands", "poorly drawn hands, distorted hands, misplaced fingers", [], "malformed")}
+MINIATURE = {name: TEN[name] for name in ("age", "smile", "eye size", "red hair")}
 PAPER = {  # the paper's text sliders (its Table 1), as its code spells the first
     "age": ("male person", "very old", "very young", ["white, black, asian, indian, hispanic", "male, female"], None),
     "curly hair": ("person", "with curly hair", "with straight hair", ["male, female"], None),
     "sky": ("a scenery", "dark, cloudy sky", "clear, blue sky", [], None),
     "rusty": ("car", "rusty, damaged", "pristine, brand new", [], None)}
+PAPER_REPAIR = {"faces": ("person", "realistic, perfect limbs, high detail, high quality", "poorly drawn limbs, bad anatomy, disfigured, low quality", [], None),
+                "hands": ("hands", *REPAIR["hands"][1:4], None)}
 PAPER_PROMPTS = ["image of a person, 8k, realistic", "a photo of a man in a street", "a portrait of a woman, outdoors", "a photo of a person, smiling"]
 
 
 class Lab:
     """The model, its judges, and the options of an experiment."""
 
-    def __init__(self, doc: str, name: str, more=lambda parser: None, count: int = 48):
-        """more: adds options of this experiment to the parser. count: pictures."""
+    def __init__(self, doc: str, name: str, more=lambda parser: None, count: int = 48, dtype: str = "bfloat16"):
+        """more: adds options of this experiment to the parser. count, dtype: defaults of --pictures and --dtype."""
         p = cli.parser(doc)
         more(p)
         p.add_argument("--seed", type=int, default=0, help="of trainings and pictures (default: %(default)s)")
@@ -50,14 +53,15 @@ class Lab:
         p.add_argument("--out", default=str(RESULTS), help="folder of results (default: %(default)s)")
         p.add_argument("--sliders", default="out/experiments", help="folder of trained sliders, used again if they are there (default: %(default)s)")
         self.args = p.parse_args()
-        self.args.dtype = self.args.dtype or "bfloat16"
+        self.args.dtype = self.args.dtype or dtype
         self.model = cli.load_model(self.args)
         self.small = training.is_small(self.model.unet)
         if self.small:
             from miniature.judges import miniature_judges
-            self.judges, self.concepts, self.prompts = miniature_judges(self.model), MINIATURE, effect.PROMPTS
+            self.judges, self.concepts, self.all_concepts, self.prompts = miniature_judges(self.model), MINIATURE, TEN | REPAIR, effect.PROMPTS
         else:
-            self.judges, self.concepts, self.prompts = evaluate.real_judges(device=str(self.model.device)), PAPER, PAPER_PROMPTS
+            self.judges, self.prompts = evaluate.real_judges(device=str(self.model.device)), PAPER_PROMPTS
+            self.concepts, self.all_concepts = PAPER, PAPER | PAPER_REPAIR
         self.recipe = train_text.recipe(self.model.unet)
         self.size = (min(self.model.size, 512),) * 2
         self.seed = self.args.seed
@@ -76,27 +80,29 @@ class Lab:
         print(f"{key}: {json.dumps(self.results[key])}", flush=True)
         return self.results[key]
 
-    def text_slider(self, concept: str, preserve=None, full=False, rank: int = 4, **changes) -> lora.Slider:
+    def text_slider(self, concept: str, preserve=None, full=False, rank: int = 4, seed: int | None = None, **changes) -> lora.Slider:
         """A text slider of `concept`. preserve: instead of the concept's own; full: every weight of the same layers in place
-        of a LoRA; changes: of eta, lr, steps, batch."""
-        target, pos, neg, own, _ = self.concepts[concept]
-        preserve, recipe = own if preserve is None else preserve, self.recipe | changes
-        name = "_".join([concept, "full" if full else f"r{rank}", f"p{len(train_text.combinations(preserve))}", f"seed{self.seed}",
+        of a LoRA; seed: another than the experiment's; changes: of eta, lr, steps, batch, trajectories."""
+        target, pos, neg, own, _ = self.all_concepts[concept]
+        preserve, recipe = own if preserve is None else preserve, self.recipe | {"trajectories": 16} | changes
+        seed = self.seed if seed is None else seed
+        name = "_".join([concept, "full" if full else f"r{rank}", f"p{len(train_text.combinations(preserve))}", f"seed{seed}",
                          *(f"{k}{v:g}" for k, v in changes.items())]).replace(" ", "-")
         prompts = lambda: train_text.encode(self.model, [target], f"{target}, {pos}", f"{target}, {neg}", train_text.combinations(preserve), self.size)
-        teach = lambda: train_text.teach(self.model, prompts(), eta=recipe["eta"], size=self.size, seed=self.seed, batch=4 * recipe["batch"])
-        return self.kept(name, teach, recipe, Full if full else lora.Slider, *([] if full else [rank]))
+        teach = lambda: train_text.teach(self.model, prompts(), eta=recipe["eta"], trajectories=recipe["trajectories"], size=self.size, seed=seed,
+                                          batch=4 * recipe["batch"])
+        return self.kept(name, teach, recipe, Full if full else lora.Slider, *([] if full else [rank]), seed=seed)
 
-    def kept(self, name: str, teach, recipe, kind=lora.Slider, *rank) -> lora.Slider:
+    def kept(self, name: str, teach, recipe, kind=lora.Slider, *rank, seed: int) -> lora.Slider:
         """The slider of this name, trained if it is not in the folder."""
         path = Path(self.args.sliders) / f"{name}.safetensors"
-        torch.manual_seed(self.seed)
+        torch.manual_seed(seed)
         new = kind(lora.target_layers(self.model.unet), *rank).to(self.model.device)
         if kind is lora.Slider and path.exists():
             return lora.load(path, self.model.unet)
         train, held_out = teach()
         new.attach(self.model.unet)
-        reading = student.fit(self.model.unet, new, train, held_out, steps=recipe["steps"], batch=recipe["batch"], lr=recipe["lr"], seed=self.seed)
+        reading = student.fit(self.model.unet, new, train, held_out, steps=recipe["steps"], batch=recipe["batch"], lr=recipe["lr"], seed=seed)
         new.detach()
         new.requires_grad_(False)
         if kind is lora.Slider:
@@ -111,7 +117,7 @@ class Lab:
     def edit(self, concept: str, before, after) -> dict:
         """What an edit did: change in CLIP score for the words that describe it, LPIPS, FID; on the miniature how far the
         attribute moved (in its range, towards the positive end) and what else did."""
-        target, pos, _, _, attribute = self.concepts[concept]
+        target, pos, _, _, attribute = self.all_concepts[concept]
         found = {"clip_change": evaluate.interval(evaluate.clip_change(self.judges, before, after, f"{target}, {pos}")),
                  "lpips": evaluate.interval(evaluate.lpips(self.judges, before, after)), "fid": evaluate.fid(self.judges, before, after)}
         return found | (moved(before, after, attribute) if self.small else {})

@@ -1,59 +1,59 @@
 """Figures 6 and 7: two sliders as a grid, and up to 50 at once: what remains of each?  python -m experiments.composition
 
-Sliders of ten attributes, trained with five seeds each (half the usual steps, half the x_t). For n from 1 to 50 the first n of them, in turn
-one of each attribute, are drawn together at scale 1 / (how many there are of their attribute). What remains of an attribute is
-its change with all n at once, as a share of its change with its own sliders alone.
+50 sliders: of each concept in turn, with another training seed each time around (half the usual steps, half the x_t). The first
+n of them are drawn together, each at scale 1 / (how many there are of its concept). What remains of a concept is its effect
+with all n at once, as a share of its effect with its own sliders alone: how far the attribute moved by the measuring stick,
+on other models the change in CLIP score.
 """
 
 import numpy as np
 
 import cli
 import evaluate
-import lora
 import pictures
-import train_text
-from experiments.common import Lab, moved
-from miniature.compose import PERSON, SLIDERS
+from experiments.common import TEN, Lab, moved
 
 COUNTS = [1, 2, 5, 10, 20, 30, 40, 50]
 
 
 def main():
     lab = Lab(__doc__, "composition", count=24)
-    recipe = lab.recipe | {"steps": lab.recipe["steps"] // 2}
+    concepts = list(TEN if lab.small else lab.concepts)
 
     def train(i):
-        """The i-th of 50: attribute and training seed in turn."""
-        attribute, seed = list(SLIDERS)[i % 10], i // 10
-        pos, neg, preserve = SLIDERS[attribute]
-        encode = lambda: train_text.encode(lab.model, [PERSON], f"{PERSON}, {pos}", f"{PERSON}, {neg}", train_text.combinations(preserve), lab.size)
-        teach = lambda: train_text.teach(lab.model, encode(), trajectories=8, eta=recipe["eta"], size=lab.size, seed=10 * lab.seed + seed, batch=4 * recipe["batch"])
-        return attribute, lab.kept(f"many_{attribute.replace(' ', '-')}_{10 * lab.seed + seed}", teach, recipe, lora.Slider, 4)
+        concept = concepts[i % len(concepts)]
+        return concept, lab.text_slider(concept, seed=10 * lab.seed + i // len(concepts), steps=lab.recipe["steps"] // 2, trajectories=8)
 
     sliders = [train(i) for i in range(COUNTS[-1])]
     before, = lab.draw([[]])
 
-    def alone(attribute, k):
-        """How far the first k sliders of one attribute move it, at scale 1 / k each."""
-        drawn = lambda: lab.draw([[(s, 1.0 / k) for name, s in sliders if name == attribute][:k]])[0]
-        return lab.once(f"alone: {attribute}, {k}", lambda: moved(before, drawn(), attribute)["moved"]["mean"])
+    def effect(concept, after):
+        target, pos, _, _, attribute = lab.all_concepts[concept]
+        if lab.small:
+            return moved(before, after, attribute)["moved"]["mean"]
+        return float(evaluate.clip_change(lab.judges, before, after, f"{target}, {pos}").mean())
+
+    def alone(concept, k):
+        """The effect of the first k sliders of one concept, at scale 1 / k each."""
+        draw = lambda: lab.draw([[(s, 1.0 / k) for name, s in sliders if name == concept][:k]])[0]
+        return lab.once(f"alone: {concept}, {k}", lambda: effect(concept, draw()))
 
     for n in COUNTS:
-        of = {a: sum(name == a for name, _ in sliders[:n]) for a, _ in sliders[:n]}  # attribute -> how many
-        own = {a: alone(a, k) for a, k in of.items()}
+        of = {c: sum(name == c for name, _ in sliders[:n]) for c, _ in sliders[:n]}  # concept -> how many of it
+        own = {c: alone(c, k) for c, k in of.items()}
 
         def measure():
-            together, = lab.draw([[(s, 1.0 / of[a]) for a, s in sliders[:n]]])
-            remains = {a: moved(before, together, a)["moved"]["mean"] / own[a] for a in of}
-            return {"remains": remains, "mean": float(np.mean(list(remains.values()))), "malformed": moved(before, together, "age")["malformed"],
-                    "lpips": evaluate.interval(evaluate.lpips(lab.judges, before, together))}
+            together, = lab.draw([[(s, 1.0 / of[c]) for c, s in sliders[:n]]])
+            remains = {c: effect(c, together) / own[c] for c in of}
+            return {"remains": remains, "mean": float(np.mean(list(remains.values()))), "lpips": evaluate.interval(evaluate.lpips(lab.judges, before, together)),
+                    "malformed": moved(before, together, "age")["malformed"] if lab.small else None}
         lab.once(f"{n} sliders", measure)
 
-    # Figure 6: the first seed, age across, smile down.
-    (_, age), (_, smile) = sliders[0], sliders[1]
+    # Figure 6: the first seed, the first concept across, the second down.
+    (_, first), (_, second) = sliders[0], sliders[1]
     scales, seeds = [-2.0, -1.0, 0.0, 1.0, 2.0], lab.seeds
     lab.seeds = seeds[:1]
-    grid = lab.draw([[(age, a), (smile, b)] for b in scales for a in scales], ["a portrait of a person"])
+    grid = lab.draw([[(first, a), (second, b)] for b in scales for a in scales], lab.prompts[:1])
     names = [pictures.label(s) for s in scales]
     pictures.save(pictures.sheet([[column[0] for column in grid[5 * i:5 * i + 5]] for i in range(5)], names, names), lab.path.with_name(lab.path.stem + "_grid.png"))
     # Figure 7: more and more at once.

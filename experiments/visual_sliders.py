@@ -37,7 +37,7 @@ def main():
         settings = recipe | changes
         teach = lambda: [train_pairs.collect(lab.model, z, torch.tensor(scales, device=lab.model.device), cond, noises=32, seed=2 * lab.seed + i,
                                              batch=32, target=target) for i, z in ((1, latents[2:, which]), (2, latents[:2, which]))]
-        return lab.kept(f"eyes_{name}_seed{lab.seed}", teach, settings, lora.Slider, 4)
+        return lab.kept(f"eyes_{name}_seed{lab.seed}", teach, settings, lora.Slider, 4, seed=lab.seed)
 
     sliders = {"visual slider": by_pairs("pairs", [0, 1], [-1.0, 1.0], "shared"), "with the noise target": by_pairs("noise", [0, 1], [-1.0, 1.0], "noise"),
                "LoRA on B alone": by_pairs("B", [1], [1.0], "noise")}

@@ -1,0 +1,111 @@
+"""Real pictures: find the noise, and the unconditional embeddings, from which the sampler draws just this picture again.
+
+DDIM backwards (sampler.ddim_backwards) leads from a picture to a noise that leads back to it at guidance 1. With guidance
+the way back strays. Null-text inversion (Mokady et al. 2023) takes the way up as its pivot and, step by step on the way
+down, fits the embedding of the empty prompt so that guided sampling stays on it:
+
+    min over null_t  || x*_{t-1} - ddim_step( x_t, eps_u + g (eps_c - eps_u) ) ||^2,      eps_u = eps_theta(x_t, null_t, t)
+
+SDXL's unconditional embedding has two parts, context and pooled: both are fitted. Negative-prompt inversion (Miyake et al.
+2023) fits nothing: it puts the picture's own prompt in the place of the empty one, so that eps_u = eps_c and guidance drops
+out. What comes out of either stands in for `uncond` when the picture is drawn again, with sliders (slider.py --image).
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import sampler
+from formats import slider_files
+
+METHODS = ("null-text", "negative-prompt", "ddim")
+
+
+@dataclass
+class Inversion:
+    """What draws B pictures again: sampler.sample(unet, x_T, cond, uncond, ...) with the settings that it was made for."""
+    x_T: torch.Tensor  # (B, 4, h, w)
+    uncond: list  # for each step, the largest t first: context (B or 1, 77, d), pooled (B or 1, p), time_ids (B or 1, 6)
+    evaluations: int = 0  # of the UNet, one a picture; 0: it came from a file
+
+
+def invert(unet, x_0, cond, uncond, *, alpha_bar, method: str = "null-text", steps: int = 30, guidance: float = 5.0, **fit) -> Inversion:
+    """x_0 (B, 4, h, w): the pictures' latents. cond: their prompts' conditioning, of B rows or one for all; uncond: the empty
+    prompt's, one row. fit: null_text's settings. ValueError for a method that is not in METHODS."""
+    if method not in METHODS:
+        raise ValueError(f"method: {method!r} is not one of {', '.join(METHODS)}")
+    cond = sampler.rows(cond, len(x_0))
+    pivot = sampler.ddim_backwards(unet, x_0, cond, alpha_bar=alpha_bar, steps=steps)
+    if method == "null-text" and guidance != 1:
+        return null_text(unet, pivot, cond, uncond, alpha_bar=alpha_bar, guidance=guidance, **fit)
+    return Inversion(pivot[0], [uncond if method == "ddim" else cond] * steps, steps * len(x_0))
+
+
+def step_loss(unet, x_t, t: int, t_next: int, eps_c, null, goal, *, alpha_bar, guidance: float):
+    """One guided step with the unconditional embedding `null`, and how far it lands from the pivot: x_{t_next} (B, 4, h, w),
+    and the mean squared errors (B,). Mokady et al. 2023, eq. (3)."""
+    eps_u = unet(x_t, torch.full((len(x_t),), t, device=x_t.device), *null)
+    x_next = sampler.ddim_step(x_t, eps_u + guidance * (eps_c - eps_u), t, t_next, alpha_bar)
+    return x_next, (x_next.float() - goal.float()).square().mean((1, 2, 3))
+
+
+def null_text(unet, pivot, cond, uncond, *, alpha_bar, guidance: float, inner: int = 10, lr: float = 1e-2, enough: float = 1e-5) -> Inversion:
+    """Fit the unconditional embeddings to the pivot x*_T ... x*_0 (steps + 1, B, 4, h, w).
+
+    inner: optimiser steps at most for each t. enough: the mean squared error below which a t is done; it rises by 2e-5 a
+    step, as in the authors' code: late steps have less to gain. All B pictures go on until the worst of them is good enough.
+    """
+    steps, B, T = len(pivot) - 1, pivot.shape[1], len(alpha_bar)
+    null = [c.float().expand(B, *c.shape[1:]).clone() for c in uncond[:2]]
+    as_used = lambda: (*(c.to(pivot.dtype) for c in null), uncond[2].expand(B, -1))
+    x_t, found, n = pivot[0], [], steps * B
+    with tqdm(total=steps, unit="step", desc="null-text") as bar:
+        for i, t in enumerate(sampler.timesteps(steps, T)):
+            null = [c.detach().requires_grad_() for c in null]  # each t goes on from what the last one found
+            opt = torch.optim.Adam(null, lr=lr * (1 - i / (2 * steps)))
+            with torch.no_grad():
+                eps_c = unet(x_t, torch.full((B,), t, device=x_t.device), *cond)
+            for j in range(inner + 1):
+                x_next, loss = step_loss(unet, x_t, t, t - T // steps, eps_c, as_used(), pivot[i + 1], alpha_bar=alpha_bar, guidance=guidance)
+                used, worst = [c.detach() for c in as_used()], loss.max().item()
+                if worst < enough + 2e-5 * i or j == inner:
+                    break
+                opt.zero_grad()
+                loss.sum().backward()
+                opt.step()
+            x_t = x_next.detach()
+            found.append(tuple(used))
+            n += (2 + j) * B  # eps_c, and eps_u once more than there were optimiser steps
+            bar.set_postfix_str(f"error {worst:.1e} after {j}")
+            bar.update()
+    return Inversion(pivot[0], found, n)
+
+
+def evaluations(method: str, steps: int, inner: int = 10) -> int:
+    """UNet evaluations for one picture: at most, as null-text inversion may stop early."""
+    return steps + (steps * (2 + inner) if method == "null-text" else 0)
+
+
+# ------------------------------------------------------------------------------------------------ kept for the next time
+
+def kept(path: Path, make, like: Inversion | None = None) -> Inversion:
+    """The Inversion in the file `path`; if there is none, make() is called and its result written there."""
+    if path.exists():
+        stored, _ = slider_files.raw(path)
+        steps = len(stored["context"])
+        return Inversion(stored["x_T"], [tuple(stored[part][i] for part in ("context", "pooled", "time_ids")) for i in range(steps)])
+    made = make()
+    stack = lambda part: torch.stack([u[part] for u in made.uncond])
+    slider_files.save(path, {"x_T": made.x_T, "context": stack(0), "pooled": stack(1), "time_ids": stack(2)}, {"kind": "inversion"})
+    return made
+
+
+def key(model, x_0, *settings) -> str:
+    """A name for the inversion of latents x_0 by just this model with just these settings."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for tensor in (x_0, *model.unet.parameters()):
+        digest.update(tensor.detach().flatten()[:: max(1, tensor.numel() // 64)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
