@@ -52,19 +52,20 @@ def step_loss(unet, x_t, t: int, t_next: int, eps_c, null, goal, *, alpha_bar, g
     return x_next, (x_next.float() - goal.float()).square().mean((1, 2, 3))
 
 
-def null_text(unet, pivot, cond, uncond, *, alpha_bar, guidance: float, inner: int = 10, lr: float = 1e-2, enough: float = 1e-5) -> Inversion:
+def null_text(unet, pivot, cond, uncond, *, alpha_bar, guidance: float, inner: int = 10, lr: float = 0.03, enough: float = 1e-5) -> Inversion:
     """Fit the unconditional embeddings to the pivot x*_T ... x*_0 (steps + 1, B, 4, h, w).
 
-    inner: optimiser steps at most for each t. enough: the mean squared error below which a t is done; it rises by 2e-5 a
+    inner: optimiser steps at most for each t. lr: Adam's, in units of the standard deviation of the prompts' context, which
+    differs from model to model; it falls to half over the steps. enough: the mean squared error below which a t is done; it rises by 2e-5 a
     step, as in the authors' code: late steps have less to gain. All B pictures go on until the worst of them is good enough.
     """
     steps, B, T = len(pivot) - 1, pivot.shape[1], len(alpha_bar)
     null = [c.float().expand(B, *c.shape[1:]).clone() for c in uncond[:2]]
     as_used = lambda: (*(c.to(pivot.dtype) for c in null), uncond[2].expand(B, -1))
-    x_t, found, n = pivot[0], [], steps * B
+    x_t, found, n, lr = pivot[0], [], steps * B, lr * cond[0].float().std().item()
     with tqdm(total=steps, unit="step", desc="null-text") as bar:
         for i, t in enumerate(sampler.timesteps(steps, T)):
-            null = [c.detach().requires_grad_() for c in null]  # each t goes on from what the last one found
+            null = [c.detach().clone().requires_grad_() for c in null]  # each t goes on from what the last one found
             opt = torch.optim.Adam(null, lr=lr * (1 - i / (2 * steps)))
             with torch.no_grad():
                 eps_c = unet(x_t, torch.full((B,), t, device=x_t.device), *cond)
@@ -98,8 +99,8 @@ def kept(path: Path, make, like: Inversion | None = None) -> Inversion:
         steps = len(stored["context"])
         return Inversion(stored["x_T"], [tuple(stored[part][i] for part in ("context", "pooled", "time_ids")) for i in range(steps)])
     made = make()
-    stack = lambda part: torch.stack([u[part] for u in made.uncond])
-    slider_files.save(path, {"x_T": made.x_T, "context": stack(0), "pooled": stack(1), "time_ids": stack(2)}, {"kind": "inversion"})
+    stack = lambda part: torch.stack([u[part] for u in made.uncond])  # (steps, B or 1, ...)
+    slider_files.save(path, {"x_T": made.x_T.contiguous(), "context": stack(0), "pooled": stack(1), "time_ids": stack(2)}, {"kind": "inversion"})
     return made
 
 

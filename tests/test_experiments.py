@@ -1,0 +1,69 @@
+"""What the experiments share: results that survive a stop, sliders trained once, tables made of the committed results."""
+
+import json
+import sys
+
+import pytest
+
+import lora
+from experiments import common, report
+from experiments.common import Lab
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    def make(*words):
+        monkeypatch.setattr(sys, "argv", ["x", "--pictures", "2", "--out", str(tmp_path / "results"), "--sliders", str(tmp_path / "sliders"), *words])
+        return Lab("", "name")
+    return make
+
+
+def test_what_is_done_is_not_done_again(lab, tmp_path):
+    first = lab()
+    assert first.once("a", lambda: {"x": 1}) == {"x": 1}
+    with pytest.raises(RuntimeError):
+        first.once("b", lambda: exec("raise RuntimeError"))
+    again = lab()
+    assert again.once("a", lambda: pytest.fail("made again")) == {"x": 1}
+    assert again.once("b", lambda: 2) == 2
+    assert json.loads((tmp_path / "results" / "name.json").read_text()) == {"a": {"x": 1}, "b": 2}
+    assert lab("--seed", "1").once("a", lambda: 3) == 3  # another seed, another file
+    assert (tmp_path / "results" / "name_seed1.json").exists()
+
+
+def test_sliders_are_trained_once_and_full_fine_tuning_has_a_scale(lab, monkeypatch):
+    here = lab()
+    one = here.text_slider("smile", steps=2, trajectories=2)
+    monkeypatch.setattr(common.student, "fit", lambda *_, **__: pytest.fail("trained again"))
+    again = here.text_slider("smile", steps=2, trajectories=2)
+    assert all((a == b).all() for a, b in zip(one.parameters(), again.parameters()))
+    monkeypatch.undo()
+    full = here.text_slider("smile", full=True, lr=here.recipe["lr"] / 400, steps=2, trajectories=2)
+    names = {lora.file_name(name) for name in lora.target_layers(here.model.unet)}
+    assert {name for name, _ in full.named_children()} == names and any(p.abs().max() > 0 for p in full.parameters())
+    plain, changed = here.draw([[(full, 0.0)], [(full, 2.0)]], steps=3)
+    assert here.draw([[]], steps=3)[0][0].tobytes() == plain[0].tobytes() != changed[0].tobytes()
+
+
+def test_an_edit_is_measured(lab):
+    here = lab()
+    before, = here.draw([[]], steps=4)
+    nothing = here.edit("smile", before, before)
+    assert nothing["clip_change"]["mean"] == nothing["lpips"]["mean"] == nothing["moved"]["mean"] == nothing["worst_other_moved"] == 0
+    from miniature import world
+    import numpy as np
+    faces = [world.sample(np.random.default_rng(i), kind="face", malformed=0) for i in range(8)]
+    drawn = [[world.draw(a | {"smile": smile}) for a in faces] for smile in (-0.8, 0.8)]
+    found = here.edit("smile", *drawn)
+    assert found["moved"]["mean"] == pytest.approx(0.8, abs=0.1) and found["worst_other_moved"] < 0.1 and found["clip_change"]["mean"] > 0
+
+
+def test_the_tables_in_the_docs_are_of_the_committed_results(tmp_path, monkeypatch):
+    """Filling the page again changes nothing: no figure in it was written by hand, or is of an older run."""
+    page = tmp_path / "experiments.md"
+    page.write_text(report.PAGE.read_text())
+    before = page.read_text()
+    monkeypatch.setattr(report, "PAGE", page)
+    report.main()
+    assert page.read_text() == before
+    assert set(report.KINDS) >= {f.stem for f in common.RESULTS.glob("*.json") if "_seed" not in f.stem}

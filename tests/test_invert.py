@@ -1,0 +1,141 @@
+"""DDIM backwards, null-text and negative-prompt inversion, and the editing of a picture from the command line."""
+
+import numpy as np
+import pytest
+import torch
+
+import invert
+import pictures
+import sampler
+import slider
+from bench.recipe import counted
+from miniature import world
+from sdxl_unet import UNet
+
+
+@pytest.fixture(scope="module")
+def picture():
+    rng = np.random.default_rng(5)
+    a = world.sample(rng, kind="face", malformed=0)
+    return world.draw(a), world.caption(a, rng)
+
+
+@pytest.fixture(scope="module")
+def encoded(model, picture):
+    return model.latents([picture[0]]), model.condition([picture[1]]), model.condition([""])
+
+
+def test_backwards_against_a_closed_form():
+    """Of data N(0, s^2) the best eps is sqrt(1 - a) x / (a s^2 + 1 - a), and DDIM's limit keeps x_t / sqrt(a s^2 + 1 - a):
+    up and down agree with it, the better the more steps."""
+    alpha_bar, s2 = torch.linspace(0.9999, 0.01, 1000), 0.25
+    variance = lambda a: a * s2 + 1 - a
+
+    def unet(x, t, *_):
+        a = alpha_bar[t].view(-1, 1, 1, 1).double()
+        return (1 - a).sqrt() * x / variance(a)
+
+    x_0 = torch.randn(2, 4, 4, 4, dtype=torch.float64)
+    errors = []
+    for steps in (50, 500):
+        way = sampler.ddim_backwards(unet, x_0, (), alpha_bar=alpha_bar, steps=steps)
+        t = sampler.timesteps(steps)[0]
+        exact = x_0 * (variance(float(alpha_bar[t])) / variance(float(alpha_bar[0]))) ** 0.5
+        errors.append(((way[0] - exact).norm() / exact.norm()).item())
+        assert torch.equal(way[-1], x_0)
+    assert errors[1] < 0.2 * errors[0] < 0.02
+
+
+def test_a_step_up_undoes_a_step_down():
+    alpha_bar = torch.linspace(0.999, 0.01, 1000)
+    x, eps = torch.randn(2, 1, 4, 3, 3, dtype=torch.float64)
+    for t, t_next in ((981, 961), (21, 1), (1, -19)):
+        down = sampler.ddim_step(x, eps, t, t_next, alpha_bar)
+        assert torch.allclose(sampler.ddim_step(down, eps, t_next, t, alpha_bar), x, atol=1e-10)
+
+
+def test_the_embedding_s_gradient_agrees_with_finite_differences(model, encoded):
+    """In float64, of both parts of the unconditional embedding, at three noise levels."""
+    unet = UNet(model.unet.config).double().requires_grad_(False)
+    unet.load_state_dict(model.unet.state_dict())
+    double = lambda part: tuple(c.double() for c in part)
+    (z, cond, uncond), g = encoded, torch.Generator().manual_seed(1)
+    x_t, goal = torch.randn(2, 1, *z.shape[1:], generator=g, dtype=torch.float64)
+    cond, (context, pooled, ids) = double(cond), double(uncond)
+    for t in (901, 501, 21):
+        with torch.no_grad():
+            eps_c = unet(x_t, torch.tensor([t]), *cond)
+        error = lambda c, p: invert.step_loss(unet, x_t, t, t - 20, eps_c, (c, p, ids), goal, alpha_bar=model.alpha_bar, guidance=5.0)[1].sum()
+        null = [c.clone().requires_grad_() for c in (context + 0.1, pooled + 0.1)]
+        gradients = torch.autograd.grad(error(*null), null)
+        with torch.no_grad():
+            for i, gradient in enumerate(gradients):
+                direction = torch.randn(gradient.shape, generator=g, dtype=torch.float64)
+                moved = lambda h: error(*(c + h * direction if j == i else c for j, c in enumerate(null)))
+                h = 1e-4
+                numeric = (moved(h) - moved(-h)) / (2 * h)
+                assert (gradient * direction).sum().item() == pytest.approx(numeric.item(), rel=1e-5), (t, i)
+
+
+def test_null_text_inversion_comes_back_to_the_picture_and_ddim_alone_does_not(model, encoded):
+    z, cond, uncond = encoded
+    settings = dict(alpha_bar=model.alpha_bar, steps=8, guidance=5.0)
+    error = {}
+    for method in invert.METHODS:
+        with counted(model.unet) as n:
+            found = invert.invert(model.unet, z, cond, uncond, method=method, **settings)
+        assert found.evaluations == sum(n.values()) <= invert.evaluations(method, 8)  # what it says is what was counted
+        back = sampler.sample(model.unet, found.x_T, cond, found.uncond, **settings)
+        error[method] = (back - z).square().mean().item()
+    assert error["null-text"] < 0.2 * error["ddim"]
+    assert error["negative-prompt"] < error["ddim"]
+
+
+def test_negative_prompt_inversion_is_ddim_s_at_guidance_1(model, encoded):
+    z, cond, uncond = encoded
+    found = invert.invert(model.unet, z, cond, uncond, method="negative-prompt", alpha_bar=model.alpha_bar, steps=4)
+    guided = sampler.sample(model.unet, found.x_T, cond, found.uncond, alpha_bar=model.alpha_bar, steps=4, guidance=6.0)
+    plain = sampler.sample(model.unet, found.x_T, cond, alpha_bar=model.alpha_bar, steps=4, guidance=1.0)
+    assert torch.allclose(guided, plain, atol=1e-3)
+
+
+def test_an_inversion_is_kept_and_its_key_knows_what_it_is_of(model, encoded, tmp_path):
+    z, cond, uncond = encoded
+    make = lambda: invert.invert(model.unet, z, cond, uncond, alpha_bar=model.alpha_bar, steps=2, inner=1)
+    made = invert.kept(tmp_path / "i.safetensors", make)
+    again = invert.kept(tmp_path / "i.safetensors", lambda: pytest.fail("made again"))
+    assert torch.equal(made.x_T, again.x_T) and again.evaluations == 0
+    assert all(torch.equal(a, b) for u, v in zip(made.uncond, again.uncond) for a, b in zip(u, v))
+    name = invert.key(model, z, "a man", 30)
+    assert name == invert.key(model, z, "a man", 30)
+    assert len({name, invert.key(model, z, "a woman", 30), invert.key(model, z, "a man", 31), invert.key(model, z + 0.01, "a man", 30)}) == 4
+    weight = next(model.unet.parameters())
+    weight.data += 0.01
+    assert invert.key(model, z, "a man", 30) != name
+    weight.data -= 0.01
+
+
+@pytest.mark.parametrize("size, expected", [((1024, 1024), (1024, 1024)), ((3000, 2000), (832, 1216)), ((900, 1600), (1344, 768)), ((400, 390), (1024, 1024))])
+def test_pictures_for_sdxl_keep_their_proportions(size, expected, tmp_path, monkeypatch):
+    """SDXL's own training sizes; a disc stays a disc."""
+    from types import SimpleNamespace
+    from PIL import Image, ImageDraw
+    picture = Image.new("RGB", size, "white")
+    r, (cx, cy) = min(size) / 4, (size[0] / 2, size[1] / 2)
+    ImageDraw.Draw(picture).ellipse([cx - r, cy - r, cx + r, cy + r], fill="black")
+    picture.save(tmp_path / "p.png")
+    unet = SimpleNamespace(config={"block_out_channels": [320, 640, 1280]})
+    fitted, found = slider.opened(SimpleNamespace(unet=unet, size=1024), tmp_path / "p.png")
+    assert found == expected and fitted.size == expected[::-1] and all(side % 64 == 0 for side in found)
+    dark = np.asarray(fitted.convert("L")) < 128
+    wide, high = dark.any(0).sum(), dark.any(1).sum()
+    assert abs(wide - high) <= 2
+
+
+def test_the_miniature_takes_any_picture_as_a_square(model, tmp_path, capsys):
+    from PIL import Image
+    Image.new("RGBA", (300, 200), (255, 0, 0, 128)).save(tmp_path / "p.png")
+    fitted, size = slider.opened(model, tmp_path / "p.png")
+    assert size == (128, 128) and fitted.size == (128, 128) and fitted.getpixel((64, 64)) == (255, 127, 127)
+    assert "300x200, brought to 128x128" in capsys.readouterr().out
+    assert pictures.fit(fitted, 64, 32).size == (32, 64)
