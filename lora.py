@@ -54,9 +54,9 @@ class LowRank(nn.Module):
         self.register_buffer("alpha", torch.tensor(float(alpha)))
         self.factor = float(alpha) / rank  # alpha / r, as a number: no tensor read in the hot path
 
-    def forward(self, x):
+    def forward(self, x, each=None):
         # In the UNet's dtype, whatever A's and B's: in training they stay in float32, where small steps are not lost.
-        return self.factor * low_rank(x, self.lora_down.weight.to(x.dtype), self.lora_up.weight.to(x.dtype), self.lora_down)
+        return self.factor * low_rank(x, self.lora_down.weight.to(x.dtype), self.lora_up.weight.to(x.dtype), self.lora_down, each)
 
     def part(self) -> slider_files.Part:
         """What a file holds of it."""
@@ -67,18 +67,23 @@ class LowRank(nn.Module):
         return self.factor * slider_files.dense(self.lora_down.weight.detach(), self.lora_up.weight.detach())
 
 
-def low_rank(x, A, B, layer):
-    """B A x: (..., in) -> (..., r) -> (..., out), or (B, in, h, w) -> (B, r, h', w') -> (B, out, h', w'), moving as `layer` does."""
+def low_rank(x, A, B, layer, each=None):
+    """B A x: (..., in) -> (..., r) -> (..., out), or (B, in, h, w) -> (B, r, h', w') -> (B, out, h', w'), moving as `layer` does.
+
+    each: B diag(each) A x, with a factor for each sample and rank, (batch, r)."""
     if A.ndim == 2:
-        return F.linear(F.linear(x, A), B)
-    return F.conv2d(F.conv2d(x, A, None, layer.stride, layer.padding), B)
+        h = F.linear(x, A)
+        return F.linear(h if each is None else h * each.to(h.dtype).view(len(each), *[1] * (h.ndim - 2), -1), B)
+    h = F.conv2d(x, A, None, layer.stride, layer.padding)
+    return F.conv2d(h if each is None else h * each.to(h.dtype)[:, :, None, None], B)
 
 
 class Slider(nn.Module):
     """The low-rank changes of one concept. Its state_dict is the slider file: <layer>.lora_down.weight (A),
     <layer>.lora_up.weight (B), <layer>.alpha.
 
-    scale: a number, or a tensor (batch,) with one scale for each sample. 0 costs nothing: the hooks return at once.
+    scale: a number, or a tensor (batch,) with one scale for each sample, or (batch, r) with one for each sample and rank: r
+    sliders of rank 1 in one. 0 costs nothing: the hooks return at once.
     """
 
     def __init__(self, layers: dict[str, nn.Module], rank: int | dict = 4, alpha: float | dict = 1.0):
@@ -114,6 +119,8 @@ class Slider(nn.Module):
             scale = self.scale
             if not torch.is_tensor(scale):
                 return y + scale * part(inputs[0]) if scale else None  # None: y stays as it is
+            if scale.ndim == 2:
+                return y + part(inputs[0], scale)
             return y + scale.to(y.dtype).view(-1, *[1] * (y.ndim - 1)) * part(inputs[0])
         return add
 

@@ -49,44 +49,55 @@ def predict(unet, slider, batch: Targets):
     return unet(batch.x_t, batch.t, *(c[batch.prompt] for c in batch.cond))
 
 
-def fit(unet, slider, train: Targets, held_out: Targets, *, steps: int, batch: int, lr: float, seed: int = 0,
-        meter_every: int = 25, on_meter=None) -> dict:
-    """Train `slider` (attached to `unet`), show a progress bar with loss and meter; returns the final meter.
+def fit(unet, slider, train: Targets, held_out: Targets, *, batch: int, **settings) -> dict:
+    """Train `slider` (attached to `unet`) on the teacher's targets; returns the final meter. settings: loop's.
 
-    batch: samples in a step, of all processes together (parallel.py). on_meter: called as on_meter(step) after each
-    reading. The loss is the mean squared error divided by that of doing nothing: 1 is an untrained slider, 0 a perfect
-    copy of the teacher. Raises FloatingPointError when the loss is no longer finite or far above 1.
+    The loss is the mean squared error divided by that of doing nothing: 1 is an untrained slider, 0 a perfect copy of the
+    teacher. ValueError if the teacher's two ends are the same.
+    """
+    nothing = train.wanted.square().mean()  # the squared error of scale 0
+    if not nothing > 0:
+        raise ValueError("the model sees no difference between the two ends: there is nothing to learn")
+    batch = min(batch, len(train))
+
+    def loss(rows):
+        here = train[rows]
+        return (predict(unet, slider, here).float() - here.target.float()).square().mean((1, 2, 3)) / nothing
+
+    return loop(slider, len(train), loss, lambda: meter(unet, slider, held_out, batch), batch=batch, **settings)
+
+
+def loop(slider, n: int, loss, read, *, steps: int, batch: int, lr: float, seed: int = 0, meter_every: int = 25, on_meter=None) -> dict:
+    """The loop: shows a progress bar with loss and meter; returns the final meter and loss.
+
+    n: samples to learn from. loss: function of a few of their numbers, (b,) -> one loss for each, (b,). read: the meter, a dict
+    with share and cosine. batch: samples in a step, of all processes together (parallel.py). on_meter: called as
+    on_meter(step) after each reading. Raises FloatingPointError when the loss is no longer finite or far above 1.
     """
     parameters = [p for p in slider.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: min(1.0, (i + 1) / warmup) * min(1.0, 2 * (steps - i) / steps))
     generator = torch.Generator().manual_seed(seed)
-    nothing = train.wanted.square().mean()  # the squared error of scale 0
-    if not nothing > 0:
-        raise ValueError("the model sees no difference between the two ends: there is nothing to learn")
-    batch = min(batch, len(train))
     if batch < parallel.processes():
         raise ValueError(f"{batch} samples in a step are too few for {parallel.processes()} processes")
     average, order, reading = None, [], {"share": 0.0, "cosine": 0.0}
     with slider.at(0.0), tqdm(total=steps, unit="step", desc="train") as bar:
         for i in range(steps):
             if len(order) < batch:  # every sample once before any comes again
-                order = torch.randperm(len(train), generator=generator).tolist()
+                order = torch.randperm(n, generator=generator).tolist()
             rows, order = torch.tensor(order[:batch]), order[batch:]
             opt.zero_grad()
-            here = train[parallel.mine(rows)]
-            error = (predict(unet, slider, here).float() - here.target.float()).square().mean((1, 2, 3))  # one for each sample
-            loss = error.sum() / batch / nothing  # of several processes, each has a part of the batch, and of the loss
-            loss.backward()
-            value = parallel.add_up([loss.detach(), *(p.grad for p in parameters)])[0].item()
+            total = loss(parallel.mine(rows)).sum() / batch  # of several processes, each has a part of the batch, and of the loss
+            total.backward()
+            value = parallel.add_up([total.detach(), *(p.grad for p in parameters)])[0].item()
             opt.step()
             schedule.step()
             if not value < 10:  # NaN too
                 raise FloatingPointError(f"training diverged at step {i + 1} (loss {value:.3g}): try a lower --lr than {lr:.2g}")
             average = value if average is None else 0.9 * average + 0.1 * value
             if (i + 1) % meter_every == 0 or i + 1 == steps:
-                reading = meter(unet, slider, held_out, batch)
+                reading = read()
                 if on_meter:
                     on_meter(i + 1)
             bar.set_postfix_str(f"loss {average:.2f}  learned {reading['share']:.0%}  cosine {reading['cosine']:.2f}")

@@ -125,12 +125,14 @@ def count_fingers(picture: Image.Image) -> int:
     if radius < 8:
         return 0
     cy, cx = np.argwhere(hand_left).mean(0)
+    hand = connected(hand, round(cy), round(cx))  # without specks: a pixel in a corner is no finger
     # How far the hand reaches in each direction, from straight down (the wrist) once around.
     angles = np.radians(np.arange(42, 318.1, 0.5))
     reach = np.arange(0, 75, 0.5)
-    rows = np.clip(np.round(cy + np.outer(np.cos(angles), reach)), 0, len(x) - 1).astype(int)
-    columns = np.clip(np.round(cx + np.outer(np.sin(angles), reach)), 0, x.shape[1] - 1).astype(int)
-    inside = hand[rows, columns]
+    rows = np.round(cy + np.outer(np.cos(angles), reach)).astype(int)
+    columns = np.round(cx + np.outer(np.sin(angles), reach)).astype(int)
+    in_picture = (rows >= 0) & (rows < len(x)) & (columns >= 0) & (columns < x.shape[1])
+    inside = in_picture & hand[rows.clip(0, len(x) - 1), columns.clip(0, x.shape[1] - 1)]
     profile = np.where(inside, reach, 0).max(1)  # (directions,)
     # Peaks with a valley of at least 3 pixels on both sides.
     fingers, low, high = 0, profile[0], -1.0
@@ -144,6 +146,20 @@ def count_fingers(picture: Image.Image) -> int:
             if value < high - 3:
                 fingers, high, low = fingers + 1, -1.0, value
     return fingers + (high > 0)
+
+
+def connected(mask: np.ndarray, row: int, column: int) -> np.ndarray:
+    """The part of a mask (H, W) that hangs together, over edges, with the place (row, column)."""
+    part, more = np.zeros_like(mask), np.zeros_like(mask)
+    more[row, column] = True
+    while (more != part).any():
+        part = more.copy()
+        more[1:] |= part[:-1]
+        more[:-1] |= part[1:]
+        more[:, 1:] |= part[:, :-1]
+        more[:, :-1] |= part[:, 1:]
+        more &= mask
+    return part
 
 
 def eye_pixels(picture: Image.Image) -> float:
