@@ -6,6 +6,7 @@ well-made pictures, what else moved, and how many pictures keep who they show. O
 stick: the pairs of pictures go to the preference study (experiments/preference.py), FID to the folder --good.
 """
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from experiments.common import Lab, moved
 from miniature import effect, world
 from miniature.measure import measure
 
-SCALE, START = 2.0, 0.1  # the repair sliders' own: mistakes are made early in the denoising
+SCALE = 2.0
+START = {"faces": 0.3, "hands": 0.15}  # a finger too many is there early in the denoising
 SCALES = [1.0, 2.0, 3.0]
 PLAIN = {  # what is repaired -> plain prompts, of which no training used but the first
     "faces": ["a photo of a person", "a portrait of a person", "a picture of a man", "a woman"],
@@ -52,26 +54,21 @@ def main():
         slider = lab.text_slider(what)
         good = well_made(what, len(lab.seeds), lab.seed) if lab.small else [pictures.read(f) for f in sorted(Path(lab.args.good).iterdir())] if lab.args.good else None
 
-        def draw(scale):
-            return lab.draw([[(slider, scale, START)]] if scale else [[]], prompts)[0]
-
-        before = draw(0.0)
-
+        every = functools.cache(lambda: lab.draw([[(slider, s, START[what])] for s in (0.0, *SCALES)], prompts))  # drawn if anything is still to be measured
         def measured(after):
             found = {"fid": evaluate.fid(lab.judges, after, good)} if good else {}
-            found["lpips"] = evaluate.interval(evaluate.lpips(lab.judges, before, after))
+            found["lpips"] = evaluate.interval(evaluate.lpips(lab.judges, every()[0], after))
             if lab.small:
-                a, b = measure(before), measure(after)
+                a, b = measure(every()[0]), measure(after)
                 found |= {"wrong": evaluate.wilson(int(wrong(b, what).sum()), len(after)), "mended": int((wrong(a, what) & ~wrong(b, what)).sum()),
                           "broken": int((~wrong(a, what) & wrong(b, what)).sum()), "kept": kept(a, b)}
-                found |= {k: v for k, v in moved(before, after, "malformed").items() if "other" in k}
+                found |= {k: v for k, v in moved(every()[0], after, "malformed").items() if "other" in k}
             return found
 
-        lab.once(f"{what}: without", lambda: measured(before))
-        for scale in SCALES:
-            lab.once(f"{what}: scale {scale:g}", lambda: measured(draw(scale)))
+        for i, scale in enumerate((0.0, *SCALES)):
+            lab.once(f"{what}: scale {scale:g}", lambda: measured(every()[i]))
 
-        after = draw(SCALE)
+        before, after = every()[0], every()[1 + SCALES.index(SCALE)]
         for seed, one, other in zip(lab.seeds, before, after):  # for the preference study; not in the repository
             pictures.save(one, Path(lab.args.sliders) / "repair" / what / "without" / f"{seed}.png")
             pictures.save(other, Path(lab.args.sliders) / "repair" / what / "with" / f"{seed}.png")

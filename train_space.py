@@ -1,0 +1,290 @@
+"""Find sliders that nobody named:  python train_space.py --prompt "a photo of a person" --sliders 8 --samples 512
+
+SliderSpace (Gandikota et al. 2025). What does a model vary when the prompt stays the same? It draws many pictures; their CLIP
+features f, of unit length, spread around a mean, and the principal directions v_1 ... v_k of that spread are what varies most.
+For each a slider of rank 1 is trained, so that what it changes in a picture's features points along its direction:
+
+    L  =  1 - cos( f(x_0 with slider i) - f(x_0), v_i )         x_0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)
+
+x_0 is the picture that eps predicts from x_t, decoded by the VAE; the gradient goes back through CLIP, VAE and UNet. x_t and
+f(x_0) come from the frozen model alone, so a teacher collects them once, on the way to the very pictures whose spread is looked
+at; the student (student.loop) trains all sliders together, another one in each sample of a batch.
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import cli
+import lora
+import parallel
+import pictures
+import sampler
+import slider as sliders
+import student
+import training
+from formats import slider_files
+
+SCALES = [-2.0, -1.0, 0.0, 1.0, 2.0]
+
+
+# ---------------------------------------------------------------------------------------------- teacher
+
+@dataclass
+class Samples:
+    """n pictures that the frozen model drew, with m of the x_t on the way to each."""
+    x_0: torch.Tensor  # (n, 4, h, w)
+    x_t: torch.Tensor  # (n, m, 4, h, w)
+    t: torch.Tensor  # (n, m)
+    prompt: torch.Tensor  # (n,): row of the prompts
+
+
+@torch.no_grad()
+def collect(model, cond, uncond, folder: Path, *, samples: int, per_sample: int, size, seed: int, batch: int, steps: int, guidance: float,
+            start: float) -> Samples:
+    """Draw `samples` pictures, the prompts (rows of cond) in turn, keeping `per_sample` x_t of each, evenly spread over the steps
+    in which sliders are on. Each batch is a file in `folder` once it is done: a run that was stopped goes on."""
+    first = sampler.steps_before(start, steps)
+    keep = [first + int((i + 0.5) * (steps - first) / per_sample) for i in range(per_sample)]
+    parts = []
+    for i in tqdm(range(0, samples, batch), unit="batch", desc="samples"):
+        seeds = range(seed * 1_000_000 + i, seed * 1_000_000 + min(i + batch, samples))
+        path = folder / f"{seeds[0]}-{seeds[-1]}.safetensors"
+        if not path.exists():
+            prompt, kept = torch.arange(i, i + len(seeds)) % len(cond[0]), []
+
+            def on_step(j, t, x_t, eps_c):
+                if j in keep:
+                    kept.append((x_t, torch.full((len(x_t),), t)))
+
+            x_T = sampler.noise(seeds, model.latent_shape(size), model.device, model.dtype)
+            x_0 = sampler.sample(model.unet, x_T, tuple(c[prompt.to(model.device)] for c in cond), uncond, alpha_bar=model.alpha_bar, steps=steps,
+                                 guidance=guidance, on_step=on_step)
+            x_t, t = (torch.stack(part, 1) for part in zip(*kept))  # (b, m, 4, h, w), (b, m)
+            slider_files.save(path, {k: v.contiguous().cpu() for k, v in {"x_0": x_0, "x_t": x_t, "t": t, "prompt": prompt}.items()}, {"kind": "samples"})
+        parts.append(slider_files.raw(path)[0])
+    return Samples(*(torch.cat([p[name] for p in parts]).to(model.device) for name in ("x_0", "x_t", "t", "prompt")))
+
+
+def features(model, clip, x_0, checkpointing: bool = False):
+    """Unit-length CLIP features (b, d), float32, of latents x_0 (b, 4, h, w). checkpointing: compute decoder and CLIP again on
+    the way back instead of keeping what they hold."""
+    look = lambda z: F.normalize(clip(model.vae.decode(z.to(next(model.vae.parameters()).dtype)).float()), dim=-1)
+    return torch.utils.checkpoint.checkpoint(look, x_0, use_reentrant=False) if checkpointing else look(x_0)
+
+
+def directions(f, k: int):
+    """Principal directions of features f (n, d): v (k, d), unit length; their standard deviations (k,); their shares of the
+    whole variance (k,). Each points where its skewness is positive, so that a rerun has no other signs."""
+    centred = (f - f.mean(0)).double()
+    _, S, Vh = torch.linalg.svd(centred, full_matrices=False)
+    v = Vh[:k] * torch.sign((centred @ Vh[:k].T).pow(3).sum(0))[:, None]
+    return v.float(), (S[:k] / (len(f) - 1) ** 0.5).float(), (S.square() / S.square().sum())[:k].float()
+
+
+# ---------------------------------------------------------------------------------------------- student
+
+class Space:
+    """k sliders of rank r as one lora.Slider of rank k r, and what they are trained on: row number -> (x_t, direction, sign)."""
+
+    def __init__(self, model, clip, samples: Samples, cond, uncond, v, *, rank: int, guidance: float, checkpointing: bool, batch: int):
+        self.model, self.clip, self.cond, self.uncond, self.v, self.rank, self.guidance = model, clip, cond, uncond, v, rank, guidance
+        self.x_t, self.t = samples.x_t.flatten(0, 1), samples.t.flatten(0, 1)  # (N, 4, h, w), (N,)
+        self.prompt = samples.prompt.repeat_interleave(samples.x_t.shape[1])
+        self.checkpointing, self.k = checkpointing, len(v)
+        with torch.no_grad():
+            every = torch.arange(len(self.x_t)).split(batch)
+            self.f_0 = torch.cat([features(model, clip, self.predicted(rows)) for rows in tqdm(every, unit="batch", desc="teacher")])  # (N, d)
+
+    def __len__(self):
+        return 2 * self.k * len(self.x_t)  # every x_t with every direction, either way
+
+    def predicted(self, rows):
+        """The latents x_0 (b, 4, h, w) that the UNet, as it is now, predicts from x_t[rows]."""
+        x_t, t = self.x_t[rows], self.t[rows]
+        c = tuple(part[self.prompt[rows]] for part in self.cond)
+        eps = self.model.unet(x_t, t, *c) if self.guidance == 1 else sampler.guided_eps(self.model.unet, x_t, t, c, sampler.rows(self.uncond, len(x_t)), self.guidance)[0]
+        a = self.model.alpha_bar.to(x_t.device)[t].view(-1, 1, 1, 1)
+        return (x_t.float() - (1 - a).sqrt() * eps.float()) / a.sqrt()
+
+    def change(self, slider, rows):
+        """What the sliders of these samples change in the features, (b, d), and the directions that they should go, (b, d)."""
+        x, rest = rows % len(self.x_t), rows // len(self.x_t)
+        i, sign = rest % self.k, 1.0 - 2.0 * (rest // self.k)
+        each = torch.zeros(len(rows), self.k, device=self.x_t.device)
+        each[torch.arange(len(rows)), i] = sign.to(each)
+        each = each.repeat_interleave(self.rank, 1)
+        slider.scale = each if self.guidance == 1 else torch.cat([each, each])
+        f = features(self.model, self.clip, self.predicted(x), self.checkpointing)
+        return f - self.f_0[x], sign.to(f)[:, None] * self.v[i]
+
+    def loss(self, slider, rows):
+        return 1 - F.cosine_similarity(*self.change(slider, rows), dim=-1)
+
+    @torch.no_grad()
+    def meter(self, slider, batch: int, count: int = 8) -> dict:
+        """On the first `count` x_t: the mean cosine of each slider's change with its direction; share: the projection, in
+        units of a tenth, as no length is asked for."""
+        rows = torch.cat([torch.arange(count) + block * len(self.x_t) for block in range(2 * self.k)])
+        with slider.at(0.0):
+            change, goal = zip(*(self.change(slider, part) for part in rows.split(batch)))
+        change, goal = torch.cat(change), torch.cat(goal)
+        cosine = F.cosine_similarity(change, goal, dim=-1).view(2, self.k, count).mean((0, 2))
+        return {"cosine": cosine.mean().item(), "cosines": cosine.tolist(), "share": (change * goal).sum(-1).mean().item()}
+
+
+def split(bank: lora.Slider, layers, k: int, rank: int, alpha: float) -> list[lora.Slider]:
+    """The k sliders that `bank` is made of."""
+    out = []
+    for i in range(k):
+        one, rows = lora.Slider(layers, rank, alpha), slice(i * rank, (i + 1) * rank)
+        for (_, part), (_, low) in zip(bank.named_children(), one.named_children()):
+            low.lora_down.weight.data, low.lora_up.weight.data = part.lora_down.weight.detach()[rows].clone(), part.lora_up.weight.detach()[:, rows].clone()
+        out.append(one.requires_grad_(False))
+    return out
+
+
+@torch.no_grad()
+def calibrate(model, clip, slider, v, sigma: float, cond, uncond, *, seeds: int, size, batch: int, **settings) -> float:
+    """The factor for the slider's alpha with which scale 1 moves drawn pictures by one standard deviation sigma along v: what the
+    loss leaves open is how far. Found between scales that are drawn; at most 8."""
+    tried = [0.0, 0.5, 1.0, 2.0, 4.0, 8.0]
+    x_T = sampler.noise(range(seeds), model.latent_shape(size), model.device, model.dtype)
+    scales = [-s for s in tried[:0:-1]] + tried
+    drawn = dict(sampler.sweep(model.unet, x_T, cond, uncond, [[(slider, s)] for s in scales], alpha_bar=model.alpha_bar, batch=batch, **settings))
+    at = [(features(model, clip, drawn[i]) @ v).mean().item() for i in range(len(scales))]
+    middle = len(tried) - 1
+    reach = [(at[middle + j] - at[middle - j]) / 2 for j in range(len(tried))]  # the mean way to either end
+    return float(np.interp(sigma, np.maximum.accumulate(reach), tried))
+
+
+# ---------------------------------------------------------------------------------------------- what was found
+
+@torch.no_grad()
+def names(encode, prompt: str, words: list[str], v) -> list[list[str]]:
+    """For each direction the words whose addition to the prompt moves CLIP's text feature most along it and most against it:
+    ["+ hat, old, grey", "- young, ..."]. A hint, no more: pictures and words lie apart in CLIP's space. encode: prompts -> (n, d)."""
+    f = F.normalize(encode([prompt] + [f"{prompt}, {w}" for w in words]).float(), dim=-1)
+    along = F.normalize(f[1:] - f[0], dim=-1) @ v.cpu().T  # (words, k)
+    top = lambda values: ", ".join(words[j] for j in values.argsort(descending=True)[:3])
+    return [[f"+ {top(a)}", f"- {top(-a)}"] for a in along.T]
+
+
+def towers(args, model):
+    """CLIP's two halves: pictures (b, 3, H, W) in [-1, 1] -> (b, d), with gradients; prompts -> (b, d)."""
+    if args.clip is None:
+        if not training.is_small(model.unet):
+            raise ValueError("--clip is needed: a CLIP model, folder or Hub id, such as openai/clip-vit-large-patch14")
+        from miniature.judges import vision_tower  # the miniature has a CLIP of its own
+        return vision_tower(), lambda prompts: model.encode_prompt(prompts)[1].cpu()
+    from transformers import CLIPModel, CLIPTokenizer
+    clip = CLIPModel.from_pretrained(args.clip).eval().requires_grad_(False).to(model.device)
+    tokenizer = CLIPTokenizer.from_pretrained(args.clip)
+    side = clip.config.vision_config.image_size
+    mean, std = (torch.tensor(c, device=model.device).view(1, 3, 1, 1) for c in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))
+    of = lambda out: out if torch.is_tensor(out) else out.pooler_output  # transformers 5 wraps what transformers 4 returned bare
+
+    def see(x):  # average-pooled to CLIP's size: cheap, smooth, and what the paper's code does
+        return of(clip.get_image_features(pixel_values=(F.adaptive_avg_pool2d((x + 1) / 2, side) - mean) / std))
+
+    return see, lambda prompts: of(clip.get_text_features(**tokenizer(prompts, return_tensors="pt", padding=True, truncation=True).to(model.device))).cpu()
+
+
+WORDS = ("old young child smiling serious dark bright colorful gray red green blue yellow white black indoors outdoors night day winter summer close-up distant "
+         "man woman crowd alone modern ancient luxury poor city nature forest beach mountain painting photograph drawing cartoon statue blurry detailed simple "
+         "big small hat glasses beard long-hair short-hair uniform casual elegant happy sad angry").split()
+
+
+def parse_args():
+    p = cli.parser(__doc__)
+    p.add_argument("--prompt", action="append", required=True, help="what is varied; may be repeated: samples take them in turn")
+    p.add_argument("--sliders", type=int, default=8, help="directions, a slider each (default: %(default)s)")
+    p.add_argument("--samples", type=int, default=512, help="pictures whose spread is looked at (default: %(default)s)")
+    p.add_argument("--train-samples", type=int, default=128, help="of them, pictures whose x_t are trained on (default: %(default)s)")
+    p.add_argument("--per-sample", type=int, default=4, help="x_t kept from each (default: %(default)s)")
+    p.add_argument("--clip", help="CLIP, a folder or Hub id (default: the miniature's own, for the miniature)")
+    p.add_argument("--words", help="file of words, one a line, to name directions with (default: the miniature's words; a short list)")
+    p.add_argument("--denoising-steps", type=int, default=20, help="4 for a few-step distilled model (default: %(default)s)")
+    p.add_argument("--guidance", type=float, default=5.0, help="while drawing; 1 for a distilled model (default: %(default)s)")
+    p.add_argument("--train-guidance", type=float, default=1.0, help="in the predicted x_0 (default: %(default)s)")
+    p.add_argument("--start", type=float, default=0.3, help="share of the denoising after which the sliders are on, in training too; 0 for a distilled model (default: %(default)s)")
+    p.add_argument("--raw-scale", action="store_true", help="leave the sliders as strong as they come: scale 1 is then no standard deviation")
+    training.add_options(p)
+    p.set_defaults(out="space", layers="xattn", no_conv=True, rank=1)
+    return p.parse_args()
+
+
+def main():
+    args = parse_args()
+    training.check_numbers(args, "sliders", "samples", "train_samples", "per_sample", "denoising_steps", "guidance", "train_guidance")
+    if args.samples <= args.sliders:
+        raise ValueError(f"--samples {args.samples}: more pictures than --sliders {args.sliders} are needed")
+    out, started = Path(args.out), time.time()
+    if out.is_file():
+        raise ValueError(f"{out}: is a file; --out names a folder")
+    model = cli.load_model(args)
+    clip, encode = towers(args, model)
+    recipe = dict(lr=2e-3, batch=8, steps=250) if training.is_small(model.unet) else dict(lr=2e-3, batch=3, steps=3000)
+    rank, args.rank = args.rank, args.rank * args.sliders
+    args.alpha *= args.sliders  # alpha / rank of each is what was asked for
+    size, bank = training.start(args, model, recipe)
+    cond, uncond = model.condition(args.prompt, size), model.condition([""], size)
+    words = [w.strip() for w in Path(args.words).read_text().splitlines() if w.strip()] if args.words else sorted(model.known_words) if model.known_words else WORDS
+    batch = 4 * args.batch
+
+    settings = dict(steps=args.denoising_steps, guidance=args.guidance, start=args.start)
+    samples = collect(model, cond, uncond, out / "samples", samples=args.samples, per_sample=args.per_sample, size=size, seed=args.seed, batch=batch, **settings)
+    with torch.no_grad():
+        f = torch.cat([features(model, clip, z) for z in tqdm(samples.x_0.split(batch), unit="batch", desc="features")])
+    v, sigma, share = directions(f, args.sliders)
+    hints = names(encode, args.prompt[0], words, v)
+    print(f"{args.sliders} directions hold {share.sum():.0%} of the variance of {args.samples} pictures' features")
+
+    few = min(args.train_samples, args.samples)
+    model.release(vae=False)
+    part = Samples(*(x[:few] for x in (samples.x_0, samples.x_t, samples.t, samples.prompt)))
+    space = Space(model, clip, part, cond, uncond, v, rank=rank, guidance=args.train_guidance, checkpointing=args.checkpointing, batch=batch)
+    bank.attach(model.unet)
+    reading = student.loop(bank, len(space), lambda rows: space.loss(bank, rows), lambda: space.meter(bank, batch), steps=args.steps, batch=args.batch, lr=args.lr,
+                           seed=args.seed, meter_every=training.METER_EVERY)
+    bank.detach()
+    if not parallel.is_first():
+        return
+    layers = lora.target_layers(model.unet, args.layers, not args.no_conv)
+    found, one = [], tuple(c[:1] for c in cond)
+    for i, slider in enumerate(split(bank, layers, args.sliders, rank, args.alpha / args.sliders)):
+        slider.to(model.device)
+        factor = 1.0 if args.raw_scale else calibrate(model, clip, slider, v[i], sigma[i].item(), one, uncond, seeds=8, size=size, batch=batch, **settings)
+        parts = {name: slider_files.Part(p.down, p.up, p.alpha * factor) for name, p in slider.parts().items()}
+        about = {"kind": "space slider", "prompt": args.prompt, "direction": i, "share": share[i].item(), "sigma": sigma[i].item(), "cosine": reading["cosines"][i],
+                 "words": hints[i], "v": v[i].tolist(), "settings": {k: x for k, x in vars(args).items() if k not in ("out", "model")}}
+        slider_files.write(out / f"{i + 1}.safetensors", parts, about)
+        found.append(about | {"factor": factor})
+        print(f"{i + 1}: {share[i]:.1%} of the variance, cosine {reading['cosines'][i]:.2f}; words, as a hint: {'; '.join(hints[i])}")
+    temporary = out / "space.json.tmp"
+    temporary.write_text(json.dumps([{k: x for k, x in a.items() if k != "v"} for a in found], indent=1))
+    os.replace(temporary, out / "space.json")
+    drawn_sheet(model, out, cond, uncond, size, args, batch, settings)
+    print(f"{out}: {args.sliders} sliders and sheet.png, after {time.time() - started:.0f} s; peak memory {training.peak_memory(model.device) / 2**30:.1f} GiB")
+
+
+def drawn_sheet(model, out: Path, cond, uncond, size, args, batch, settings):
+    """sheet.png: a row for each direction, the same seed at SCALES."""
+    x_T = sampler.noise([0], model.latent_shape(size), model.device, model.dtype)
+    rows = []
+    for i in range(args.sliders):
+        one = lora.load(out / f"{i + 1}.safetensors", model.unet)
+        columns = dict(sampler.sweep(model.unet, x_T, tuple(c[:1] for c in cond), uncond, [[(one, s)] for s in SCALES], alpha_bar=model.alpha_bar, batch=batch, **settings))
+        rows.append([model.pictures(columns[j])[0] for j in range(len(SCALES))])
+    pictures.save(pictures.sheet(rows, [pictures.label(s) for s in SCALES], [str(i + 1) for i in range(args.sliders)]), out / "sheet.png")
+
+
+if __name__ == "__main__":
+    cli.run(main)
