@@ -3,7 +3,7 @@
 # make test-full  the checks on full-size SDXL with random weights (20 GB of memory and of disk, some minutes)
 # make test-oldest  loading and prompts with the oldest supported transformers
 # make bench      timings and memory against diffusers, peft and the published training loop (an hour or so)
-# make experiments  the experiments of the paper (so far: Table 1, 8 minutes)
+# make experiments  the experiments of the paper (two hours at most; what is done is kept)
 # make miniature  train the miniature again from nothing (hours), resumable
 
 PYTHON ?= python3
@@ -43,7 +43,7 @@ bench: $(VENV)/test.stamp
 	$(PY) -m bench.recipe --attribute eye_size --attribute age
 
 experiments: $(VENV)/run.stamp
-	$(PY) -m experiments.text_sliders --pictures 32
+	for name in text_sliders visual_sliders ablations activation composition repair inversion; do $(PY) -m experiments.$$name || exit 1; done
 	$(PY) -m experiments.report
 
 miniature: $(VENV)/run.stamp

@@ -125,6 +125,7 @@ def parse_args():
     p.add_argument("--prompt", required=True, help="what the pictures show")
     p.add_argument("--image", help="edit this picture instead of drawing new ones; --prompt says what it shows")
     p.add_argument("--invert", choices=invert.METHODS, default="null-text", help="with --image: how it is inverted (default: %(default)s)")
+    p.add_argument("--checkpointing", action="store_true", help="with --image: less memory, more time in null-text inversion")
     p.add_argument("--strength", type=float, help="with --image: do not invert it; noise it this far, 0 to 1, and draw it again (SDEdit)")
     p.add_argument("--slider", action="append", default=[], type=cli.file_scale_start, metavar="FILE[:SCALE][@START]", help="slider file; may be repeated")
     p.add_argument("--scales", type=cli.numbers, help="scales to sweep over (default: seven over the sliders' useful range, as their files say)")
@@ -184,6 +185,7 @@ def main():
     model = cli.load_model(args)
     model.vae.tile = args.vae_tile // model.factor
     size, picture, names_of_rows = (args.size,) * 2 if args.size is not None else None, None, [f"seed{s}" for s in args.seeds]
+    model.unet.checkpointing(args.checkpointing)
     if args.image:
         picture, size = opened(model, args.image, args.size)
         if args.strength is None:  # an inversion is one noise, not many

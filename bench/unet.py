@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import invert
 import lora
 import training
 from cli import DTYPES
@@ -132,6 +133,18 @@ def decode(tile):
     print(json.dumps({"seconds": [time.time() - started], "GiB": training.peak_memory() / 2**30, "start": before / 2**30}))
 
 
+def null_text(checkpointing):
+    """One gradient of null-text inversion (invert.py): of the unconditional embedding, one sample of 512 pixels."""
+    unet = empty(UNet)
+    unet.checkpointing(checkpointing)
+    x_t, t, context, pooled, time_ids = inputs()
+    before, started = training.peak_memory(), time.time()
+    null = context.float().requires_grad_(), pooled.float().requires_grad_()
+    _, loss = invert.step_loss(unet, x_t, 501, 481, x_t, (*(c.to(x_t.dtype) for c in null), time_ids), x_t, alpha_bar=torch.linspace(1, 0, 1000), guidance=5.0)
+    loss.sum().backward()
+    print(json.dumps({"seconds": [time.time() - started], "GiB": training.peak_memory() / 2**30, "start": before / 2**30}))
+
+
 def arithmetic():
     """Multiplications and additions of one sample at 512 pixels, and how many of them a cache of the prompt's keys and values saves."""
     with torch.device("meta"):
@@ -145,6 +158,8 @@ def arithmetic():
 OTHERS = {"teacher": ("UNet, 8 samples of 512 pixels (the teacher at --batch 2)", lambda: evaluate(64, 8)),
           "one": ("UNet, 1 sample of 512 pixels", lambda: evaluate(64, 1)),
           "draw": ("UNet, 2 samples of 1024 pixels (drawing, with guidance)", lambda: evaluate(128, 2)),
+          "null": ("null-text inversion, a gradient of 1 sample of 512 pixels", lambda: null_text(False)),
+          "null-again": ("the same with `--checkpointing`", lambda: null_text(True)),
           "decode": ("VAE, 1024 pixels whole", lambda: decode(128)),
           "tiles": ("VAE, 1024 pixels in tiles of 512", lambda: decode(64))}
 
@@ -188,7 +203,7 @@ def main():
                 print(f"| {size} | {dtype} | {kind} | {cells[0]} | {cells[1]}{first} | {middle['ours'] / middle[who]:.2f} | "
                       f"{memory['ours']:.2f} | {memory[who]:.2f} |", flush=True)
     if "memory" in what:
-        print("\n| full size, bfloat16, no gradients | s | peak GiB | of it before (weights, Python) |\n|---|---|---|---|")
+        print("\n| full size, bfloat16 | s | peak GiB | of it before (weights, Python) |\n|---|---|---|---|")
         for name, (meaning, _) in OTHERS.items():
             result = alone(name)
             print(f"| {meaning} | {result['seconds'][0]:.1f} | {result['GiB']:.2f} | {result['start']:.2f} |", flush=True)

@@ -44,7 +44,7 @@ PAPER_PROMPTS = ["image of a person, 8k, realistic", "a photo of a man in a stre
 class Lab:
     """The model, its judges, and the options of an experiment."""
 
-    def __init__(self, doc: str, name: str, more=lambda parser: None, count: int = 48, dtype: str = "bfloat16"):
+    def __init__(self, doc: str, name: str, more=lambda parser: None, count: int = 32, dtype: str = "bfloat16"):
         """more: adds options of this experiment to the parser. count, dtype: defaults of --pictures and --dtype."""
         p = cli.parser(doc)
         more(p)

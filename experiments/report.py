@@ -7,6 +7,8 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
+
 from experiments.common import RESULTS
 
 PAGE = Path(__file__).parent.parent / "docs" / "experiments.md"
@@ -47,16 +49,65 @@ def composition(results: dict) -> str:
                    "{} {:.0%}".format(*max(r["remains"].items(), key=lambda x: x[1])), ci(r["lpips"], 3), f"{r['malformed']:.0%}"] for key, r in results.items() if "sliders" in key))
 
 
-KINDS = {"text_sliders": edits, "activation": edits, "visual_sliders": visual_sliders, "ablations": ablations, "composition": composition}
+def repair(results: dict) -> str:
+    return table(["", "wrong", "mended", "broken", "keep who they show", "LPIPS", "most moved other", "FID to well-made ones"],
+                 ([key, "{mean:.1%} [{low:.1%}, {high:.1%}]".format(**r["wrong"]), r["mended"], r["broken"], f"{r['kept']:.0%}", ci(r["lpips"]),
+                   f"{r['worst_other'].replace('_', ' ')} {r['worst_other_moved']:.0%}", f"{r['fid']:.1f}"] for key, r in results.items()))
+
+
+def inversion(results: dict) -> str:
+    drawn = table(["", "PSNR, dB", "LPIPS", "network evaluations", "seconds"],
+                  ([key, ci(r["psnr"], 1), ci(r["lpips"]) if "lpips" in r else "", f"{r['evaluations']:.0f}" if "evaluations" in r else "",
+                    f"{r['seconds']:.1f}" if "seconds" in r else ""] for key, r in results.items() if "psnr" in r))
+    edited = table(["", "its mean, scales -2 ... 2", "moved", "monotonic", "most moved other"],
+                   ([key, ", ".join(f"{m:.2f}" for m in r["means"]), f"{r['moved']:.0%}", "yes" if r["monotonic"] else "no",
+                     f"{r['worst_other'].replace('_', ' ')} {r['worst_other_moved']:.0%}"] for key, r in results.items() if "means" in r))
+    return drawn + "\n\n" + edited
+
+
+def numbers(result, path=()) -> dict:
+    """Every number of a result but the bounds of intervals: {("lpips", "mean"): 0.2, ...}."""
+    if isinstance(result, dict):
+        return {k: v for name, part in result.items() if name not in ("low", "high", "seconds") for k, v in numbers(part, (*path, name)).items()}
+    return {path: float(result)} if isinstance(result, (int, float)) and not isinstance(result, bool) else {}
+
+
+MEASURES = {"clip_change": "change in CLIP score", "lpips": "LPIPS", "moved": "moved", "worst_other_moved": "most moved other", "wrong": "wrong", "mean": "remains", "psnr": "PSNR"}
+
+
+def seeds(_) -> str:
+    """Spearman's rank correlation between the rows of each experiment with seed 0 and with seed 1: 1 is the same ordering."""
+    lines = []
+    for file in sorted(RESULTS.glob("*_seed1.json")):
+        name = file.stem.removesuffix("_seed1")
+        one, other = (json.loads((RESULTS / f"{n}.json").read_text()) for n in (name, file.stem))
+        rows = [key for key in one if key in other and (name != "ablations" or "moved by" in key)]
+        line = [name.replace("_", " ")]
+        for measure in MEASURES:
+            values = [[next((v for path, v in numbers(r[key]).items() if path[0] == measure), None) if isinstance(r[key], dict) else None for key in rows] for r in (one, other)]
+            pairs = [(a, b) for a, b in zip(*values) if a is not None and b is not None]
+            line.append(f"{spearman(*zip(*pairs)):.2f}" if len(pairs) > 2 else "")
+        lines.append(line)
+    return table(["experiment", *MEASURES.values()], lines)
+
+
+def spearman(x, y) -> float:
+    """The correlation of the ranks, ties sharing theirs. Spearman 1904."""
+    ranks = lambda v: np.array([(np.less(v, a).sum() + np.less_equal(v, a).sum() - 1) / 2 for a in v])
+    a, b = ranks(np.array(x)), ranks(np.array(y))
+    return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else float("nan")
+
+
+KINDS = {"repair": repair, "inversion": inversion, "seeds": seeds, "text_sliders": edits, "activation": edits, "visual_sliders": visual_sliders, "ablations": ablations, "composition": composition}
 
 
 def main():
     page = PAGE.read_text()
     for name in re.findall(r"<!-- (\w+) -->", page):
         file = RESULTS / f"{name}.json"
-        if name == "end" or not file.exists():
+        if name == "end" or (name != "seeds" and not file.exists()):
             continue
-        filled = KINDS[re.sub(r"_seed\d+$", "", name)](json.loads(file.read_text()))
+        filled = KINDS[name](json.loads(file.read_text()) if name != "seeds" else None)
         page = re.sub(rf"<!-- {name} -->.*?<!-- end -->", lambda _: f"<!-- {name} -->\n\n{filled}\n\n<!-- end -->", page, flags=re.S)
     PAGE.write_text(page)
     print(f"{PAGE}: written")

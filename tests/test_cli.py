@@ -65,6 +65,26 @@ def test_a_grid_and_eq_8_without_a_slider(trained, tmp_path):
     assert (tmp_path / "e" / "seed0_scale0.png").read_bytes() != (tmp_path / "e" / "seed0_scale+1.png").read_bytes()
 
 
+def test_a_real_picture_is_inverted_once_and_edited(trained, tmp_path):
+    from miniature import world
+    import numpy as np
+    world.draw(world.sample(np.random.default_rng(1), kind="face")).resize((200, 160)).save(tmp_path / "me.png")
+    command = [*DRAW, "--image", tmp_path / "me.png", "--slider", trained[0], "--scales", "0,2", "--steps", 3, "--out", tmp_path / "o"]
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert "200x160, brought to 128x128" in done.stdout and "at most 39 network evaluations" in done.stdout
+    kept, = (tmp_path / "o").glob("inversion-*.safetensors")
+    assert {f.name for f in (tmp_path / "o").iterdir()} == {"me_scale0.png", "me_scale+2.png", "strip.png", "sweep.gif", kept.name}
+    first, age = (tmp_path / "o" / "me_scale+2.png").read_bytes(), kept.stat().st_mtime_ns
+    done = run(*command)
+    assert done.returncode == 0 and "network evaluations" not in done.stdout and kept.stat().st_mtime_ns == age
+    assert (tmp_path / "o" / "me_scale+2.png").read_bytes() == first
+    done = run(*command, "--guidance", 3, "--invert", "negative-prompt")  # other settings, another inversion
+    assert done.returncode == 0 and len(list((tmp_path / "o").glob("inversion-*"))) == 2 and "\nnegative-prompt inversion: 3 network" in done.stdout
+    done = run(*command, "--strength", 0.5, "--seeds", "1,2", "--out", tmp_path / "s")
+    assert done.returncode == 0 and (tmp_path / "s" / "seed2_scale+2.png").exists() and not list((tmp_path / "s").glob("inversion-*"))
+
+
 def test_pairs_train_and_preview(tmp_path):
     done = subprocess.run([sys.executable, "-m", "miniature.pairs", "--count", "3", "--values", "0.6,1.1,1.6", "--out", str(tmp_path)],
                           cwd=ROOT, capture_output=True, text=True)
@@ -117,6 +137,10 @@ BAD = [
     ([*DRAW, "--batch", "0"], "--batch"),
     ([*DRAW, "--scales", "-1,1"], "no slider to sweep"),
     ([*DRAW, "--eta", "2"], "belong to --guide"),
+    ([*DRAW, "--strength", "0.5"], "--strength belongs to --image"),
+    ([*DRAW, "--image", "a.png", "--strength", "2"], "--strength must be above 0"),
+    ([*DRAW, "--image", "missing.png"], "missing.png: no such file"),
+    ([*DRAW, "--image", "README.md"], "README.md: not a readable picture"),
     ([*DRAW, "--size", "0"], "size: 0x0"),
     (["tools.py", "info", "README.md"], "README.md: not a readable"),
     (["tools.py", "convert", "README.md"], "--out is needed"),
