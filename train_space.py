@@ -151,6 +151,18 @@ def split(bank: lora.Slider, layers, k: int, rank: int, alpha: float) -> list[lo
     return out
 
 
+def learn(model, clip, samples: Samples, cond, uncond, v, *, layers, rank: int, alpha: float, guidance: float, checkpointing: bool, steps: int, batch: int,
+          lr: float, seed: int) -> tuple[list[lora.Slider], dict]:
+    """A slider of `rank` for each direction v (k, d), all trained together, and the final meter."""
+    space = Space(model, clip, samples, cond, uncond, v, rank=rank, guidance=guidance, checkpointing=checkpointing, batch=4 * batch)
+    torch.manual_seed(seed)
+    bank = lora.Slider(layers, rank * len(v), alpha * len(v)).to(model.device).attach(model.unet)  # alpha / rank of each is what was asked for
+    reading = student.loop(bank, len(space), lambda rows: space.loss(bank, rows), lambda: space.meter(bank, 4 * batch), steps=steps, batch=batch, lr=lr,
+                           seed=seed, meter_every=training.METER_EVERY)
+    bank.detach()
+    return split(bank, layers, len(v), rank, alpha), reading
+
+
 @torch.no_grad()
 def calibrate(model, clip, slider, v, sigma: float, cond, uncond, *, seeds: int, size, batch: int, **settings) -> float:
     """The factor for the slider's alpha with which scale 1 moves drawn pictures by one standard deviation sigma along v: what the
@@ -163,6 +175,14 @@ def calibrate(model, clip, slider, v, sigma: float, cond, uncond, *, seeds: int,
     middle = len(tried) - 1
     reach = [(at[middle + j] - at[middle - j]) / 2 for j in range(len(tried))]  # the mean way to either end
     return float(np.interp(sigma, np.maximum.accumulate(reach), tried))
+
+
+def scaled(slider: lora.Slider, factor: float) -> lora.Slider:
+    """The same slider, stronger by the factor at every scale."""
+    for _, part in slider.named_children():
+        part.alpha *= factor
+        part.factor *= factor
+    return slider
 
 
 # ---------------------------------------------------------------------------------------------- what was found
@@ -232,9 +252,7 @@ def main():
     model = cli.load_model(args)
     clip, encode = towers(args, model)
     recipe = dict(lr=2e-3, batch=8, steps=250) if training.is_small(model.unet) else dict(lr=2e-3, batch=3, steps=3000)
-    rank, args.rank = args.rank, args.rank * args.sliders
-    args.alpha *= args.sliders  # alpha / rank of each is what was asked for
-    size, bank = training.start(args, model, recipe)
+    size, _ = training.start(args, model, recipe)
     cond, uncond = model.condition(args.prompt, size), model.condition([""], size)
     words = [w.strip() for w in Path(args.words).read_text().splitlines() if w.strip()] if args.words else sorted(model.known_words) if model.known_words else WORDS
     batch = 4 * args.batch
@@ -250,26 +268,22 @@ def main():
     few = min(args.train_samples, args.samples)
     model.release(vae=False)
     part = Samples(*(x[:few] for x in (samples.x_0, samples.x_t, samples.t, samples.prompt)))
-    space = Space(model, clip, part, cond, uncond, v, rank=rank, guidance=args.train_guidance, checkpointing=args.checkpointing, batch=batch)
-    bank.attach(model.unet)
-    reading = student.loop(bank, len(space), lambda rows: space.loss(bank, rows), lambda: space.meter(bank, batch), steps=args.steps, batch=args.batch, lr=args.lr,
-                           seed=args.seed, meter_every=training.METER_EVERY)
-    bank.detach()
+    layers = lora.target_layers(model.unet, args.layers, not args.no_conv)
+    made, reading = learn(model, clip, part, cond, uncond, v, layers=layers, rank=args.rank, alpha=args.alpha, guidance=args.train_guidance,
+                          checkpointing=args.checkpointing, steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed)
     if not parallel.is_first():
         return
-    layers = lora.target_layers(model.unet, args.layers, not args.no_conv)
-    found, one = [], tuple(c[:1] for c in cond)
-    for i, slider in enumerate(split(bank, layers, args.sliders, rank, args.alpha / args.sliders)):
-        slider.to(model.device)
-        factor = 1.0 if args.raw_scale else calibrate(model, clip, slider, v[i], sigma[i].item(), one, uncond, seeds=8, size=size, batch=batch, **settings)
-        parts = {name: slider_files.Part(p.down, p.up, p.alpha * factor) for name, p in slider.parts().items()}
-        about = {"kind": "space slider", "prompt": args.prompt, "direction": i, "share": share[i].item(), "sigma": sigma[i].item(), "cosine": reading["cosines"][i],
-                 "words": hints[i], "v": v[i].tolist(), "settings": {k: x for k, x in vars(args).items() if k not in ("out", "model")}}
-        slider_files.write(out / f"{i + 1}.safetensors", parts, about)
-        found.append(about | {"factor": factor})
+    found = []
+    for i, slider in enumerate(made):
+        if not args.raw_scale:
+            scaled(slider, calibrate(model, clip, slider, v[i], sigma[i].item(), tuple(c[:1] for c in cond), uncond, seeds=8, size=size, batch=batch, **settings))
+        about = {"kind": "space slider", "prompt": args.prompt, "direction": i + 1, "share": share[i].item(), "sigma": sigma[i].item(), "cosine": reading["cosines"][i],
+                 "words": hints[i], "settings": {k: x for k, x in vars(args).items() if k not in ("out", "model")}}
+        lora.save(out / f"{i + 1}.safetensors", slider, about | {"v": v[i].tolist()})
+        found.append(about)
         print(f"{i + 1}: {share[i]:.1%} of the variance, cosine {reading['cosines'][i]:.2f}; words, as a hint: {'; '.join(hints[i])}")
     temporary = out / "space.json.tmp"
-    temporary.write_text(json.dumps([{k: x for k, x in a.items() if k != "v"} for a in found], indent=1))
+    temporary.write_text(json.dumps(found, indent=1))
     os.replace(temporary, out / "space.json")
     drawn_sheet(model, out, cond, uncond, size, args, batch, settings)
     print(f"{out}: {args.sliders} sliders and sheet.png, after {time.time() - started:.0f} s; peak memory {training.peak_memory(model.device) / 2**30:.1f} GiB")
