@@ -4,6 +4,9 @@ Writes a labelled strip (rows are seeds, columns are scales), the same as a GIF,
 `--slider FILE` may be repeated; FILE:1.5 keeps that one at 1.5 while the others sweep over the scales, FILE:1.5@0.5 also
 switches it on after half of the denoising. Two sliders that sweep, with --grid, make a grid for each seed.
 
+FILE may be a folder: all sliders in it, as train_space.py writes them. --each gives every slider a row of its own, --random 5
+draws each seed five times with all sliders at scales drawn at random.
+
     python slider.py --image photo.jpg --prompt "a photo of a person" --slider age.safetensors --scales -2,0,2
 
 edits a real picture: it is inverted first (invert.py; the inversion is kept in the output folder for the next time). With
@@ -131,6 +134,8 @@ def parse_args():
     p.add_argument("--scales", type=cli.numbers, help="scales to sweep over (default: seven over the sliders' useful range, as their files say)")
     p.add_argument("--even", action="store_true", help="seven scales over the same range, so spaced that each picture looks as far from the next")
     p.add_argument("--grid", action="store_true", help="two sliders: the first one's scales across, the second one's down, a grid for each seed")
+    p.add_argument("--each", action="store_true", help="a sheet for each seed with a row for each slider, one at a time")
+    p.add_argument("--random", type=int, metavar="N", help="each seed N times, every slider at a scale drawn between the lowest and the highest of --scales")
     p.add_argument("--guide", nargs=2, metavar=("POS", "NEG"), help="no slider: apply eq. (8) itself, between these prompts, at the scales times --eta")
     p.add_argument("--preserve", action="append", default=[], help="with --guide: concepts that must stay, as in train_text.py")
     p.add_argument("--eta", type=float, help="with --guide: its strength at scale 1 (default: train_text.py's)")
@@ -170,8 +175,12 @@ def check(args):
             raise ValueError(f"--{name} belongs to --image")
     if args.strength is not None and not 0 < args.strength <= 1:
         raise ValueError(f"--strength must be above 0 and at most 1, not {args.strength}")
-    if args.even and args.grid:
-        raise ValueError("--even spaces one sweep, not a --grid")
+    if args.even + args.grid + args.each + (args.random is not None) > 1:
+        raise ValueError("--even, --grid, --each and --random: one of them at a time")
+    if args.random is not None and args.random < 1:
+        raise ValueError(f"--random must be at least 1, not {args.random}")
+    if (args.each or args.random) and not any(scale is None for _, scale, _ in args.slider):
+        raise ValueError(f"--{'each' if args.each else 'random'} needs sliders without a scale of their own")
     if args.grid and [scale for _, scale, _ in args.slider].count(None) != 2:
         raise ValueError("--grid needs two sliders without a scale of their own")
     if Path(args.out).exists() and not Path(args.out).is_dir():
@@ -192,7 +201,7 @@ def main():
             args.seeds, names_of_rows = [0], [Path(args.image).stem]
     model.latent_shape(size)
     sampler.timesteps(args.steps)
-    sliders = [(lora.load(path, model.unet), fixed, args.start if start is None else start) for path, fixed, start in args.slider]
+    sliders = [(lora.load(path, model.unet), fixed, args.start if start is None else start) for given, fixed, start in args.slider for path in in_folder(given)]
     settings = dict(steps=args.steps, guidance=args.guidance, start=args.start, negative=args.negative, size=size,
                     batch=args.batch or (16 if training.is_small(model.unet) else 4))
     if args.image:
@@ -211,6 +220,13 @@ def main():
         more = dict(ends=ends, etas=[scale * eta for scale in scales]) if args.guide else {}
         return sweep(model, args.prompt, args.seeds, columns, **settings, **more)  # for each column, a picture for each seed
 
+    if args.each:
+        return write_each(out, names_of_rows, sliders, scales, draw_columns=lambda columns: sweep(model, args.prompt, args.seeds, columns, **settings))
+    if args.random:
+        rng = np.random.default_rng(args.seeds[0])
+        combinations = [iter(rng.uniform(min(scales), max(scales), len(sweeping)).round(2).tolist()) for _ in range(args.random)]
+        drawn = sweep(model, args.prompt, args.seeds, [at(c) for c in combinations], **settings)
+        return parallel.is_first() and write_strip(out, names_of_rows, drawn, [f"random{i + 1}" for i in range(args.random)], picture)
     if args.even:
         scales = even_scales(draw, min(scales), max(scales))
     drawn = draw([(across, down) for down in scales for across in scales] if args.grid else scales)
@@ -221,6 +237,26 @@ def main():
         write_grids(out, names_of_rows, drawn, names)
     else:
         write_strip(out, names_of_rows, drawn, names if sweeping or args.guide else [""], picture)
+
+
+def in_folder(path: str) -> list[str]:
+    """The slider files that `path` names: itself, or if it is a folder all in it, 2 before 10. ValueError if there is none."""
+    if not Path(path).is_dir():
+        return [path]
+    files = sorted(Path(path).glob("*.safetensors"), key=lambda f: (len(f.stem), f.stem))
+    if not files:
+        raise ValueError(f"{path}: holds no slider files")
+    return [str(f) for f in files]
+
+
+def write_each(out: Path, rows: list[str], sliders, scales, draw_columns):
+    """each_seedN.png: a row for each slider, a column for each scale; the others are off."""
+    drawn = [draw_columns([[(one, s if fixed is None else fixed, start)] for s in scales]) for one, fixed, start in sliders]
+    if parallel.is_first():
+        for i, row in enumerate(rows):
+            sheet = [[column[i] for column in columns] for columns in drawn]
+            pictures.save(pictures.sheet(sheet, [pictures.label(s) for s in scales], [str(j + 1) for j in range(len(sliders))]), out / f"each_{row}.png")
+        print(f"{out}: each_{rows[0]}.png ...: rows are the {len(sliders)} sliders, columns scales {', '.join(pictures.label(s) for s in scales)}")
 
 
 def write_strip(out: Path, rows: list[str], drawn, names: list[str], original=None):

@@ -73,10 +73,15 @@ def collect(model, cond, uncond, folder: Path, *, samples: int, per_sample: int,
     return Samples(*(torch.cat([p[name] for p in parts]).to(model.device) for name in ("x_0", "x_t", "t", "prompt")))
 
 
+def precise(x):
+    """x in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def features(model, clip, x_0, checkpointing: bool = False):
     """Unit-length CLIP features (b, d), float32, of latents x_0 (b, 4, h, w). checkpointing: compute decoder and CLIP again on
     the way back instead of keeping what they hold."""
-    look = lambda z: F.normalize(clip(model.vae.decode(z.to(next(model.vae.parameters()).dtype)).float()), dim=-1)
+    look = lambda z: F.normalize(clip(precise(model.vae.decode(z.to(next(model.vae.parameters()).dtype)))), dim=-1)
     return torch.utils.checkpoint.checkpoint(look, x_0, use_reentrant=False) if checkpointing else look(x_0)
 
 
@@ -112,7 +117,7 @@ class Space:
         c = tuple(part[self.prompt[rows]] for part in self.cond)
         eps = self.model.unet(x_t, t, *c) if self.guidance == 1 else sampler.guided_eps(self.model.unet, x_t, t, c, sampler.rows(self.uncond, len(x_t)), self.guidance)[0]
         a = self.model.alpha_bar.to(x_t.device)[t].view(-1, 1, 1, 1)
-        return (x_t.float() - (1 - a).sqrt() * eps.float()) / a.sqrt()
+        return (precise(x_t) - (1 - a).sqrt() * precise(eps)) / a.sqrt()
 
     def change(self, slider, rows):
         """What the sliders of these samples change in the features, (b, d), and the directions that they should go, (b, d)."""
@@ -222,6 +227,11 @@ WORDS = ("old young child smiling serious dark bright colorful gray red green bl
          "big small hat glasses beard long-hair short-hair uniform casual elegant happy sad angry").split()
 
 
+def recipe(unet) -> dict:
+    """Defaults: what was measured to work on the miniature; of SDXL's size the published recipe's (rank 1, cross-attention alone)."""
+    return dict(layers="xattn", lr=2e-3, batch=8, steps=250) if training.is_small(unet) else dict(layers="xattn", lr=2e-3, batch=3, steps=3000)
+
+
 def parse_args():
     p = cli.parser(__doc__)
     p.add_argument("--prompt", action="append", required=True, help="what is varied; may be repeated: samples take them in turn")
@@ -237,7 +247,7 @@ def parse_args():
     p.add_argument("--start", type=float, default=0.3, help="share of the denoising after which the sliders are on, in training too; 0 for a distilled model (default: %(default)s)")
     p.add_argument("--raw-scale", action="store_true", help="leave the sliders as strong as they come: scale 1 is then no standard deviation")
     training.add_options(p)
-    p.set_defaults(out="space", layers="xattn", no_conv=True, rank=1)
+    p.set_defaults(out="space", layers=None, no_conv=True, rank=1)
     return p.parse_args()
 
 
@@ -251,8 +261,7 @@ def main():
         raise ValueError(f"{out}: is a file; --out names a folder")
     model = cli.load_model(args)
     clip, encode = towers(args, model)
-    recipe = dict(lr=2e-3, batch=8, steps=250) if training.is_small(model.unet) else dict(lr=2e-3, batch=3, steps=3000)
-    size, _ = training.start(args, model, recipe)
+    size, _ = training.start(args, model, recipe(model.unet))
     cond, uncond = model.condition(args.prompt, size), model.condition([""], size)
     words = [w.strip() for w in Path(args.words).read_text().splitlines() if w.strip()] if args.words else sorted(model.known_words) if model.known_words else WORDS
     batch = 4 * args.batch

@@ -85,6 +85,20 @@ def test_a_real_picture_is_inverted_once_and_edited(trained, tmp_path):
     assert done.returncode == 0 and (tmp_path / "s" / "seed2_scale+2.png").exists() and not list((tmp_path / "s").glob("inversion-*"))
 
 
+def test_a_folder_of_sliders_each_and_at_random(trained, tmp_path):
+    (tmp_path / "space").mkdir()
+    for i in (1, 2):
+        (tmp_path / "space" / f"{i}.safetensors").write_bytes(trained[0].read_bytes())
+    command = [*DRAW, "--slider", tmp_path / "space", "--scales", "-1,0,1", "--seeds", "0,1", "--steps", 2]
+    done = run(*command, "--each", "--out", tmp_path / "e")
+    assert done.returncode == 0, done.stderr
+    assert {f.name for f in (tmp_path / "e").iterdir()} == {"each_seed0.png", "each_seed1.png"}
+    done = run(*command, "--random", 2, "--out", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    a, b = ((tmp_path / "r" / f"seed0_scalerandom{i}.png").read_bytes() for i in (1, 2))
+    assert a != b
+
+
 def test_pairs_train_and_preview(tmp_path):
     done = subprocess.run([sys.executable, "-m", "miniature.pairs", "--count", "3", "--values", "0.6,1.1,1.6", "--out", str(tmp_path)],
                           cwd=ROOT, capture_output=True, text=True)
@@ -138,6 +152,9 @@ BAD = [
     ([*DRAW, "--scales", "-1,1"], "no slider to sweep"),
     ([*DRAW, "--eta", "2"], "belong to --guide"),
     ([*DRAW, "--strength", "0.5"], "--strength belongs to --image"),
+    ([*DRAW, "--each"], "--each needs sliders"),
+    ([*DRAW, "--random", "2", "--each", "--slider", "a.safetensors"], "one of them at a time"),
+    ([*DRAW, "--slider", "docs"], "docs: holds no slider files"),
     ([*DRAW, "--image", "a.png", "--strength", "2"], "--strength must be above 0"),
     ([*DRAW, "--image", "missing.png"], "missing.png: no such file"),
     ([*DRAW, "--image", "README.md"], "README.md: not a readable picture"),

@@ -1,0 +1,151 @@
+"""SliderSpace: the directions against a known spread, the bank against its sliders, the loss's gradient against finite differences."""
+
+from copy import copy, deepcopy
+
+import pytest
+import torch
+
+import lora
+import sampler
+import train_space
+from miniature.judges import vision_tower
+from miniature.measure import tensor
+from sdxl_unet import UNet
+
+
+@pytest.fixture(scope="module")
+def conds(model):
+    return model.condition(["a photo of a person"]), model.condition([""])
+
+
+def collect(model, conds, folder, **changes):
+    settings = dict(samples=6, per_sample=2, size=(128, 128), seed=3, batch=4, steps=6, guidance=3.0, start=0.3)
+    return train_space.collect(model, *conds, folder, **(settings | changes))
+
+
+def test_directions_of_a_known_spread():
+    """Points spread along known axes, by known amounts, around a mean that is not 0."""
+    g = torch.Generator().manual_seed(0)
+    axes, _ = torch.linalg.qr(torch.randn(10, 10, generator=g))
+    spread = torch.tensor([4.0, 2.0, 1.0] + [0.1] * 7)
+    x = torch.empty(20_000, 10).exponential_(generator=g) - 1  # skewed: the sign is defined
+    f = x * spread @ axes.T + 5
+    v, sigma, share = train_space.directions(f, 3)
+    assert torch.allclose((v @ axes[:, :3]).diagonal(), torch.ones(3), atol=0.01)  # the long tail is on the positive side
+    assert torch.allclose(sigma, spread[:3], rtol=0.05)
+    assert share.sum() == pytest.approx((spread[:3].square().sum() / spread.square().sum()).item(), abs=0.01)
+
+
+def test_one_sample_one_slider_of_the_bank(model, inputs):
+    """Each row of a batch with another of three sliders of rank 2, forwards and backwards: as with that slider alone."""
+    layers = lora.target_layers(model.unet, "all")
+    torch.manual_seed(0)
+    bank = lora.Slider(layers, 6, 3.0).requires_grad_(False)
+    for name, p in bank.named_parameters():
+        if "lora_up" in name:
+            torch.nn.init.normal_(p, std=0.05)
+    alone = train_space.split(bank, layers, 3, 2, 1.0)
+    each = torch.tensor([[1.0, 0, 0], [0, -1, 0], [0, 0, 2]]).repeat_interleave(2, 1)
+    with torch.no_grad():
+        bank.attach(model.unet)
+        with bank.at(each):
+            together = model.unet(*inputs)
+        bank.detach()
+        for i, scale in enumerate((1.0, -1.0, 2.0)):
+            alone[i].attach(model.unet)
+            with alone[i].at(scale):
+                expected = model.unet(*(x[i:i + 1] for x in inputs))
+            alone[i].detach()
+            assert torch.allclose(together[i:i + 1], expected, atol=2e-4)
+        twice = train_space.scaled(alone[0], 2.0).attach(model.unet)
+        with twice.at(0.5):
+            assert torch.allclose(model.unet(*(x[:1] for x in inputs)), together[:1], atol=2e-4)
+        twice.detach()
+
+
+def test_samples_survive_a_stop_and_x_t_lie_on_the_way(model, conds, tmp_path, monkeypatch):
+    whole = collect(model, conds, tmp_path / "whole")
+    real, calls = sampler.sample, []
+
+    def stops(*args, **kw):
+        calls.append(len(args[1]))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kw)
+
+    monkeypatch.setattr(sampler, "sample", stops)
+    with pytest.raises(KeyboardInterrupt):
+        collect(model, conds, tmp_path / "part")
+    again = collect(model, conds, tmp_path / "part")
+    assert calls == [4, 2, 2]  # the first batch was not drawn again
+    assert torch.equal(whole.x_0, again.x_0) and torch.equal(whole.x_t, again.x_t) and whole.x_t.shape == (6, 2, 4, 16, 16)
+    monkeypatch.undo()
+    levels = sampler.timesteps(6)
+    for m in range(2):
+        t = int(whole.t[5, m])
+        assert t <= 700
+        x_T = sampler.noise([3_000_005], model.latent_shape())
+        reached = sampler.sample(model.unet, x_T, *conds, alpha_bar=model.alpha_bar, steps=6, guidance=3.0, stop=levels.index(t))
+        assert torch.allclose(reached[0], whole.x_t[5, m], atol=1e-3)
+
+
+def test_the_gradient_through_unet_vae_and_clip_agrees_with_finite_differences(model, conds, tmp_path):
+    samples = collect(model, conds, tmp_path, samples=2)
+    unet = UNet(model.unet.config).double().requires_grad_(False)
+    unet.load_state_dict(model.unet.state_dict())
+    twin = copy(model)
+    twin.unet, twin.vae, twin.alpha_bar = unet, deepcopy(model.vae).double(), model.alpha_bar.double()
+    clip = vision_tower().double()
+    double = lambda part: tuple(c.double() for c in part)
+    samples = train_space.Samples(samples.x_0.double(), samples.x_t.double(), samples.t, samples.prompt)
+    v = torch.linalg.qr(torch.randn(128, 2, generator=torch.Generator().manual_seed(0)))[0].T.double()
+    space = train_space.Space(twin, clip, samples, double(conds[0]), double(conds[1]), v, rank=1, guidance=1.0, checkpointing=False, batch=4)
+    torch.manual_seed(0)
+    bank = lora.Slider(lora.target_layers(unet, "xattn", conv=False), 2, 2.0).double()
+    for name, p in bank.named_parameters():
+        if "lora_up" in name:
+            torch.nn.init.normal_(p, std=0.05)
+    bank.attach(unet)
+    rows = torch.tensor([0, 5, 9, 15])
+    parameters = list(bank.parameters())
+    gradients = torch.autograd.grad(space.loss(bank, rows).sum(), parameters)
+    directions = [torch.randn(p.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i, p in enumerate(parameters)]
+
+    @torch.no_grad()
+    def moved(h):
+        for p, d in zip(parameters, directions):
+            p += h * d
+        value = space.loss(bank, rows).sum().item()
+        for p, d in zip(parameters, directions):
+            p -= h * d
+        return value
+
+    h = 1e-6
+    assert sum((g * d).sum() for g, d in zip(gradients, directions)).item() == pytest.approx((moved(h) - moved(-h)) / (2 * h), rel=1e-4)
+
+
+def test_sliders_learn_their_directions(model, conds, tmp_path):
+    samples, clip = collect(model, conds, tmp_path, samples=12), vision_tower()
+    f = train_space.features(model, clip, samples.x_0)
+    v, sigma, _ = train_space.directions(f, 2)
+    made, reading = train_space.learn(model, clip, samples, *conds, v, layers=lora.target_layers(model.unet, "all"), rank=1, alpha=1.0, guidance=1.0,
+                                      checkpointing=False, steps=16, batch=8, lr=2e-3, seed=0)
+    assert reading["cosine"] > 0.3 and len(made) == 2
+    factor = train_space.calibrate(model, clip, made[0], v[0], sigma[0].item(), *conds, seeds=2, size=None, batch=8, steps=4, guidance=3.0, start=0.3)
+    assert 0 < factor <= 8
+
+
+def test_features_are_those_of_the_pictures(model, conds, tmp_path):
+    samples, clip = collect(model, conds, tmp_path), vision_tower()
+    f = train_space.features(model, clip, samples.x_0)
+    seen = torch.nn.functional.normalize(clip(tensor(model.pictures(samples.x_0))), dim=-1)
+    assert torch.allclose(f.norm(dim=-1), torch.ones(6)) and (f - seen).norm(dim=-1).max() < 0.1  # but for rounding and clipping
+
+
+def test_words_that_lie_along_a_direction_are_named(model):
+    """A direction that is made of a word's own change finds that word."""
+    _, encode = train_space.towers(type("A", (), {"clip": None}), model)
+    words = ["hat", "glasses", "red", "smiling"]
+    f = torch.nn.functional.normalize(encode(["a person", "a person, hat", "a person, smiling"]), dim=-1)
+    hints = train_space.names(encode, "a person", words, torch.nn.functional.normalize(f[1:] - f[0], dim=-1))
+    assert hints[0][0].startswith("+ hat") and hints[1][0].startswith("+ smiling") and hints[0][1].startswith("- ")
