@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import parallel
 import sampler
 from formats import slider_files
 
@@ -49,7 +50,7 @@ def step_loss(unet, x_t, t: int, t_next: int, eps_c, null, goal, *, alpha_bar, g
     and the mean squared errors (B,). Mokady et al. 2023, eq. (3)."""
     eps_u = unet(x_t, torch.full((len(x_t),), t, device=x_t.device), *null)
     x_next = sampler.ddim_step(x_t, eps_u + guidance * (eps_c - eps_u), t, t_next, alpha_bar)
-    return x_next, (x_next.float() - goal.float()).square().mean((1, 2, 3))
+    return x_next, (sampler.precise(x_next) - sampler.precise(goal)).square().mean((1, 2, 3))
 
 
 def null_text(unet, pivot, cond, uncond, *, alpha_bar, guidance: float, inner: int = 10, lr: float = 0.03, enough: float = 1e-5) -> Inversion:
@@ -92,15 +93,20 @@ def evaluations(method: str, steps: int, inner: int = 10) -> int:
 
 # ------------------------------------------------------------------------------------------------ kept for the next time
 
-def kept(path: Path, make, like: Inversion | None = None) -> Inversion:
-    """The Inversion in the file `path`; if there is none, make() is called and its result written there."""
+def kept(path: Path, make) -> Inversion:
+    """The Inversion in the file `path`; if there is none, make() is called and its result written there. ValueError, naming
+    the file, if it is damaged."""
     if path.exists():
         stored, _ = slider_files.raw(path)
+        if not {"x_T", "context", "pooled", "time_ids"} <= stored.keys():
+            raise ValueError(f"{path}: holds no inversion: delete it, and it is made again")
         steps = len(stored["context"])
         return Inversion(stored["x_T"], [tuple(stored[part][i] for part in ("context", "pooled", "time_ids")) for i in range(steps)])
     made = make()
     stack = lambda part: torch.stack([u[part] for u in made.uncond])  # (steps, B or 1, ...)
-    slider_files.save(path, {"x_T": made.x_T.contiguous(), "context": stack(0), "pooled": stack(1), "time_ids": stack(2)}, {"kind": "inversion"})
+    if parallel.is_first():  # every process makes the same
+        slider_files.save(path, {"x_T": made.x_T.contiguous(), "context": stack(0), "pooled": stack(1), "time_ids": stack(2)},
+                          {"kind": "inversion"})
     return made
 
 

@@ -66,6 +66,11 @@ def ddim_backwards(unet, x_0, cond, *, alpha_bar, steps: int = 30):
     return torch.stack(way[::-1])
 
 
+def precise(x):
+    """x in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def rows(cond, n: int):
     """The conditioning of one prompt for n pictures: (1, ...) -> (n, ...) of each part; n rows stay as they are."""
     return tuple(c.expand(n, *c.shape[1:]) for c in cond)

@@ -73,15 +73,10 @@ def collect(model, cond, uncond, folder: Path, *, samples: int, per_sample: int,
     return Samples(*(torch.cat([p[name] for p in parts]).to(model.device) for name in ("x_0", "x_t", "t", "prompt")))
 
 
-def precise(x):
-    """x in float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def features(model, clip, x_0, checkpointing: bool = False):
     """Unit-length CLIP features (b, d), float32, of latents x_0 (b, 4, h, w). checkpointing: compute decoder and CLIP again on
     the way back instead of keeping what they hold."""
-    look = lambda z: F.normalize(clip(precise(model.vae.decode(z.to(next(model.vae.parameters()).dtype)))), dim=-1)
+    look = lambda z: F.normalize(clip(sampler.precise(model.vae.decode(z.to(next(model.vae.parameters()).dtype)))), dim=-1)
     return torch.utils.checkpoint.checkpoint(look, x_0, use_reentrant=False) if checkpointing else look(x_0)
 
 
@@ -117,7 +112,7 @@ class Space:
         c = tuple(part[self.prompt[rows]] for part in self.cond)
         eps = self.model.unet(x_t, t, *c) if self.guidance == 1 else sampler.guided_eps(self.model.unet, x_t, t, c, sampler.rows(self.uncond, len(x_t)), self.guidance)[0]
         a = self.model.alpha_bar.to(x_t.device)[t].view(-1, 1, 1, 1)
-        return (precise(x_t) - (1 - a).sqrt() * precise(eps)) / a.sqrt()
+        return (sampler.precise(x_t) - (1 - a).sqrt() * sampler.precise(eps)) / a.sqrt()
 
     def change(self, slider, rows):
         """What the sliders of these samples change in the features, (b, d), and the directions that they should go, (b, d)."""
