@@ -102,6 +102,14 @@ def output(path) -> Path:
     return path
 
 
+def write_text(path, text: str):
+    """Write a file whole: under a temporary name, then renamed."""
+    path = output(path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def numbers(text: str, kind=float) -> list:
     """'-2,0,2' -> [-2.0, 0.0, 2.0]; for ints '0-3' or '0,5,7'. For argparse's type=."""
     try:

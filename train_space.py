@@ -12,7 +12,6 @@ at; the student (student.loop) trains all sliders together, another one in each 
 """
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -286,9 +285,7 @@ def main():
         lora.save(out / f"{i + 1}.safetensors", slider, about | {"v": v[i].tolist()})
         found.append(about)
         print(f"{i + 1}: {share[i]:.1%} of the variance, cosine {reading['cosines'][i]:.2f}; words, as a hint: {'; '.join(hints[i])}")
-    temporary = out / "space.json.tmp"
-    temporary.write_text(json.dumps(found, indent=1))
-    os.replace(temporary, out / "space.json")
+    cli.write_text(out / "space.json", json.dumps(found, indent=1))
     drawn_sheet(model, out, cond, uncond, size, args, batch, settings)
     print(f"{out}: {args.sliders} sliders and sheet.png, after {time.time() - started:.0f} s; peak memory {training.peak_memory(model.device) / 2**30:.1f} GiB")
 
