@@ -126,6 +126,12 @@ def integers(text: str) -> list[int]:
     return numbers(text, int)
 
 
+def steps(text: str) -> int | list[int]:
+    """'30' -> 30, a number of steps; '999,749,499,249' -> noise levels. For argparse's type=."""
+    found = numbers(text, int)
+    return found[0] if len(found) == 1 else found
+
+
 def run(main, when_stopped: str = ""):
     """Run main(); whatever the user can mend becomes one line and exit status 2, without a traceback. when_stopped: said after Ctrl-C."""
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)

@@ -78,15 +78,16 @@ def begin_with(model, args, picture, size) -> dict:
     """Where `sweep` begins in order to draw `picture`, or to edit it: its settings start_from, uncond, skip."""
     z = model.latents([picture])
     if args.strength:
-        skip = args.steps - max(1, round(args.strength * args.steps))
-        t = torch.tensor([sampler.timesteps(args.steps)[skip]], device=model.device)
+        ts = sampler.timesteps(args.steps)
+        skip = len(ts) - max(1, round(args.strength * len(ts)))
+        t = torch.tensor([ts[skip]], device=model.device)
         noised = lambda seeds: sampler.add_noise(z, sampler.noise(seeds, z.shape[1:], model.device, model.dtype), t.expand(len(seeds)), model.alpha_bar)
         return dict(start_from=noised, skip=skip)
     settings = dict(method=args.invert, steps=args.steps, guidance=args.guidance)
     path = Path(args.out) / f"inversion-{invert.key(model, z, args.prompt, args.negative, settings)}.safetensors"
 
     def make():
-        most = invert.evaluations(args.invert, args.steps)
+        most = invert.evaluations(args.invert, len(sampler.timesteps(args.steps)))
         print(f"{args.invert} inversion: {'at most ' * (args.invert == 'null-text')}{most} network evaluations")
         made = invert.invert(model.unet, z, model.condition([args.prompt], size), model.condition([args.negative], size), alpha_bar=model.alpha_bar, **settings)
         print(f"{made.evaluations} network evaluations; kept in {path} for the next time")
@@ -144,7 +145,7 @@ def parse_args():
     p.add_argument("--seeds", type=cli.integers, default=[0, 1, 2, 3], help="0,5,7 or 0-3 (default: 0-3)")
     p.add_argument("--negative", default="", help="negative prompt")
     p.add_argument("--guidance", type=float, default=5.0, help="classifier-free guidance (default: %(default)s)")
-    p.add_argument("--steps", type=int, default=30, help="DDIM steps (default: %(default)s)")
+    p.add_argument("--steps", type=cli.steps, default=30, help="DDIM steps (default: %(default)s), or the noise levels of a distilled model: 999,749,499,249")
     p.add_argument("--start", type=float, default=0.3, help="share of the denoising after which the sliders switch on (default: %(default)s)")
     p.add_argument("--size", type=int, help="pixels (default: the model's own)")
     p.add_argument("--batch", type=int, help="pictures denoised at once (default: 16; for a UNet of SDXL's size 4)")
