@@ -91,14 +91,23 @@ def file_scale_start(text: str) -> tuple[str, float | None, float | None]:
     return *file_and_scale(rest), start
 
 
-def check_output(path):
-    """Refuse, before any work is done, a file that could not be written in the end."""
+def output(path) -> Path:
+    """The path of a file to be written in the end. ValueError, before any work is done, if it could not be."""
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; --out names a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"{path.parent}: cannot be written to")
+    return path
+
+
+def write_text(path, text: str):
+    """Write a file whole: under a temporary name, then renamed."""
+    path = output(path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def numbers(text: str, kind=float) -> list:
@@ -117,8 +126,14 @@ def integers(text: str) -> list[int]:
     return numbers(text, int)
 
 
-def run(main):
-    """Run main(); whatever the user can mend becomes one line and exit status 2, without a traceback."""
+def steps(text: str) -> int | list[int]:
+    """'30' -> 30, a number of steps; '999,749,499,249' -> noise levels. For argparse's type=."""
+    found = numbers(text, int)
+    return found[0] if len(found) == 1 else found
+
+
+def run(main, when_stopped: str = ""):
+    """Run main(); whatever the user can mend becomes one line and exit status 2, without a traceback. when_stopped: said after Ctrl-C."""
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         parallel.start()
@@ -131,6 +146,6 @@ def run(main):
     except (ValueError, OSError, FloatingPointError, SafetensorError, torch.OutOfMemoryError) as error:
         print(f"error{parallel.name()}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "; ".join(filter(None, ["stopped", when_stopped])), file=sys.stderr)
         sys.exit(130)

@@ -33,16 +33,16 @@ class Inversion:
     evaluations: int = 0  # of the UNet, one a picture; 0: it came from a file
 
 
-def invert(unet, x_0, cond, uncond, *, alpha_bar, method: str = "null-text", steps: int = 30, guidance: float = 5.0, **fit) -> Inversion:
+def invert(unet, x_0, cond, uncond, *, alpha_bar, method: str = "null-text", steps=30, guidance: float = 5.0, **fit) -> Inversion:
     """x_0 (B, 4, h, w): the pictures' latents. cond: their prompts' conditioning, of B rows or one for all; uncond: the empty
     prompt's, one row. fit: null_text's settings. ValueError for a method that is not in METHODS."""
     if method not in METHODS:
         raise ValueError(f"method: {method!r} is not one of {', '.join(METHODS)}")
-    cond = sampler.rows(cond, len(x_0))
+    cond, ts = sampler.rows(cond, len(x_0)), sampler.timesteps(steps, len(alpha_bar))
     pivot = sampler.ddim_backwards(unet, x_0, cond, alpha_bar=alpha_bar, steps=steps)
     if method == "null-text" and guidance != 1:
-        return null_text(unet, pivot, cond, uncond, alpha_bar=alpha_bar, guidance=guidance, **fit)
-    return Inversion(pivot[0], [uncond if method == "ddim" else cond] * steps, steps * len(x_0))
+        return null_text(unet, pivot, ts, cond, uncond, alpha_bar=alpha_bar, guidance=guidance, **fit)
+    return Inversion(pivot[0], [uncond if method == "ddim" else cond] * len(ts), len(ts) * len(x_0))
 
 
 def step_loss(unet, x_t, t: int, t_next: int, eps_c, null, goal, *, alpha_bar, guidance: float):
@@ -53,25 +53,25 @@ def step_loss(unet, x_t, t: int, t_next: int, eps_c, null, goal, *, alpha_bar, g
     return x_next, (sampler.precise(x_next) - sampler.precise(goal)).square().mean((1, 2, 3))
 
 
-def null_text(unet, pivot, cond, uncond, *, alpha_bar, guidance: float, inner: int = 10, lr: float = 0.03, enough: float = 1e-5) -> Inversion:
-    """Fit the unconditional embeddings to the pivot x*_T ... x*_0 (steps + 1, B, 4, h, w).
+def null_text(unet, pivot, ts: list[int], cond, uncond, *, alpha_bar, guidance: float, inner: int = 10, lr: float = 0.03, enough: float = 1e-5) -> Inversion:
+    """Fit the unconditional embeddings to the pivot x*_T ... x*_0 (steps + 1, B, 4, h, w), ts its noise levels.
 
     inner: optimiser steps at most for each t. lr: Adam's, in units of the standard deviation of the prompts' context, which
     differs from model to model; it falls to half over the steps. enough: the mean squared error below which a t is done; it rises by 2e-5 a
     step, as in the authors' code: late steps have less to gain. All B pictures go on until the worst of them is good enough.
     """
-    steps, B, T = len(pivot) - 1, pivot.shape[1], len(alpha_bar)
+    steps, B = len(ts), pivot.shape[1]
     null = [c.float().expand(B, *c.shape[1:]).clone() for c in uncond[:2]]
     as_used = lambda: (*(c.to(pivot.dtype) for c in null), uncond[2].expand(B, -1))
     x_t, found, n, lr = pivot[0], [], steps * B, lr * cond[0].float().std().item()
     with tqdm(total=steps, unit="step", desc="null-text") as bar:
-        for i, t in enumerate(sampler.timesteps(steps, T)):
+        for i, (t, t_next) in enumerate(zip(ts, [*ts[1:], -1])):
             null = [c.detach().clone().requires_grad_() for c in null]  # each t goes on from what the last one found
             opt = torch.optim.Adam(null, lr=lr * (1 - i / (2 * steps)))
             with torch.no_grad():
                 eps_c = unet(x_t, torch.full((B,), t, device=x_t.device), *cond)
             for j in range(inner + 1):
-                x_next, loss = step_loss(unet, x_t, t, t - T // steps, eps_c, as_used(), pivot[i + 1], alpha_bar=alpha_bar, guidance=guidance)
+                x_next, loss = step_loss(unet, x_t, t, t_next, eps_c, as_used(), pivot[i + 1], alpha_bar=alpha_bar, guidance=guidance)
                 used, worst = [c.detach() for c in as_used()], loss.max().item()
                 if worst < enough + 2e-5 * i or j == inner:
                     break

@@ -26,11 +26,16 @@ def make_alpha_bar(config: dict) -> torch.Tensor:
     return torch.cumprod(1 - beta, 0).float()  # (T,)
 
 
-def timesteps(steps: int, T: int = 1000) -> list[int]:
-    """The `steps` noise levels that DDIM visits, largest first; `leading` spacing with offset 1, as SDXL's.
+def timesteps(steps: int | list[int], T: int = 1000) -> list[int]:
+    """The `steps` noise levels that DDIM visits, largest first; `leading` spacing with offset 1, as SDXL's. Or the levels
+    themselves, for a model that was distilled to a few of its own: [999, 749, 499, 249].
 
-    Raises ValueError unless 1 <= steps <= T.
+    Raises ValueError unless 1 <= steps <= T, or the levels fall and lie below T.
     """
+    if isinstance(steps, list):
+        if not steps or sorted(set(steps), reverse=True) != steps or steps[0] >= T or steps[-1] < 0:
+            raise ValueError(f"steps: noise levels must fall from at most {T - 1} to at least 0, not {','.join(map(str, steps))}")
+        return steps
     if not 1 <= steps <= T:
         raise ValueError(f"steps: {steps} is not between 1 and {T}")
     return [min(i * (T // steps) + 1, T - 1) for i in reversed(range(steps))]
@@ -53,16 +58,16 @@ def ddim_step(x_t, eps, t: int, t_next: int, alpha_bar):
 
 
 @torch.no_grad()
-def ddim_backwards(unet, x_0, cond, *, alpha_bar, steps: int = 30):
+def ddim_backwards(unet, x_0, cond, *, alpha_bar, steps=30):
     """Latents x_0 (B, 4, h, w) walked up to noise, at guidance 1: x*_T ... x*_0, (steps + 1, B, 4, h, w), noise first.
 
     A step up from level t' to t wants eps(x_t, t), and x_t is not known yet: eps(x_{t'}, t) stands in for it, as the two
     differ little when steps are short (Song et al. 2021, section 4.3; Mokady et al. 2023).
     """
-    T, way = len(alpha_bar), [x_0]
-    for t in reversed(timesteps(steps, T)):
+    ts, way = timesteps(steps, len(alpha_bar)), [x_0]
+    for t, t_next in reversed(list(zip(ts, [*ts[1:], -1]))):
         eps = unet(way[-1], torch.full((len(x_0),), t, device=x_0.device), *rows(cond, len(x_0)))
-        way.append(ddim_step(way[-1], eps, t - T // steps, t, alpha_bar))
+        way.append(ddim_step(way[-1], eps, t_next, t, alpha_bar))
     return torch.stack(way[::-1])
 
 
@@ -107,12 +112,13 @@ def ends_difference(unet, x_t, t, ends):
 
 
 @torch.no_grad()
-def sample(unet, x_T, cond, uncond=None, *, alpha_bar, steps: int = 30, guidance: float = 5.0, sliders=(), start: float = 0.3,
+def sample(unet, x_T, cond, uncond=None, *, alpha_bar, steps=30, guidance: float = 5.0, sliders=(), start: float = 0.3,
            ends=None, eta=0.0, skip: int = 0, stop: int | None = None, on_step=None):
     """Walk noise x_T (B, 4, h, w) down to latents x_0 (B, 4, h, w), all B with the same settings.
 
     cond, uncond: as in guided_eps, of B rows or of one for all. uncond may be a list with one for each of the steps, as
                 null-text inversion makes it (invert.py).
+    steps:      as in timesteps.
     sliders:    pairs (lora.Slider, scale), or triples with a start of its own; a scale is a number, or a tensor (B,): one
                 for each picture. Sliders that are not attached are attached for as long as it takes.
     start:      delayed LoRA: scales are 0 while t > t_on = (1 - start) T, so that the frozen model lays out the
@@ -135,16 +141,16 @@ def sample(unet, x_T, cond, uncond=None, *, alpha_bar, steps: int = 30, guidance
             eps, eps_c = guided_eps(unet, x_t, t, cond, uncond_at(i), guidance, eq_8, eta)
             if on_step:
                 on_step(i, t, x_t, eps_c)
-            x_t = ddim_step(x_t, eps, t, t - T // steps, alpha_bar)
+            x_t = ddim_step(x_t, eps, t, ts[i + 1] if i + 1 < len(ts) else -1, alpha_bar)
     return x_t
 
 
-def steps_before(start: float, steps: int, T: int = 1000) -> int:
+def steps_before(start: float, steps, T: int = 1000) -> int:
     """How many of the DDIM steps lie before sliders with this start are switched on."""
     return sum(t > (1 - start) * T for t in timesteps(steps, T))
 
 
-def sweep(unet, x_T, cond, uncond, columns, *, alpha_bar, steps: int = 30, start: float = 0.3, batch: int = 16, skip: int = 0, ends=None, etas=None, **settings):
+def sweep(unet, x_T, cond, uncond, columns, *, alpha_bar, steps=30, start: float = 0.3, batch: int = 16, skip: int = 0, ends=None, etas=None, **settings):
     """The same x_T (n, 4, h, w) in several settings: yields (column, x_0 (n, 4, h, w)) for each of `columns`, as they are done.
 
     columns: for each column a list of pairs (slider, scale) or triples (slider, scale, start); every column names the

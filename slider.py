@@ -30,11 +30,13 @@ from PIL import Image
 import cli
 import invert
 import lora
+import page
 import parallel
 import pictures
 import sampler
 import train_text
 import training
+from sdxl import MINIATURE
 
 
 def generate(model, prompt: str, seeds, sliders=(), **settings) -> list[Image.Image]:
@@ -76,15 +78,16 @@ def begin_with(model, args, picture, size) -> dict:
     """Where `sweep` begins in order to draw `picture`, or to edit it: its settings start_from, uncond, skip."""
     z = model.latents([picture])
     if args.strength:
-        skip = args.steps - max(1, round(args.strength * args.steps))
-        t = torch.tensor([sampler.timesteps(args.steps)[skip]], device=model.device)
+        ts = sampler.timesteps(args.steps)
+        skip = len(ts) - max(1, round(args.strength * len(ts)))
+        t = torch.tensor([ts[skip]], device=model.device)
         noised = lambda seeds: sampler.add_noise(z, sampler.noise(seeds, z.shape[1:], model.device, model.dtype), t.expand(len(seeds)), model.alpha_bar)
         return dict(start_from=noised, skip=skip)
     settings = dict(method=args.invert, steps=args.steps, guidance=args.guidance)
     path = Path(args.out) / f"inversion-{invert.key(model, z, args.prompt, args.negative, settings)}.safetensors"
 
     def make():
-        most = invert.evaluations(args.invert, args.steps)
+        most = invert.evaluations(args.invert, len(sampler.timesteps(args.steps)))
         print(f"{args.invert} inversion: {'at most ' * (args.invert == 'null-text')}{most} network evaluations")
         made = invert.invert(model.unet, z, model.condition([args.prompt], size), model.condition([args.negative], size), alpha_bar=model.alpha_bar, **settings)
         print(f"{made.evaluations} network evaluations; kept in {path} for the next time")
@@ -142,12 +145,13 @@ def parse_args():
     p.add_argument("--seeds", type=cli.integers, default=[0, 1, 2, 3], help="0,5,7 or 0-3 (default: 0-3)")
     p.add_argument("--negative", default="", help="negative prompt")
     p.add_argument("--guidance", type=float, default=5.0, help="classifier-free guidance (default: %(default)s)")
-    p.add_argument("--steps", type=int, default=30, help="DDIM steps (default: %(default)s)")
+    p.add_argument("--steps", type=cli.steps, default=30, help="DDIM steps (default: %(default)s), or the noise levels of a distilled model: 999,749,499,249")
     p.add_argument("--start", type=float, default=0.3, help="share of the denoising after which the sliders switch on (default: %(default)s)")
     p.add_argument("--size", type=int, help="pixels (default: the model's own)")
     p.add_argument("--batch", type=int, help="pictures denoised at once (default: 16; for a UNet of SDXL's size 4)")
     p.add_argument("--vae-tile", type=int, default=1024, metavar="PIXELS",
                    help="decode larger pictures in tiles of this side; a smaller one takes less memory (default: %(default)s)")
+    p.add_argument("--html", metavar="FILE", help="also write a page with the slider to drag, every picture inside it; with --grid a plane of two")
     p.add_argument("--out", default="out", help="folder to write to (default: %(default)s)")
     return p.parse_args()
 
@@ -183,6 +187,8 @@ def check(args):
         raise ValueError(f"--{'each' if args.each else 'random'} needs sliders without a scale of their own")
     if args.grid and [scale for _, scale, _ in args.slider].count(None) != 2:
         raise ValueError("--grid needs two sliders without a scale of their own")
+    if args.html and (args.each or args.random):
+        raise ValueError("--html shows a sweep or a --grid, not --each or --random")
     if Path(args.out).exists() and not Path(args.out).is_dir():
         raise ValueError(f"{args.out}: is a file; --out names a folder")
 
@@ -233,10 +239,25 @@ def main():
     names = [pictures.label(s) for s in scales]
     if not parallel.is_first():
         return
+    if args.html:
+        write_page(args, names_of_rows, scales, drawn)
     if args.grid:
         write_grids(out, names_of_rows, drawn, names)
     else:
         write_strip(out, names_of_rows, drawn, names if sweeping or args.guide else [""], picture)
+
+
+def write_page(args, rows: list[str], scales, drawn):
+    """args.html: a sweep, or the plane of a grid (page.py)."""
+    names = [Path(path).stem for path, fixed, _ in args.slider if fixed is None] or ["eq. (8)"]
+    n, says = len(scales), None
+    sliders = [(name, scales) for name in names] if args.grid else [(", ".join(names), scales)]
+    lines = lambda table: [[[table[j * n + i][r] for i in range(n)] for j in range(len(drawn) // n)] for r in range(len(rows))]
+    if args.model == str(MINIATURE):  # only there can what is seen be measured
+        from miniature.effect import said
+        says = lines(said(drawn, len(sliders)))
+    cli.write_text(args.html, page.html(args.prompt, sliders, rows, lines(drawn), says))
+    print(f"{args.html}: a page to drag in; open it in a browser")
 
 
 def in_folder(path: str) -> list[str]:

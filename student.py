@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 import parallel
+import unfinished
 
 
 @dataclass
@@ -67,23 +68,32 @@ def fit(unet, slider, train: Targets, held_out: Targets, *, batch: int, **settin
     return loop(slider, len(train), loss, lambda: meter(unet, slider, held_out, batch), batch=batch, **settings)
 
 
-def loop(slider, n: int, loss, read, *, steps: int, batch: int, lr: float, seed: int = 0, meter_every: int = 25, on_meter=None) -> dict:
+def loop(slider, n: int, loss, read, *, steps: int, batch: int, lr: float, seed: int = 0, meter_every: int = 25, on_meter=None,
+         kept=unfinished.NOTHING) -> dict:
     """The loop: shows a progress bar with loss and meter; returns the final meter and loss.
 
     n: samples to learn from. loss: function of a few of their numbers, (b,) -> one loss for each, (b,). read: the meter, a dict
     with share and cosine. batch: samples in a step, of all processes together (parallel.py). on_meter: called as
-    on_meter(step) after each reading. Raises FloatingPointError when the loss is no longer finite or far above 1.
+    on_meter(step) after each reading. kept: where the state is kept every meter_every steps, and gone on from.
+    Raises FloatingPointError when the loss is no longer finite or far above 1, KeyboardInterrupt, after the step, if told to stop.
     """
     parameters = [p for p in slider.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     warmup = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: min(1.0, (i + 1) / warmup) * min(1.0, 2 * (steps - i) / steps))
+    rate = lambda i: lr * min(1.0, (i + 1) / warmup) * min(1.0, 2 * (steps - i) / steps)
     generator = torch.Generator().manual_seed(seed)
     if batch < parallel.processes():
         raise ValueError(f"{batch} samples in a step are too few for {parallel.processes()} processes")
-    average, order, reading = None, [], {"share": 0.0, "cosine": 0.0}
-    with slider.at(0.0), tqdm(total=steps, unit="step", desc="train") as bar:
-        for i in range(steps):
+    average, order, reading, first = None, [], {"share": 0.0, "cosine": 0.0}, 0
+    if state := kept.load():
+        first, average, order, reading = state["step"], state["average"], state["order"], state["reading"]
+        generator.set_state(state["generator"])
+        opt.load_state_dict(state["optimiser"])
+        with torch.no_grad():
+            for p, value in zip(parameters, state["parameters"], strict=True):
+                p.copy_(value)
+    with slider.at(0.0), unfinished.stoppable() as stop, tqdm(total=steps, initial=first, unit="step", desc="train") as bar:
+        for i in range(first, steps):
             if len(order) < batch:  # every sample once before any comes again
                 order = torch.randperm(n, generator=generator).tolist()
             rows, order = torch.tensor(order[:batch]), order[batch:]
@@ -91,15 +101,22 @@ def loop(slider, n: int, loss, read, *, steps: int, batch: int, lr: float, seed:
             total = loss(parallel.mine(rows)).sum() / batch  # of several processes, each has a part of the batch, and of the loss
             total.backward()
             value = parallel.add_up([total.detach(), *(p.grad for p in parameters)])[0].item()
+            opt.param_groups[0]["lr"] = rate(i)
             opt.step()
-            schedule.step()
             if not value < 10:  # NaN too
-                raise FloatingPointError(f"training diverged at step {i + 1} (loss {value:.3g}): try a lower --lr than {lr:.2g}")
+                good = (kept.load() or {"step": 0})["step"]
+                raise FloatingPointError(f"training diverged at step {i + 1} (loss {value:.3g}): try a lower --lr than {lr:.2g}"
+                                         + f"; --resume with it goes on from step {good}" * bool(good))
             average = value if average is None else 0.9 * average + 0.1 * value
             if (i + 1) % meter_every == 0 or i + 1 == steps:
                 reading = read()
                 if on_meter:
                     on_meter(i + 1)
+            if (i + 1) % meter_every == 0 or i + 1 == steps or stop():
+                kept.save({"step": i + 1, "average": average, "order": order, "reading": reading, "generator": generator.get_state(),
+                                 "optimiser": opt.state_dict(), "parameters": [p.detach() for p in parameters]})
+            if stop():
+                raise KeyboardInterrupt(f"stopped after step {i + 1}" + "; the same command with --resume goes on from there" * bool(kept.folder))
             bar.set_postfix_str(f"loss {average:.2f}  learned {reading['share']:.0%}  cosine {reading['cosine']:.2f}")
             bar.update()
     return reading | {"loss": average}

@@ -165,6 +165,7 @@ def main():
     p.add_argument("what", choices=["info", "convert", "merge", "extract", "bake"])
     p.add_argument("files", nargs="+", metavar="FILE[:WEIGHT]", help="slider files (extract: a model)")
     p.add_argument("--out", help="file to write (bake: what --model is, a folder or a file)")
+    p.add_argument("--overwrite", action="store_true", help="replace --out if it is there")
     p.add_argument("--to", choices=slider_files.NAMINGS, default="kohya", help="convert: naming (default: %(default)s)")
     p.add_argument("--rank", type=int, help="merge, extract: rank of the result (extract: 16; merge: all there is)")
     p.add_argument("--layers", choices=lora.LAYERS, default="all", help="extract: which layers (default: %(default)s)")
@@ -176,7 +177,8 @@ def main():
         if not args.out:
             raise ValueError("--out is needed: the file to write")
         if args.what != "bake":
-            cli.check_output(args.out)
+            if cli.output(args.out).exists() and not args.overwrite:
+                raise ValueError(f"{args.out}: is there already: --overwrite replaces it")
     if args.what in ("convert", "extract") and len(args.files) > 1:
         raise ValueError(f"{args.what} takes one file, not {len(args.files)}")
     if args.rank is not None and args.rank < 1:

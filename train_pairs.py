@@ -28,6 +28,7 @@ import pictures
 import sampler
 import student
 import training
+import unfinished
 
 
 def shared_prediction(eps_0, scales):
@@ -43,11 +44,12 @@ def shared_prediction(eps_0, scales):
 
 
 @torch.no_grad()
-def collect(model, latents, scales, cond, *, noises: int, seed: int, batch: int, target: str = "shared") -> student.Targets:
+def collect(model, latents, scales, cond, *, noises: int, seed: int, batch: int, target: str = "shared",
+            kept=unfinished.NOTHING) -> student.Targets:
     """The teacher. Noises each pair's latents (n, k, 4, h, w) `noises` times, at levels spread over the whole schedule,
     alike within a pair, and notes what the frozen model predicts. Returns student.Targets of n * noises * k samples.
 
-    scales: (k,). cond: one row. target: "shared" for eps_bar, "noise" for eps, as the paper has it.
+    scales: (k,). cond: one row. target: "shared" for eps_bar, "noise" for eps, as the paper has it. kept: where what is predicted outlives a stop.
     """
     n, k, T = *latents.shape[:2], len(model.alpha_bar)
     offsets = torch.rand(n, generator=torch.Generator().manual_seed(seed))
@@ -56,8 +58,9 @@ def collect(model, latents, scales, cond, *, noises: int, seed: int, batch: int,
     rows = torch.arange(n, device=model.device).repeat_interleave(noises)
     x_t = sampler.add_noise(latents[rows].flatten(0, 1), eps.repeat_interleave(k, 0), t.repeat_interleave(k), model.alpha_bar)
     samples = parallel.mine(torch.arange(len(x_t), device=model.device))
-    parts = [model.unet(x_t[part], t[part // k], *sampler.rows(cond, len(part)))
-             for part in tqdm(samples.split(batch), unit="batch", desc="teacher")]
+    predicted = lambda part: {"eps_0": model.unet(x_t[part], t[part // k], *sampler.rows(cond, len(part)))}
+    parts = [kept.part(f"seed{seed}_teacher{i}", lambda: predicted(part))["eps_0"].to(model.device)
+             for i, part in enumerate(tqdm(samples.split(batch), unit="batch", desc="teacher"))]
     eps_0 = parallel.gather(torch.cat(parts), len(x_t)).unflatten(0, (-1, k))  # (n * noises, k, 4, h, w)
     goal = (eps[:, None].float() if target == "noise" else shared_prediction(eps_0, scales)).expand(eps_0.shape)
     t = t.repeat_interleave(k)
@@ -95,7 +98,7 @@ def main():
     training.check_numbers(args, "noises")
     scales, where = folders(args)
     groups = pictures.matched(where)
-    cli.check_output(args.out)
+    kept = unfinished.begin(args, cli.output(args.out))
     started = time.time()
     model = cli.load_model(args)
     size, slider = training.start(args, model, training.recipe(model.unet))
@@ -112,13 +115,13 @@ def main():
     if args.dry_run:
         return training.dry_run(args, model, slider, cond, plan)
     at = torch.tensor(scales, device=model.device)
-    train, held_out = (collect(model, z, at, cond, noises=noises, seed=2 * args.seed + 1 + i, batch=4 * args.batch, target=target)
+    train, held_out = (collect(model, z, at, cond, noises=noises, seed=2 * args.seed + 1 + i, batch=4 * args.batch, target=target, kept=kept)
                        for i, (z, noises, target) in enumerate(parts))
     difference = (held_out.wanted.norm() / held_out.eps_0.float().norm()).item()
     about = {"kind": "visual slider", "pairs": len(groups)}
     # Of what the model sees in a pair, a good part is its own and not the concept's: 30%, cosine 0.5 is a good slider on the miniature.
-    training.finish(args, model, slider, train, held_out, difference, about, cond, uncond, started, enough=(0.12, 0.4))
+    training.finish(args, model, slider, train, held_out, difference, about, cond, uncond, started, kept, enough=(0.12, 0.4))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, unfinished.HINT)

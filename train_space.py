@@ -12,7 +12,6 @@ at; the student (student.loop) trains all sliders together, another one in each 
 """
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,12 +46,14 @@ class Samples:
 
 
 @torch.no_grad()
-def collect(model, cond, uncond, folder: Path, *, samples: int, per_sample: int, size, seed: int, batch: int, steps: int, guidance: float,
+def collect(model, cond, uncond, folder: Path, *, samples: int, per_sample: int, size, seed: int, batch: int, steps, guidance: float,
             start: float) -> Samples:
     """Draw `samples` pictures, the prompts (rows of cond) in turn, keeping `per_sample` x_t of each, evenly spread over the steps
     in which sliders are on. Each batch is a file in `folder` once it is done: a run that was stopped goes on."""
-    first = sampler.steps_before(start, steps)
-    keep = [first + int((i + 0.5) * (steps - first) / per_sample) for i in range(per_sample)]
+    first, count = sampler.steps_before(start, steps), len(sampler.timesteps(steps))
+    keep = [first + int((i + 0.5) * (count - first) / per_sample) for i in range(per_sample)]
+    if len(set(keep)) < per_sample:
+        raise ValueError(f"--per-sample {per_sample}: sliders are on in only {count - first} of the {count} denoising steps")
     parts = []
     for i in tqdm(range(0, samples, batch), unit="batch", desc="samples"):
         seeds = range(seed * 1_000_000 + i, seed * 1_000_000 + min(i + batch, samples))
@@ -236,7 +237,7 @@ def parse_args():
     p.add_argument("--per-sample", type=int, default=4, help="x_t kept from each (default: %(default)s)")
     p.add_argument("--clip", help="CLIP, a folder or Hub id (default: the miniature's own, for the miniature)")
     p.add_argument("--words", help="file of words, one a line, to name directions with (default: the miniature's words; a short list)")
-    p.add_argument("--denoising-steps", type=int, default=20, help="4 for a few-step distilled model (default: %(default)s)")
+    p.add_argument("--denoising-steps", type=cli.steps, default=20, help="their number (default: %(default)s), or the levels of a distilled model: 999,749,499,249")
     p.add_argument("--guidance", type=float, default=5.0, help="while drawing; 1 for a distilled model (default: %(default)s)")
     p.add_argument("--train-guidance", type=float, default=1.0, help="in the predicted x_0 (default: %(default)s)")
     p.add_argument("--start", type=float, default=0.3, help="share of the denoising after which the sliders are on, in training too; 0 for a distilled model (default: %(default)s)")
@@ -248,7 +249,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    training.check_numbers(args, "sliders", "samples", "train_samples", "per_sample", "denoising_steps", "guidance", "train_guidance")
+    training.check_numbers(args, "sliders", "samples", "train_samples", "per_sample", "guidance", "train_guidance")
     if args.samples <= args.sliders:
         raise ValueError(f"--samples {args.samples}: more pictures than --sliders {args.sliders} are needed")
     out, started = Path(args.out), time.time()
@@ -286,9 +287,7 @@ def main():
         lora.save(out / f"{i + 1}.safetensors", slider, about | {"v": v[i].tolist()})
         found.append(about)
         print(f"{i + 1}: {share[i]:.1%} of the variance, cosine {reading['cosines'][i]:.2f}; words, as a hint: {'; '.join(hints[i])}")
-    temporary = out / "space.json.tmp"
-    temporary.write_text(json.dumps(found, indent=1))
-    os.replace(temporary, out / "space.json")
+    cli.write_text(out / "space.json", json.dumps(found, indent=1))
     drawn_sheet(model, out, cond, uncond, size, args, batch, settings)
     print(f"{out}: {args.sliders} sliders and sheet.png, after {time.time() - started:.0f} s; peak memory {training.peak_memory(model.device) / 2**30:.1f} GiB")
 

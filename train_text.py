@@ -21,6 +21,7 @@ import parallel
 import sampler
 import student
 import training
+import unfinished
 
 
 def encode(model, targets: list[str], pos: str, neg: str, preserve: list[str], size: tuple[int, int]):
@@ -32,13 +33,14 @@ def encode(model, targets: list[str], pos: str, neg: str, preserve: list[str], s
 
 @torch.no_grad()
 def collect(model, prompts, *, eta: float, trajectories: int, per_trajectory: int, size: tuple[int, int], seed: int, batch: int,
-            denoising_steps: int = 20, guidance: float = 3.0) -> student.Targets:
+            denoising_steps: int = 20, guidance: float = 3.0, kept=unfinished.NOTHING) -> student.Targets:
     """The teacher. Walks `trajectories` noises down with the frozen model, guided toward the target prompts in turn,
     and keeps `per_trajectory` of the x_t on each way, evenly spread and from another offset each, with the right-hand
     side of eq. (8) there. Returns student.Targets of 2 * trajectories * per_trajectory samples: each x_t at scale +1 with
     eq. (8)'s target, and at -1, where the paper leaves the slider untrained, with its mirror image, eps_0 - eta * mean(...).
 
-    prompts: from `encode`. About `batch` samples go through the UNet at once (twice as many with guidance).
+    prompts: from `encode`. kept: where what is collected outlives a stop. About `batch` samples go through the UNet at once
+    (twice as many with guidance).
     """
     cond, ends, uncond = prompts
     device, every = model.device, torch.arange(trajectories)
@@ -47,23 +49,28 @@ def collect(model, prompts, *, eta: float, trajectories: int, per_trajectory: in
     # Step indices kept on each trajectory: (trajectories, per_trajectory)
     keep = ((torch.arange(per_trajectory) + offsets[:, None]) * denoising_steps / per_trajectory).long()
 
-    # The way down: x_t, t, and the prediction for c_t, which is made there in any case.
-    kept = {int(j): [] for j in parallel.mine(every)}  # trajectory -> triples (x_t, t, eps_0), in the order of the way
-    for some in parallel.mine(every).split(batch):
+    def way(some):
+        """The way down: x_t, t, and the prediction for c_t, which is made there in any case, of `some` trajectories."""
+        found = {int(j): [] for j in some}  # trajectory -> triples (x_t, t, eps_0), in the order of the way
+
         def on_step(i, t, x_t, eps_c):
             for row in (keep[some] == i).any(1).nonzero()[:, 0].tolist():
-                kept[int(some[row])].append((x_t[row], torch.tensor(t, device=device), eps_c[row]))
+                found[int(some[row])].append((x_t[row], torch.tensor(t, device=device), eps_c[row]))
             bar.update()
 
         with tqdm(total=denoising_steps, unit="step", desc="trajectories") as bar:
             x_T = sampler.noise((seed * 1000 + some).tolist(), model.latent_shape(size), device, model.dtype)
             sampler.sample(model.unet, x_T, tuple(c[prompt[some].to(device)] for c in cond), uncond, alpha_bar=model.alpha_bar,
                            steps=denoising_steps, guidance=guidance, on_step=on_step)
-    x_t, t, eps_0 = (torch.stack(part) for part in zip(*itertools.chain(*kept.values())))  # (n, 4, h, w), (n,), (n, 4, h, w)
+        return dict(zip(("x_t", "t", "eps_0"), (torch.stack(part) for part in zip(*itertools.chain(*found.values())))))
+
+    ways = [kept.part(f"seed{seed}_way{int(some[0])}", lambda: way(some)) for some in parallel.mine(every).split(batch) if len(some)]
+    x_t, t, eps_0 = (torch.cat([w[name] for w in ways]).to(device) for name in ("x_t", "t", "eps_0"))  # (n, 4, h, w), (n,), (n, 4, h, w)
 
     # The rest of eq. (8) there: (n, 4, h, w)
     parts = tqdm(torch.arange(len(t), device=device).split(max(1, batch // len(ends[0]))), unit="batch", desc="both ends")
-    delta = eta * torch.cat([sampler.ends_difference(model.unet, x_t[rows], t[rows], ends) for rows in parts])
+    ends_there = lambda rows: {"difference": sampler.ends_difference(model.unet, x_t[rows], t[rows], ends)}
+    delta = eta * torch.cat([kept.part(f"seed{seed}_ends{int(rows[0])}", lambda: ends_there(rows))["difference"].to(device) for rows in parts])
 
     whole = lambda x: parallel.gather(x.unflatten(0, (-1, per_trajectory)), trajectories).flatten(0, 1)
     x_t, t, eps_0, delta = whole(x_t), whole(t), whole(eps_0), whole(delta)
@@ -143,7 +150,7 @@ def main():
         raise ValueError(f"--trajectories must be at least {parallel.processes()}, one for each process")
     prompts = args.prompt or [shared_part(args.pos, args.neg)]
     preserve = combinations(args.preserve)
-    cli.check_output(args.out)
+    kept = unfinished.begin(args, cli.output(args.out))
     started = time.time()
     model = cli.load_model(args, vae=bool(args.preview))  # words alone: no picture is ever decoded but for previews
     size, slider = training.start(args, model, recipe(model.unet))
@@ -157,13 +164,13 @@ def main():
     if args.dry_run:
         return training.dry_run(args, model, slider, encoded[0], plan)
     train, held_out = teach(model, encoded, eta=args.eta, trajectories=args.trajectories, per_trajectory=args.per_trajectory, guidance=args.guidance,
-                            denoising_steps=args.denoising_steps, size=size, seed=args.seed, batch=4 * args.batch)
+                            denoising_steps=args.denoising_steps, size=size, seed=args.seed, batch=4 * args.batch, kept=kept)
     if args.positive_only:
         train = train[train.scale > 0]
     difference = (train.wanted.norm() / args.eta / train.eps_0.float().norm()).item()
     about = {"kind": "text slider", "prompts": prompts, "preserved": preserve}
-    training.finish(args, model, slider, train, held_out, difference, about, encoded[0], encoded[2], started)
+    training.finish(args, model, slider, train, held_out, difference, about, encoded[0], encoded[2], started, kept)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, unfinished.HINT)

@@ -49,6 +49,8 @@ def add_options(p):
                    help="draw a strip beside the slider file, its name with .png, every so many steps (default: never)")
     p.add_argument("--probe", type=int, default=4, metavar="SEEDS", help="pictures to find the useful range of scales with; 0: leave it out (default: %(default)s)")
     p.add_argument("--dry-run", action="store_true", help="train nothing: say how many network evaluations, how long and how much memory it would take")
+    p.add_argument("--resume", action="store_true", help="go on with a training of the same command that was stopped")
+    p.add_argument("--overwrite", action="store_true", help="replace --out, or what is left of an unfinished training")
     p.add_argument("--size", type=int, help="pixels (default: the model's own, at most 512)")
     p.add_argument("--seed", type=int, default=0)
 
@@ -135,10 +137,10 @@ def start(args, model, recipe: dict) -> tuple[tuple[int, int], lora.Slider]:
 
 
 def finish(args, model, slider, train, held_out, difference: float, about: dict, cond, uncond, started: float,
-           enough=(0.25, 0.5)):
+           kept, enough=(0.25, 0.5)):
     """Fit the slider to what the teacher collected, write its file, and say in plain words what came out.
 
-    difference, enough: as in student.verdict. about: what else the file's metadata says. cond, uncond: what previews show, by their first rows.
+    kept: unfinished.begin's; it is removed in the end. difference, enough: as in student.verdict. about: what else the file's metadata says. cond, uncond: what previews show, by their first rows.
     """
     slider.attach(model.unet)
     path, cond, uncond = Path(args.out), tuple(c[:1] for c in cond), tuple(c[:1] for c in uncond)
@@ -148,10 +150,10 @@ def finish(args, model, slider, train, held_out, difference: float, about: dict,
             pictures.save(strip(model, slider, cond, uncond, train.x_t.shape[1:]), path.with_suffix(".png"))
 
     reading = student.fit(model.unet, slider, train, held_out, steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed,
-                          meter_every=args.preview or METER_EVERY, on_meter=preview)
+                          meter_every=args.preview or METER_EVERY, on_meter=preview, kept=kept)
     if not parallel.is_first():
         return
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "like", "dry_run") and not (k == "model" and v == str(MINIATURE))}
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "like", "dry_run", "resume", "overwrite") and not (k == "model" and v == str(MINIATURE))}
     about = about | {"settings": settings, "meter": reading, "difference": difference, "version": VERSION}
     lora.save(path, slider, about | {"seconds": round(time.time() - started, 1)})  # what comes now may take a while
     print(*student.verdict(reading, difference, enough), sep="\n")
@@ -159,6 +161,7 @@ def finish(args, model, slider, train, held_out, difference: float, about: dict,
         found = probe(model, slider, cond, uncond, train.x_t.shape[1:], args.probe)
         lora.save(path, slider, about | {"probe": found, "seconds": round(time.time() - started, 1)})
         print(f"Useful from scale {found['range'][0]:+.1f} to {found['range'][1]:+.1f}: beyond, pictures break down or stay as they are.")
+    kept.remove()
     print(f"{path}: written, {path.stat().st_size / 1e6:.2f} MB, after {time.time() - started:.0f} s")
     if args.preview:
         print(f"{path.with_suffix('.png')}: rows are seeds, columns scales")

@@ -5,7 +5,6 @@ the same on SDXL, with the prompts of the paper's experiments and real judges (e
 """
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -74,9 +73,7 @@ class Lab:
         """results[key], made only if no earlier run has: an experiment that was stopped goes on."""
         if key not in self.results:
             self.results[key] = make()
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(self.results, indent=1))
-            os.replace(temporary, self.path)
+            cli.write_text(self.path, json.dumps(self.results, indent=1))
         print(f"{key}: {json.dumps(self.results[key])}", flush=True)
         return self.results[key]
 

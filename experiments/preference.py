@@ -141,9 +141,7 @@ def main():
     args = p.parse_args()
     if args.what == "page":
         text = page(args.a, args.b, args.question, args.most)
-        temporary = Path(args.out + ".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(args.out)
+        cli.write_text(args.out, text)
         return print(f"{args.out}: {text.count(chr(34) + 'name' + chr(34))} pairs, {len(text) / 1e6:.1f} MB")
     found = count(args.votes)
     print(f"{found['raters']} raters: {found['b']} votes for b (with), {found['a']} for a (without), {found['neither']} for neither")

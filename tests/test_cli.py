@@ -85,6 +85,16 @@ def test_a_real_picture_is_inverted_once_and_edited(trained, tmp_path):
     assert done.returncode == 0 and (tmp_path / "s" / "seed2_scale+2.png").exists() and not list((tmp_path / "s").glob("inversion-*"))
 
 
+def test_pages_with_a_slider_and_with_a_plane(trained, tmp_path):
+    one = [*DRAW, "--slider", trained[0], "--seeds", "0,1", "--steps", 2, "--out", tmp_path / "o"]
+    done = run(*one, "--scales", "-1,0,1", "--html", tmp_path / "p" / "one.html")
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "p" / "one.html").read_text()
+    assert text.count("data:image/png") == 6 and "seed1" in text and '"say": "' in text and '"scales": [-1.0, 0.0, 1.0]' in text
+    done = run(*one, "--slider", f"{trained[0]}@0.5", "--grid", "--scales", "-1,1", "--html", tmp_path / "p" / "two.html")
+    assert done.returncode == 0 and (tmp_path / "p" / "two.html").read_text().count("data:image/png") == 8, done.stderr
+
+
 def test_a_folder_of_sliders_each_and_at_random(trained, tmp_path):
     (tmp_path / "space").mkdir()
     for i in (1, 2):
@@ -152,6 +162,7 @@ BAD = [
     ([*DRAW, "--scales", "-1,1"], "no slider to sweep"),
     ([*DRAW, "--eta", "2"], "belong to --guide"),
     ([*DRAW, "--strength", "0.5"], "--strength belongs to --image"),
+    ([*DRAW, "--each", "--slider", "a.safetensors", "--html", "x.html"], "--html shows"),
     ([*DRAW, "--each"], "--each needs sliders"),
     ([*DRAW, "--random", "2", "--each", "--slider", "a.safetensors"], "one of them at a time"),
     ([*DRAW, "--slider", "docs"], "docs: holds no slider files"),

@@ -107,3 +107,14 @@ def test_impossible_steps_and_models_are_refused():
         sampler.make_alpha_bar(CONFIG | {"prediction_type": "v_prediction"})
     with pytest.raises(ValueError, match="beta_schedule"):
         sampler.make_alpha_bar(CONFIG | {"beta_schedule": "linear"})
+
+
+def test_levels_of_ones_own(model):
+    """The levels that a number of steps stands for, named one by one, are the same walk; levels that do not fall are refused."""
+    x_T, cond, uncond = sampler.noise([0], (4, 16, 16)), model.condition(["a man"]), model.condition([""])
+    walk = lambda steps: sampler.sample(model.unet, x_T, cond, uncond, alpha_bar=model.alpha_bar, steps=steps)
+    assert torch.equal(walk(3), walk(sampler.timesteps(3)))
+    assert not torch.equal(walk(4), walk([999, 749, 499, 249]))
+    for bad in ([], [1, 2], [5, 5], [1000, 3], [3, -1]):
+        with pytest.raises(ValueError, match="steps: noise levels"):
+            sampler.timesteps(bad)

@@ -1,0 +1,188 @@
+"""Trainings that are stopped: what is kept, what is refused, and the same bytes in the end."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+import lora
+import student
+import train_text
+import unfinished
+from bench.kill import TEXT, survives
+from unfinished import Unfinished
+
+ROOT = Path(__file__).parent.parent
+
+
+def collect(model, kept=unfinished.NOTHING, **changes):
+    prompts = train_text.encode(model, ["a photo of a person"], "a photo of a person, smiling", "a photo of a person, frowning", [], (128, 128))
+    settings = dict(eta=1.0, trajectories=5, per_trajectory=2, denoising_steps=4, size=(128, 128), seed=5, batch=2)
+    return train_text.collect(model, prompts, kept=kept, **(settings | changes))
+
+
+def fit(model, targets, kept=unfinished.NOTHING, **changes):
+    torch.manual_seed(0)
+    slider = lora.Slider(lora.target_layers(model.unet, "xattn")).attach(model.unet)
+    try:
+        reading = student.fit(model.unet, slider, targets, targets, **(dict(steps=9, batch=3, lr=1e-3, meter_every=2, kept=kept) | changes))
+    finally:
+        slider.detach()
+    return [p.detach().clone() for p in slider.parameters()], reading
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def targets(model):
+    return collect(model)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 6, 9])
+def test_a_training_that_broke_off_ends_with_the_same_bytes(model, targets, tmp_path, monkeypatch, at):
+    whole, reading = fit(model, targets)
+    real, calls = student.predict, []
+
+    def breaks(unet, slider, batch):
+        calls.append(1)
+        if torch.is_grad_enabled() and sum(calls) > at * 3:
+            raise Stop
+        return real(unet, slider, batch)
+
+    kept = Unfinished(tmp_path)
+    with monkeypatch.context() as m:
+        m.setattr(student, "predict", breaks)
+        try:
+            fit(model, targets, kept)
+        except Stop:
+            pass
+    again, then = fit(model, targets, kept)
+    assert all(torch.equal(a, b) for a, b in zip(whole, again)) and reading == then
+
+
+def test_collecting_goes_on_where_it_was(model, targets, tmp_path, monkeypatch):
+    real, calls = train_text.sampler.ends_difference, []
+
+    def breaks(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise Stop
+        return real(*args)
+
+    kept = Unfinished(tmp_path)
+    monkeypatch.setattr(train_text.sampler, "ends_difference", breaks)
+    with pytest.raises(Stop):
+        collect(model, kept)
+    monkeypatch.setattr(train_text.sampler, "sample", lambda *_, **__: pytest.fail("walked again"))
+    again = collect(model, kept)
+    assert len(calls) == 3 + 8  # ten batches of one x_t; two were there
+    for name in ("x_t", "t", "eps_0", "target"):
+        assert torch.equal(getattr(targets, name), getattr(again, name)), name
+
+
+def test_ctrl_c_ends_the_step_keeps_it_and_says_how_to_go_on(model, targets, tmp_path, monkeypatch):
+    whole, _ = fit(model, targets, meter_every=100)
+    real, calls = student.predict, []
+
+    def interrupts(unet, slider, batch):
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(unet, slider, batch)
+
+    kept = Unfinished(tmp_path)
+    with monkeypatch.context() as m:
+        m.setattr(student, "predict", interrupts)
+        with pytest.raises(KeyboardInterrupt, match="stopped after step 4; the same command with --resume"):
+            fit(model, targets, kept, meter_every=100)
+    assert kept.load()["step"] == 4
+    assert all(torch.equal(a, b) for a, b in zip(whole, fit(model, targets, kept, meter_every=100)[0]))
+
+
+def test_divergence_keeps_the_last_good_state(model, targets, tmp_path, monkeypatch):
+    real, calls = student.predict, []
+
+    def explodes(unet, slider, batch):
+        calls.append(torch.is_grad_enabled())
+        return real(unet, slider, batch) * (float("nan") if sum(calls) == 5 else 1)
+
+    kept = Unfinished(tmp_path)
+    with monkeypatch.context() as m:
+        m.setattr(student, "predict", explodes)
+        with pytest.raises(FloatingPointError, match="diverged at step 5 .*lower --lr.*--resume with it goes on from step 4"):
+            fit(model, targets, kept)
+    state = kept.load()
+    assert state["step"] == 4 and all(p.isfinite().all() for p in state["parameters"])
+    fit(model, targets, kept, lr=1e-4)
+
+
+def args(tmp_path, **changes):
+    return Namespace(**(dict(out=str(tmp_path / "s.safetensors"), resume=False, overwrite=False, dry_run=False, pos="a", steps=None, merge=[("x", 1.0)], lr=None) | changes))
+
+
+def test_nothing_is_overwritten_unless_asked(tmp_path):
+    out = tmp_path / "s.safetensors"
+    with pytest.raises(ValueError, match="no unfinished training to resume"):
+        unfinished.begin(args(tmp_path, resume=True), out)
+    kept = unfinished.begin(args(tmp_path), out)
+    kept.save({"step": 3})
+    with pytest.raises(ValueError, match="--resume goes on with it, --overwrite starts anew"):
+        unfinished.begin(args(tmp_path), out)
+    with pytest.raises(ValueError, match="was begun with --pos a, not b"):
+        unfinished.begin(args(tmp_path, resume=True, pos="b"), out)
+    assert unfinished.begin(args(tmp_path, resume=True, lr=1e-5), out).load() == {"step": 3}
+    assert unfinished.begin(args(tmp_path, overwrite=True), out).load() is None
+    kept.remove()
+    assert not list(tmp_path.iterdir())
+    out.write_text("precious")
+    with pytest.raises(ValueError, match="is there already: --overwrite replaces it"):
+        unfinished.begin(args(tmp_path), out)
+    assert unfinished.begin(args(tmp_path, dry_run=True), out).folder is None and out.read_text() == "precious"
+
+
+def test_damaged_states_are_said_so(tmp_path):
+    kept = Unfinished(tmp_path)
+    (tmp_path / "state.pt").write_bytes(b"PK\x03\x04 nonsense")
+    with pytest.raises(ValueError, match="state.pt: damaged .*delete it"):
+        kept.load()
+    kept.part("x", lambda: {"a": torch.zeros(3)})
+    (tmp_path / "x.safetensors").write_bytes(b"\x00" * 20)
+    with pytest.raises(ValueError, match="x.safetensors: damaged .*delete it"):
+        kept.part("x", lambda: {})
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/evil_ran_here",)
+
+
+def test_a_state_that_would_run_code_is_not_read(tmp_path):
+    torch.save({"step": Evil()}, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="damaged"):
+        Unfinished(tmp_path).load()
+    assert not Path("/tmp/evil_ran_here").exists()
+
+
+def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
+    def full(path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        unfinished.written(tmp_path / "x", full)
+    assert not list(tmp_path.iterdir())
+
+
+def test_killed_twice_from_the_command_line(tmp_path):
+    found = survives([*TEXT, "--steps", "6", "--probe", "0"], tmp_path, 2, random.Random(3), 9.0)
+    assert found == {"same": True, "kills": 2, "left": False}

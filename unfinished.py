@@ -1,0 +1,127 @@
+"""What an unfinished training leaves behind, so that it can go on: the folder OUT.unfinished, beside the file that it was to write.
+
+Everything in it is written under a temporary name and renamed, so a training may be killed at any moment; `--resume` goes on
+from what is there and ends with the very bytes of an uninterrupted run. A finished training removes it.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import parallel
+
+FREE = {"out", "resume", "overwrite", "dry_run", "preview", "probe", "device", "checkpointing", "like", "lr"}  # may differ when a training goes on
+
+
+class Unfinished:
+    """folder: where it is kept; None keeps nothing. Of several processes each keeps its own share."""
+
+    def __init__(self, folder: Path | None = None):
+        self.folder = folder
+
+    def path(self, name: str) -> Path:
+        return self.folder / f"{name}{parallel.name().replace(' in process ', '_')}"
+
+    def part(self, name: str, make) -> dict[str, torch.Tensor]:
+        """The tensors that make() returns, made only once: afterwards they come from the folder."""
+        if self.folder is None:
+            return make()
+        path = self.path(name + ".safetensors")
+        if not path.exists():
+            tensors = {k: v.detach().contiguous() for k, v in make().items()}
+            written(path, lambda p: save_file({k: v.cpu() for k, v in tensors.items()}, p))
+            return tensors
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: damaged ({error}): delete it, and that part is made again") from None
+
+    def save(self, state: dict):
+        if self.folder:
+            written(self.path("state.pt"), lambda p: torch.save(state, p))
+
+    def load(self) -> dict | None:
+        """What `save` was last given; None if nothing was."""
+        if self.folder is None or not self.path("state.pt").exists():
+            return None
+        try:
+            return torch.load(self.path("state.pt"), weights_only=True)
+        except Exception as error:  # a damaged one can raise anything
+            raise ValueError(f"{self.path('state.pt')}: damaged ({type(error).__name__}): delete it, and training starts from its first step") from None
+
+    def remove(self):
+        if self.folder and parallel.is_first():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+NOTHING = Unfinished()
+HINT = "the same command with --resume goes on with what is kept"
+
+
+def written(path: Path, write):
+    """write(temporary path), then rename: the file is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def begin(args, out: Path) -> Unfinished:
+    """The folder for what the file `out` is to become, new or, with --resume, that of the training that goes on.
+
+    Raises ValueError where something would be lost: `out` is there already, or an unfinished training is; and where the
+    unfinished training was of something else.
+    """
+    folder = out.with_name(out.name + ".unfinished")
+    if args.dry_run:
+        return NOTHING
+    settings = {k: v for k, v in sorted(vars(args).items()) if k not in FREE}
+    if args.resume:
+        if not (folder / "settings.json").exists():
+            raise ValueError(f"{folder}: there is no unfinished training to resume")
+        before = json.loads((folder / "settings.json").read_text())
+        if other := [k for k in settings if json.loads(json.dumps(settings[k])) != before.get(k)]:
+            raise ValueError(f"{folder}: was begun with --{other[0].replace('_', '-')} {before.get(other[0])}, not {settings[other[0]]}")
+        return Unfinished(folder)
+    if out.exists() and not args.overwrite:
+        raise ValueError(f"{out}: is there already: --overwrite replaces it")
+    if folder.exists():
+        if not args.overwrite:
+            raise ValueError(f"{folder}: an unfinished training is there: --resume goes on with it, --overwrite starts anew")
+        Unfinished(folder).remove()
+    if parallel.is_first():
+        written(folder / "settings.json", lambda p: p.write_text(json.dumps(settings, indent=1)))
+    return Unfinished(folder)
+
+
+@contextlib.contextmanager
+def stoppable():
+    """with stoppable() as stop: ... Ctrl-C, or a termination, makes stop() true instead of breaking off in the middle of a step;
+    a second one breaks off. (Signals reach the main thread alone.)"""
+    asked = []
+
+    def handler(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    try:
+        before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread
+        before = {}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for s, old in before.items():
+            signal.signal(s, old)
