@@ -44,9 +44,9 @@ def ablations(results: dict) -> str:
 
 
 def composition(results: dict) -> str:
-    return table(["", "remains of each, mean", "least", "most", "LPIPS", "malformed"],
-                 ([key, f"{r['mean']:.0%}", "{} {:.0%}".format(*min(r["remains"].items(), key=lambda x: x[1])),
-                   "{} {:.0%}".format(*max(r["remains"].items(), key=lambda x: x[1])), ci(r["lpips"], 3), f"{r['malformed']:.0%}"] for key, r in results.items() if "sliders" in key))
+    moved = lambda effects: ", ".join(f"{concept} {v:.2f}" for concept, v in effects.items())
+    return table(["", "remains, of all", "each alone", "all at once", "LPIPS", "malformed"],
+                 ([key, f"{r['remains']:.0%}", moved(r["alone"]), moved(r["together"]), ci(r["lpips"], 2), f"{r['malformed']:.0%}"] for key, r in results.items() if "sliders" in key))
 
 
 def repair(results: dict) -> str:
@@ -72,7 +72,7 @@ def numbers(result, path=()) -> dict:
     return {path: float(result)} if isinstance(result, (int, float)) and not isinstance(result, bool) else {}
 
 
-MEASURES = {"clip_change": "change in CLIP score", "lpips": "LPIPS", "moved": "moved", "worst_other_moved": "most moved other", "wrong": "wrong", "mean": "remains", "psnr": "PSNR"}
+MEASURES = {"clip_change": "change in CLIP score", "lpips": "LPIPS", "moved": "moved", "worst_other_moved": "most moved other", "wrong": "wrong", "remains": "remains", "psnr": "PSNR"}
 
 
 def seeds(_) -> str:
