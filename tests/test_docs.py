@@ -1,0 +1,54 @@
+"""README and docs against the code: links to lines, files and anchors.  `python tests/test_docs.py` brings the line numbers up to date."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "miniature" / "README.md"]
+TO_LINE = re.compile(r"\[`([\w.]+)`\]\(([\w./]+\.py)#L(\d+)\)")  # [`Slider._hook`](lora.py#L129)
+
+
+def line_of(file: Path, name: str) -> int:
+    """Where `name`, "function", "Class" or "Class.method", is defined. KeyError if it is not."""
+    nodes = ast.parse(file.read_text()).body
+    for part in name.split("."):
+        node = {n.name: n for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}[part]
+        nodes = node.body
+    return node.lineno
+
+
+def relinked(page: Path) -> str:
+    """The page with every link to a function leading to the line where it is now."""
+    return TO_LINE.sub(lambda m: f"[`{m[1]}`]({m[2]}#L{line_of(page.parent / m[2], m[1])})", page.read_text())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_where_they_say(page):
+    text = page.read_text()
+    assert relinked(page) == text, "python tests/test_docs.py mends the line numbers"
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = target.partition("#")
+        to = (page.parent / file).resolve() if file else page
+        assert to.exists(), f"{page.name}: {target}"
+        if anchor and not re.fullmatch(r"L\d+", anchor):
+            slugs = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", to.read_text(), re.M)}
+            assert anchor in slugs, f"{page.name}: {target}"
+
+
+def test_every_equation_has_its_line():
+    """The map in README: each of the paper's equations leads to a line."""
+    table = (ROOT / "README.md").read_text().split("## Where each equation lives")[1].split("\n## ")[0]
+    rows = [row for row in table.splitlines() if row.startswith("| ")][1:]
+    assert len(rows) >= 9 and all(TO_LINE.search(row) for row in rows)
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        if (text := relinked(page)) != page.read_text():
+            page.write_text(text)
+            print(f"{page}: written")
