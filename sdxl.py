@@ -62,8 +62,8 @@ class SDXL:
         load = lambda pour, kind, part, dtype=self.dtype, device=self.device: pour(kind, configs[part], files.where[part], device, dtype, part)
         try:
             self.tokenizers = [CLIPTokenizer.from_pretrained(folder, local_files_only=True) for folder in files.tokenizers]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{files.tokenizers[0].parent}: the tokenizers cannot be read: {str(error).splitlines()[0]}") from None
+        except Exception as error:  # of a damaged one the tokenizers library raises Exception itself
+            raise ValueError(f"{files.tokenizers[0].parent}: the tokenizers cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
         text_device = torch.device("cpu") if text_on_cpu else self.device
         self.text_encoders = [load(weights.pour_text_encoder, kind, part, device=text_device) for kind, part in
                               ((CLIPTextModel, "text_encoder"), (CLIPTextModelWithProjection, "text_encoder_2"))]

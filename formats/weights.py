@@ -220,7 +220,10 @@ def pour(kind, config: dict, where: dict, device, dtype, part: str):
 
 def pour_text_encoder(kind, config: dict, where: dict, device, dtype, part: str):
     """The same for transformers' `kind`, by its own loading: its names for the parameters change with its version."""
-    settings = kind.config_class(**{k: v for k, v in config.items() if k not in ("architectures", "transformers_version", "dtype", "torch_dtype")})
+    try:
+        settings = kind.config_class(**{k: v for k, v in config.items() if k not in ("architectures", "transformers_version", "dtype", "torch_dtype")})
+    except Exception as error:  # its checks of a damaged config raise anything
+        raise ValueError(f"{part}/config.json: missing or odd: {' '.join(str(error).split())[:200]}") from None
     state = {name: t for some in tensors(where, "cpu", dtype) for name, t in some.items()}
     try:
         module, info = kind.from_pretrained(None, config=settings, state_dict=state, dtype=dtype, output_loading_info=True)
