@@ -32,6 +32,7 @@ import training
 from formats import slider_files
 
 SCALES = [-2.0, -1.0, 0.0, 1.0, 2.0]
+HELD_OUT = 8  # x_t that only the meter sees
 
 
 # ---------------------------------------------------------------------------------------------- teacher
@@ -93,7 +94,8 @@ def directions(f, k: int):
 # ---------------------------------------------------------------------------------------------- student
 
 class Space:
-    """k sliders of rank r as one lora.Slider of rank k r, and what they are trained on: row number -> (x_t, direction, sign)."""
+    """k sliders of rank r as one lora.Slider of rank k r, and what they are trained on: row number -> (x_t, direction, sign). The last
+    HELD_OUT x_t are the meter's alone."""
 
     def __init__(self, model, clip, samples: Samples, cond, uncond, v, *, rank: int, guidance: float, checkpointing: bool, batch: int):
         self.model, self.clip, self.cond, self.uncond, self.v, self.rank, self.guidance = model, clip, cond, uncond, v, rank, guidance
@@ -105,7 +107,7 @@ class Space:
             self.f_0 = torch.cat([features(model, clip, self.predicted(rows)) for rows in tqdm(every, unit="batch", desc="teacher")])  # (N, d)
 
     def __len__(self):
-        return 2 * self.k * len(self.x_t)  # every x_t with every direction, either way
+        return 2 * self.k * (len(self.x_t) - HELD_OUT)  # every x_t with every direction, either way
 
     def predicted(self, rows):
         """The latents x_0 (b, 4, h, w) that the UNet, as it is now, predicts from x_t[rows]."""
@@ -115,29 +117,28 @@ class Space:
         a = self.model.alpha_bar.to(x_t.device)[t].view(-1, 1, 1, 1)
         return (sampler.precise(x_t) - (1 - a).sqrt() * sampler.precise(eps)) / a.sqrt()
 
-    def change(self, slider, rows):
-        """What the sliders of these samples change in the features, (b, d), and the directions that they should go, (b, d)."""
-        x, rest = rows % len(self.x_t), rows // len(self.x_t)
-        i, sign = rest % self.k, 1.0 - 2.0 * (rest // self.k)
-        each = torch.zeros(len(rows), self.k, device=self.x_t.device)
-        each[torch.arange(len(rows)), i] = sign.to(each)
+    def change(self, slider, x, i, sign):
+        """What slider i (b,), turned by sign (b,), changes in the features of x_t number x (b,): (b, d); where it should go: (b, d)."""
+        each = torch.zeros(len(x), self.k, device=self.x_t.device)
+        each[torch.arange(len(x)), i] = sign.to(each)
         each = each.repeat_interleave(self.rank, 1)
         slider.scale = each if self.guidance == 1 else torch.cat([each, each])
         f = features(self.model, self.clip, self.predicted(x), self.checkpointing)
         return f - self.f_0[x], sign.to(f)[:, None] * self.v[i]
 
     def loss(self, slider, rows):
-        return 1 - F.cosine_similarity(*self.change(slider, rows), dim=-1)
+        n = len(self.x_t) - HELD_OUT
+        return 1 - F.cosine_similarity(*self.change(slider, rows % n, rows // n % self.k, 1.0 - 2.0 * (rows // n // self.k)), dim=-1)
 
     @torch.no_grad()
-    def meter(self, slider, batch: int, count: int = 8) -> dict:
-        """On the first `count` x_t: the mean cosine of each slider's change with its direction; share: the projection, in
-        units of a tenth, as no length is asked for."""
-        rows = torch.cat([torch.arange(count) + block * len(self.x_t) for block in range(2 * self.k)])
+    def meter(self, slider, batch: int) -> dict:
+        """On the x_t held out: the mean cosine of each slider's change with its direction; share: the mean way along it, in units
+        of the features' own length."""
+        n = len(self.x_t)
+        every = torch.cartesian_prod(torch.tensor([1, -1]), torch.arange(self.k), torch.arange(n - HELD_OUT, n))  # (2 k HELD_OUT, 3)
         with slider.at(0.0):
-            change, goal = zip(*(self.change(slider, part) for part in rows.split(batch)))
-        change, goal = torch.cat(change), torch.cat(goal)
-        cosine = F.cosine_similarity(change, goal, dim=-1).view(2, self.k, count).mean((0, 2))
+            change, goal = (torch.cat(part) for part in zip(*(self.change(slider, x, i, sign) for sign, i, x in (part.T for part in every.split(batch)))))
+        cosine = F.cosine_similarity(change, goal, dim=-1).view(2, self.k, HELD_OUT).mean((0, 2))
         return {"cosine": cosine.mean().item(), "cosines": cosine.tolist(), "share": (change * goal).sum(-1).mean().item()}
 
 
@@ -168,7 +169,7 @@ def learn(model, clip, samples: Samples, cond, uncond, v, *, layers, rank: int, 
 def calibrate(model, clip, slider, v, sigma: float, cond, uncond, *, seeds: int, size, batch: int, **settings) -> float:
     """The factor for the slider's alpha with which scale 1 moves drawn pictures by one standard deviation sigma along v: what the
     loss leaves open is how far. Found between scales that are drawn; at most 8."""
-    tried = [0.0, 0.5, 1.0, 2.0, 4.0, 8.0]
+    tried = [0.0, 1.0, 2.0, 4.0, 8.0]
     x_T = sampler.noise(range(seeds), model.latent_shape(size), model.device, model.dtype)
     scales = [-s for s in tried[:0:-1]] + tried
     drawn = dict(sampler.sweep(model.unet, x_T, cond, uncond, [[(slider, s)] for s in scales], alpha_bar=model.alpha_bar, batch=batch, **settings))
@@ -250,6 +251,8 @@ def parse_args():
 def main():
     args = parse_args()
     training.check_numbers(args, "sliders", "samples", "train_samples", "per_sample", "guidance", "train_guidance")
+    if min(args.samples, args.train_samples) * args.per_sample <= HELD_OUT:
+        raise ValueError(f"--train-samples {args.train_samples}: more than {HELD_OUT} x_t are needed, {HELD_OUT} of them for the meter alone")
     if args.samples <= args.sliders:
         raise ValueError(f"--samples {args.samples}: more pictures than --sliders {args.sliders} are needed")
     out, started = Path(args.out), time.time()
@@ -281,7 +284,7 @@ def main():
     found = []
     for i, slider in enumerate(made):
         if not args.raw_scale:
-            scaled(slider, calibrate(model, clip, slider, v[i], sigma[i].item(), tuple(c[:1] for c in cond), uncond, seeds=8, size=size, batch=batch, **settings))
+            scaled(slider, calibrate(model, clip, slider, v[i], sigma[i].item(), tuple(c[:1] for c in cond), uncond, seeds=4, size=size, batch=batch, **settings))
         about = {"kind": "space slider", "prompt": args.prompt, "direction": i + 1, "share": share[i].item(), "sigma": sigma[i].item(), "cosine": reading["cosines"][i],
                  "words": hints[i], "settings": {k: x for k, x in vars(args).items() if k not in ("out", "model")}}
         lora.save(out / f"{i + 1}.safetensors", slider, about | {"v": v[i].tolist()})

@@ -64,7 +64,7 @@ def main():
         if not all(p.exists() for p in paths):
             made, _ = train_space.learn(model, clip, found()[0], cond, uncond, v, layers=layers, rank=1, alpha=1.0, guidance=1.0, checkpointing=False, seed=lab.seed, **recipe)
             for i, one in enumerate(made):
-                factor = train_space.calibrate(model, clip, one, v[i], sigma[i].item(), cond, uncond, seeds=8, size=lab.size, batch=32, **DRAWING)
+                factor = train_space.calibrate(model, clip, one, v[i], sigma[i].item(), cond, uncond, seeds=4, size=lab.size, batch=32, **DRAWING)
                 lora.save(paths[i], train_space.scaled(one, factor), {"kind": "space slider"})
         return [lora.load(p, model.unet) for p in paths]
 

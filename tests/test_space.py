@@ -90,7 +90,7 @@ def test_samples_survive_a_stop_and_x_t_lie_on_the_way(model, conds, tmp_path, m
 
 
 def test_the_gradient_through_unet_vae_and_clip_agrees_with_finite_differences(model, conds, tmp_path):
-    samples = collect(model, conds, tmp_path, samples=2)
+    samples = collect(model, conds, tmp_path, samples=6)
     unet = UNet(model.unet.config).double().requires_grad_(False)
     unet.load_state_dict(model.unet.state_dict())
     twin = copy(model)
