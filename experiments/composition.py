@@ -50,17 +50,15 @@ def main():
                     "malformed": moved(before, together, "age")["malformed"] if lab.small else None}
         lab.once(f"{n} sliders", measure)
 
-    # Figure 6: the first seed, the first concept across, the second down.
+    # Figure 6: the first seed, the first concept across, the second down. Figure 7: more and more at once.
     (_, first), (_, second) = sliders[0], sliders[1]
-    scales, seeds = [-2.0, -1.0, 0.0, 1.0, 2.0], lab.seeds
-    lab.seeds = seeds[:1]
-    grid = lab.draw([[(first, a), (second, b)] for b in scales for a in scales], lab.prompts[:1])
-    names = [pictures.label(s) for s in scales]
-    pictures.save(pictures.sheet([[column[0] for column in grid[5 * i:5 * i + 5]] for i in range(5)], names, names), lab.path.with_name(lab.path.stem + "_grid.png"))
-    # Figure 7: more and more at once.
-    lab.seeds = seeds[:4]
+    scales, lab.seeds = [-2.0, -1.0, 0.0, 1.0, 2.0], lab.seeds[:4]
     shown = [draw([(s, 1.0) for _, s in sliders[:n]]) for n in (0, 1, 2, 5, 10)]
     lab.sheet(shown, [f"{n} sliders" for n in (0, 1, 2, 5, 10)])
+    lab.seeds = lab.seeds[:1]
+    grid = lab.draw([[(first, a, START), (second, b, START)] for b in scales for a in scales], prompts)
+    names = [pictures.label(s) for s in scales]
+    pictures.save(pictures.sheet([[column[0] for column in grid[5 * i:5 * i + 5]] for i in range(5)], names, names), lab.path.with_name(lab.path.stem + "_grid.png"))
 
 
 if __name__ == "__main__":
