@@ -112,7 +112,7 @@ def loop(slider, n: int, loss, read, *, steps: int, batch: int, lr: float, seed:
                 reading = read()
                 if on_meter:
                     on_meter(i + 1)
-            if (i + 1) % meter_every == 0 or i + 1 == steps or stop():
+            if ((i + 1) % meter_every == 0 and i + 1 < steps) or stop():  # not at the end: another process may be removing the folder
                 kept.save({"step": i + 1, "average": average, "order": order, "reading": reading, "generator": generator.get_state(),
                                  "optimiser": opt.state_dict(), "parameters": [p.detach() for p in parameters]})
             if stop():

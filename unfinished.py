@@ -21,10 +21,17 @@ FREE = {"out", "resume", "overwrite", "dry_run", "preview", "probe", "device", "
 
 
 class Unfinished:
-    """folder: where it is kept; None keeps nothing. Of several processes each keeps its own share."""
+    """folder: where it is kept, made when there is something to keep; None keeps nothing. settings: of the training, kept with it. Of
+    several processes each keeps its own share."""
 
-    def __init__(self, folder: Path | None = None):
-        self.folder = folder
+    def __init__(self, folder: Path | None = None, settings: dict | None = None):
+        self.folder, self.settings = folder, settings
+
+    def write(self, path: Path, write):
+        if self.settings is not None and parallel.is_first():  # before anything else is there
+            text, self.settings = json.dumps(self.settings, indent=1), None
+            written(self.folder / "settings.json", lambda p: p.write_text(text))
+        written(path, write)
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}{parallel.name().replace(' in process ', '_')}"
@@ -36,7 +43,7 @@ class Unfinished:
         path = self.path(name + ".safetensors")
         if not path.exists():
             tensors = {k: v.detach().contiguous() for k, v in make().items()}
-            written(path, lambda p: save_file({k: v.cpu() for k, v in tensors.items()}, p))
+            self.write(path, lambda p: save_file({k: v.cpu() for k, v in tensors.items()}, p))
             return tensors
         try:
             return load_file(path)
@@ -45,7 +52,7 @@ class Unfinished:
 
     def save(self, state: dict):
         if self.folder:
-            written(self.path("state.pt"), lambda p: torch.save(state, p))
+            self.write(self.path("state.pt"), lambda p: torch.save(state, p))
 
     def load(self) -> dict | None:
         """What `save` was last given; None if nothing was."""
@@ -94,15 +101,13 @@ def begin(args, out: Path) -> Unfinished:
         if other := [k for k in settings if json.loads(json.dumps(settings[k])) != before.get(k)]:
             raise ValueError(f"{folder}: was begun with --{other[0].replace('_', '-')} {before.get(other[0])}, not {settings[other[0]]}")
         return Unfinished(folder)
-    if out.exists() and not args.overwrite:
-        raise ValueError(f"{out}: is there already: --overwrite replaces it")
-    if folder.exists():
-        if not args.overwrite:
+    if parallel.is_first():  # the others would see what the first one has made meanwhile
+        if out.exists() and not args.overwrite:
+            raise ValueError(f"{out}: is there already: --overwrite replaces it")
+        if folder.exists() and not args.overwrite:
             raise ValueError(f"{folder}: an unfinished training is there: --resume goes on with it, --overwrite starts anew")
         Unfinished(folder).remove()
-    if parallel.is_first():
-        written(folder / "settings.json", lambda p: p.write_text(json.dumps(settings, indent=1)))
-    return Unfinished(folder)
+    return Unfinished(folder, settings)
 
 
 @contextlib.contextmanager
