@@ -53,8 +53,12 @@ def ddim_step(x_t, eps, t: int, t_next: int, alpha_bar):
     A level below 0 means the end: alpha_bar_0, since SDXL's scheduler sets `set_alpha_to_one` to false.
     """
     a_t, a_next = float(alpha_bar[max(t, 0)]), float(alpha_bar[max(t_next, 0)])
-    x_0 = (x_t - (1 - a_t) ** 0.5 * eps) / a_t ** 0.5  # the picture that x_t and eps imply
-    return a_next ** 0.5 * x_0 + (1 - a_next) ** 0.5 * eps
+    return a_next ** 0.5 * implied_x_0(x_t, eps, a_t) + (1 - a_next) ** 0.5 * eps
+
+
+def implied_x_0(x_t, eps, a_t):
+    """The picture that x_t and eps imply: Ho et al. 2020, eq. (4), solved for x_0. a_t: alpha_bar_t, a number or (B, 1, 1, 1)."""
+    return (x_t - (1 - a_t) ** 0.5 * eps) / a_t ** 0.5
 
 
 @torch.no_grad()
@@ -81,14 +85,14 @@ def rows(cond, n: int):
     return tuple(c.expand(n, *c.shape[1:]) for c in cond)
 
 
-def guided_eps(unet, x_t, t: int, cond, uncond=None, guidance: float = 1.0, ends=None, eta=0.0):
+def guided_eps(unet, x_t, t, cond, uncond=None, guidance: float = 1.0, ends=None, eta=0.0):
     """eps_u + g (eps_c - eps_u): classifier-free guidance (Ho & Salimans 2022). Returns it, and eps_c alone.
 
-    cond, uncond: tuples (context (B, 77, d), pooled (B, p), time_ids (B, 6)). guidance 1 needs, and runs, no uncond.
+    t: a number, or (B,). cond, uncond: tuples (context (B, 77, d), pooled (B, p), time_ids (B, 6)). guidance 1 needs, and runs, no uncond.
     ends: as in ends_difference; with it the right-hand side of Concept Sliders' eq. (8), eps + eta * ends_difference,
     takes the place of eps: what a trained slider imitates, at 2|P| more evaluations. eta: a number, or (B,).
     """
-    t = torch.full((len(x_t),), t, device=x_t.device)
+    t = t if torch.is_tensor(t) else torch.full((len(x_t),), t, device=x_t.device)
     if guidance == 1 or uncond is None:
         eps = eps_c = unet(x_t, t, *cond)
     else:  # both in one batch

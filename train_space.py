@@ -26,10 +26,9 @@ import lora
 import parallel
 import pictures
 import sampler
-import slider as sliders
 import student
 import training
-from formats import slider_files
+from unfinished import Unfinished
 
 SCALES = [-2.0, -1.0, 0.0, 1.0, 2.0]
 HELD_OUT = 8  # x_t that only the meter sees
@@ -55,23 +54,25 @@ def collect(model, cond, uncond, folder: Path, *, samples: int, per_sample: int,
     keep = [first + int((i + 0.5) * (count - first) / per_sample) for i in range(per_sample)]
     if len(set(keep)) < per_sample:
         raise ValueError(f"--per-sample {per_sample}: sliders are on in only {count - first} of the {count} denoising steps")
+
+    def way(seeds, prompt):
+        kept = []
+
+        def on_step(j, t, x_t, eps_c):
+            if j in keep:
+                kept.append((x_t, torch.full((len(x_t),), t)))
+
+        x_T = sampler.noise(seeds, model.latent_shape(size), model.device, model.dtype)
+        x_0 = sampler.sample(model.unet, x_T, tuple(c[prompt.to(model.device)] for c in cond), uncond, alpha_bar=model.alpha_bar, steps=steps,
+                             guidance=guidance, on_step=on_step)
+        x_t, t = (torch.stack(part, 1) for part in zip(*kept))  # (b, m, 4, h, w), (b, m)
+        return {"x_0": x_0, "x_t": x_t, "t": t, "prompt": prompt}
+
     parts = []
     for i in tqdm(range(0, samples, batch), unit="batch", desc="samples"):
         seeds = range(seed * 1_000_000 + i, seed * 1_000_000 + min(i + batch, samples))
-        path = folder / f"{seeds[0]}-{seeds[-1]}.safetensors"
-        if not path.exists():
-            prompt, kept = torch.arange(i, i + len(seeds)) % len(cond[0]), []
-
-            def on_step(j, t, x_t, eps_c):
-                if j in keep:
-                    kept.append((x_t, torch.full((len(x_t),), t)))
-
-            x_T = sampler.noise(seeds, model.latent_shape(size), model.device, model.dtype)
-            x_0 = sampler.sample(model.unet, x_T, tuple(c[prompt.to(model.device)] for c in cond), uncond, alpha_bar=model.alpha_bar, steps=steps,
-                                 guidance=guidance, on_step=on_step)
-            x_t, t = (torch.stack(part, 1) for part in zip(*kept))  # (b, m, 4, h, w), (b, m)
-            slider_files.save(path, {k: v.contiguous().cpu() for k, v in {"x_0": x_0, "x_t": x_t, "t": t, "prompt": prompt}.items()}, {"kind": "samples"})
-        parts.append(slider_files.raw(path)[0])
+        prompt = torch.arange(i, i + len(seeds)) % len(cond[0])
+        parts.append(Unfinished(folder).part(f"{seeds[0]}-{seeds[-1]}", lambda: way(seeds, prompt)))
     return Samples(*(torch.cat([p[name] for p in parts]).to(model.device) for name in ("x_0", "x_t", "t", "prompt")))
 
 
@@ -113,9 +114,8 @@ class Space:
         """The latents x_0 (b, 4, h, w) that the UNet, as it is now, predicts from x_t[rows]."""
         x_t, t = self.x_t[rows], self.t[rows]
         c = tuple(part[self.prompt[rows]] for part in self.cond)
-        eps = self.model.unet(x_t, t, *c) if self.guidance == 1 else sampler.guided_eps(self.model.unet, x_t, t, c, sampler.rows(self.uncond, len(x_t)), self.guidance)[0]
-        a = self.model.alpha_bar.to(x_t.device)[t].view(-1, 1, 1, 1)
-        return (sampler.precise(x_t) - (1 - a).sqrt() * sampler.precise(eps)) / a.sqrt()
+        eps, _ = sampler.guided_eps(self.model.unet, x_t, t, c, sampler.rows(self.uncond, len(x_t)), self.guidance)
+        return sampler.implied_x_0(sampler.precise(x_t), sampler.precise(eps), self.model.alpha_bar.to(x_t.device)[t].view(-1, 1, 1, 1))
 
     def change(self, slider, x, i, sign):
         """What slider i (b,), turned by sign (b,), changes in the features of x_t number x (b,): (b, d); where it should go: (b, d)."""

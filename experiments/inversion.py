@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import cli
 import evaluate
@@ -83,8 +82,7 @@ def main():
                     pictures.save(pictures.sheet(rows, ["original", *map(pictures.label, SCALES)], [""] * len(rows)), lab.path.with_name(f"{lab.path.stem}_{concept.replace(' ', '_')}.png"))
                 result = {"lpips at 0": evaluate.interval(evaluate.lpips(lab.judges, originals, columns[SCALES.index(0.0)]))}
                 if lab.small:
-                    rows = [effect.attributes(p) for p in columns]
-                    result |= effect.summary({a: np.array([row[a] for row in rows]) for a in rows[0]}, lab.all_concepts[concept][-1], SCALES)
+                    result |= effect.summary(effect.table(columns), lab.all_concepts[concept][-1], SCALES)
                 return result
             lab.once(f"{concept} by {method}", edit)
     if len(shown) > 2:

@@ -9,6 +9,7 @@
 
 import functools
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ def main():
     @functools.cache
     def found():
         """Samples, directions, their spread, hints in words."""
-        samples = train_space.collect(model, cond, uncond, train_space.Path(lab.args.sliders) / f"space_samples_seed{lab.seed}", samples=SAMPLES, per_sample=4,
+        samples = train_space.collect(model, cond, uncond, Path(lab.args.sliders) / f"space_samples_seed{lab.seed}", samples=SAMPLES, per_sample=4,
                                       size=lab.size, seed=lab.seed, batch=32, **DRAWING)
         with torch.no_grad():
             f = torch.cat([train_space.features(model, clip, z) for z in samples.x_0.split(32)])
@@ -60,7 +61,7 @@ def main():
         return part, v, sigma, share, train_space.names(encode, PROMPT, words, v)
 
     def sliders_for(name, v, sigma):
-        paths = [train_space.Path(lab.args.sliders) / f"space_{name}_seed{lab.seed}_{i + 1}.safetensors" for i in range(K)]
+        paths = [Path(lab.args.sliders) / f"space_{name}_seed{lab.seed}_{i + 1}.safetensors" for i in range(K)]
         if not all(p.exists() for p in paths):
             made, _ = train_space.learn(model, clip, found()[0], cond, uncond, v, layers=layers, rank=1, alpha=1.0, guidance=1.0, checkpointing=False, seed=lab.seed, **recipe)
             for i, one in enumerate(made):
@@ -90,8 +91,7 @@ def main():
             if name == "found":
                 row |= {"share": float(share[i]), "words": hints[i]}
             if lab.small:
-                table = [effect.attributes(column) for column in drawn]
-                moves = {a: effect.moved(np.array([t[a] for t in table]), a) for a in table[0]}
+                moves = {name: effect.moved(rows_of, name) for name, rows_of in effect.table(drawn).items()}
                 first, second = sorted(moves, key=moves.get, reverse=True)[:2]
                 row |= {"attribute": first, "moved": moves[first], "next": second, "next_moved": moves[second]}
             rows.append(row)

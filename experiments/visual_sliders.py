@@ -7,7 +7,6 @@ width of the eyes in pixels. On another model the pairs are read from --neg and 
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import cli
@@ -50,11 +49,10 @@ def main():
             before = drawn[SCALES.index(0.0)]
             found = {"lpips": [evaluate.interval(evaluate.lpips(lab.judges, before, after))["mean"] for after in drawn]}
             if lab.small:
-                rows = [effect.attributes(p) for p in drawn]
-                table = {a: np.array([row[a] for row in rows]) for a in rows[0]}
+                table = effect.table(drawn)
                 found |= {k: v for k, v in effect.summary(table, "eye_size", SCALES).items() if k not in ("attribute", "scales")}
                 found["pixels"] = [evaluate.interval([measure.eye_pixels(p) for p in column]) for column in drawn]
-                found["malformed"] = [float((row["malformed"] > 0.5).mean()) for row in rows]
+                found["malformed"] = (table["malformed"] > 0.5).mean(1).tolist()
             return found
         lab.once(name, measure_all)
         shown.append(lab.draw([[(slider, s)] for s in (-2.0, 2.0)]))

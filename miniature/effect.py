@@ -22,8 +22,13 @@ SCALES = [-3, -2, -1, 0, 1, 2, 3]
 
 def readings(model, columns, seeds, prompts=PROMPTS, **settings):
     """{attribute: array (columns, seeds)}. columns, settings: of slider.sweep. Seeds take the prompts in turn."""
-    tables = [attributes(drawn) for drawn in pictures(model, columns, seeds, prompts, **settings)]
-    return {name: np.array([table[name] for table in tables]) for name in tables[0]}
+    return table(pictures(model, columns, seeds, prompts, **settings))
+
+
+def table(columns) -> dict[str, np.ndarray]:
+    """What the measuring stick reads in columns of pictures: {attribute: array (columns, pictures)}."""
+    tables = [attributes(drawn) for drawn in columns]
+    return {name: np.array([one[name] for one in tables]) for name in tables[0]}
 
 
 def pictures(model, columns, seeds, prompts=PROMPTS, **settings):
@@ -41,17 +46,16 @@ def attributes(drawn) -> dict[str, np.ndarray]:
     """What the measuring stick reads in N pictures, all as numbers: {attribute: array (N,)}. Hair and background become one
     yes/no attribute for each of their words."""
     read = measure(drawn)
-    table = {name: read[name] for name in world.RANGES}
+    found = {name: read[name] for name in world.RANGES}
     for name in ("hair", "background"):
-        table |= {f"{name} {word}": (read[name] == word).astype(float) for word in WORDS[name]}
-    return table | {"face": (read["kind"] == "face").astype(float)}
+        found |= {f"{name} {word}": (read[name] == word).astype(float) for word in WORDS[name]}
+    return found | {"face": (read["kind"] == "face").astype(float)}
 
 
 def said(columns, count: int) -> list[list[str]]:
     """For each picture of each column what the measuring stick reads of the `count` attributes that move most from column to
     column: "age 0.31, smile -0.20"."""
-    tables = [attributes(column) for column in columns]
-    rows = {name: np.array([table[name] for table in tables]) for name in tables[0]}
+    rows = table(columns)
     most = sorted(rows, key=lambda name: moved(rows[name], name), reverse=True)[:count]
     return [[", ".join(f"{name.replace('_', ' ')} {rows[name][c, i]:.2f}" for name in most) for i in range(len(column))] for c, column in enumerate(columns)]
 

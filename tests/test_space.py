@@ -149,3 +149,17 @@ def test_words_that_lie_along_a_direction_are_named(model):
     f = torch.nn.functional.normalize(encode(["a person", "a person, hat", "a person, smiling"]), dim=-1)
     hints = train_space.names(encode, "a person", words, torch.nn.functional.normalize(f[1:] - f[0], dim=-1))
     assert hints[0][0].startswith("+ hat") and hints[1][0].startswith("+ smiling") and hints[0][1].startswith("- ")
+
+
+def test_guidance_in_the_predicted_picture(model, conds, tmp_path):
+    """x_0 from eps_u + g (eps_c - eps_u), each sample at a level of its own, against the two predictions made one by one."""
+    samples = collect(model, conds, tmp_path)
+    space = train_space.Space(model, vision_tower(), samples, *conds, torch.eye(128)[:2], rank=1, guidance=3.0, checkpointing=False, batch=4)
+    with torch.no_grad():
+        found = space.predicted(torch.tensor([0, 3]))
+        for x_0, row in zip(found, (0, 3)):
+            x_t, t = space.x_t[row:row + 1], space.t[row:row + 1]
+            eps_u, eps_c = (model.unet(x_t, t, *c) for c in conds[::-1])
+            a = model.alpha_bar[t]
+            expected = (x_t - (1 - a).sqrt() * (eps_u + 3.0 * (eps_c - eps_u))) / a.sqrt()
+            assert torch.allclose(x_0, expected[0], atol=1e-3)
