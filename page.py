@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 
 TEMPLATE = """<!doctype html>
 <html lang="en">
@@ -93,12 +94,17 @@ def html(title: str, sliders: list[tuple[str, list[float]]], rows: list[str], fr
     table = [[[{"src": address(picture), "say": says[r][j][i] if says else ""} for i, picture in enumerate(line)] for j, line in enumerate(grid)]
              for r, grid in enumerate(frames)]
     data = {"sliders": [{"name": name, "scales": [round(float(s), 3) for s in scales]} for name, scales in sliders], "rows": rows, "frames": table}
-    escaped = title.replace("&", "&amp;").replace("<", "&lt;")
-    return TEMPLATE.replace("TITLE", escaped).replace("DATA", json.dumps(data).replace("</", "<\\/"))
+    return filled(TEMPLATE, title, data)
 
 
-def address(picture) -> str:
-    """The picture as a data address: PNG where it is small, JPEG else."""
-    out, small = io.BytesIO(), max(picture.size) <= 256
-    picture.convert("RGB").save(out, "PNG" if small else "JPEG", **({} if small else {"quality": 90}))
-    return f"data:image/{'png' if small else 'jpeg'};base64," + base64.b64encode(out.getvalue()).decode()
+def filled(template: str, title: str, data) -> str:
+    """The template with `title` for TITLE and `data`, as JSON, for DATA, so that neither can end the script or be taken for a tag."""
+    values = {"TITLE": title.replace("&", "&amp;").replace("<", "&lt;"), "DATA": json.dumps(data).replace("</", "<\\/")}
+    return re.sub("TITLE|DATA", lambda m: values[m[0]], template)  # in one go: a title may hold either word
+
+
+def address(picture, lossless: bool | None = None) -> str:
+    """The picture as a data address, without name or metadata: PNG if lossless, JPEG if not; None: PNG where it is small."""
+    out, png = io.BytesIO(), max(picture.size) <= 256 if lossless is None else lossless
+    picture.convert("RGB").save(out, "PNG" if png else "JPEG", **({} if png else {"quality": 90}))
+    return f"data:image/{'png' if png else 'jpeg'};base64," + base64.b64encode(out.getvalue()).decode()

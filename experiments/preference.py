@@ -7,16 +7,14 @@ The page is one file and needs no network: each pair of pictures of the same nam
 for every rater, keys 1 and 2 (0: no preference), Backspace takes the last vote back, the votes as a CSV to download.
 """
 
-import base64
 import csv
-import io
-import json
 import random
 from math import comb
 from pathlib import Path
 
 import cli
 import evaluate
+import page as drag
 import pictures
 
 PAGE = """<!doctype html>
@@ -33,7 +31,7 @@ PAGE = """<!doctype html>
   .pair img { width: 100%; display: block; image-rendering: auto }
   progress { width: 100% }
 </style>
-<h1>QUESTION</h1>
+<h1>TITLE</h1>
 <p id="progress-text" aria-live="polite"></p>
 <progress id="progress" value="0" max="1" aria-label="pairs judged"></progress>
 <div id="study">
@@ -47,7 +45,7 @@ PAGE = """<!doctype html>
 <div id="end" hidden><p>Thank you. Nothing has been sent: save your votes and hand the file to whoever asked you.</p></div>
 <p><a id="download" download="votes.csv" href="#">Save the votes so far (CSV)</a></p>
 <script>
-const pairs = PAIRS;  // [{name, a, b}]: pictures as data addresses
+const pairs = DATA;  // [{name, a, b}]: pictures as data addresses
 const shuffle = list => { for (let i = list.length - 1; i > 0; i--) { const j = Math.floor(Math.random() * (i + 1)); [list[i], list[j]] = [list[j], list[i]] } return list };
 const order = shuffle(pairs.map((pair, i) => ({pair, flipped: Math.random() < .5})));
 const rater = Math.random().toString(36).slice(2, 10), votes = [];
@@ -89,20 +87,12 @@ save(); show();
 """
 
 
-def address(path: Path) -> str:
-    """The picture as a data address: without name or metadata, so that nothing in the page tells which is which."""
-    out = io.BytesIO()
-    pictures.read(path).save(out, "PNG")
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
-
-
 def page(a: Path, b: Path, question: str, most: int, seed: int = 0) -> str:
     """The page for the pictures that a and b have by the same name; `most` of them, drawn at random."""
     files = pictures.matched([a, b])
     files = sorted(random.Random(seed).sample(files, min(most, len(files))))
-    pairs = [{"name": one.stem, "a": address(one), "b": address(other)} for one, other in files]
-    escaped = question.replace("&", "&amp;").replace("<", "&lt;")
-    return PAGE.replace("QUESTION", escaped).replace("PAIRS", json.dumps(pairs).replace("</", "<\\/"))
+    address = lambda path: drag.address(pictures.read(path), lossless=True)  # nothing in it tells which picture it is
+    return drag.filled(PAGE, question, [{"name": one.stem, "a": address(one), "b": address(other)} for one, other in files])
 
 
 def count(files: list[Path]) -> dict:

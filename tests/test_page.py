@@ -62,3 +62,8 @@ def test_colours_can_be_read(ink, ground, accent):
     short = lambda c: f"#{c[0]}{c[2]}{c[4]}" if c[0::2] == c[1::2] else f"#{c}"
     assert all(short(c) in page.TEMPLATE for c in (ink, ground, accent))
     assert contrast(ink, ground) > 7 and contrast(accent, ground) > 4.5
+
+
+def test_a_title_of_the_template_s_own_words():
+    text = page.html("DATA and TITLE", [("age", [0.0])], ["seed 0"], frames(1, 1, 1))
+    assert "<h1>DATA and TITLE</h1>" in text and 'const data = {"sliders"' in text
