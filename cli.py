@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 import lora
 import parallel
-from formats import slider_files
+from formats import slider_files, written
 from sdxl import MINIATURE, SDXL
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -104,10 +104,7 @@ def output(path) -> Path:
 
 def write_text(path, text: str):
     """Write a file whole: under a temporary name, then renamed."""
-    path = output(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    written(output(path), lambda p: p.write_text(text, encoding="utf-8"))
 
 
 def numbers(text: str, kind=float) -> list:

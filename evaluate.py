@@ -176,7 +176,7 @@ def main():
         print(f"{name:12} {result[name]['mean']:8.3f}  [{result[name]['low']:.3f}, {result[name]['high']:.3f}]")
     print(f"{'fid':12} {result['fid']:8.3f}")
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1))
+        cli.write_text(args.json, json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

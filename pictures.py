@@ -1,10 +1,11 @@
 """Pictures in and out: any file made RGB, pairs brought to one square, labelled sheets, files written whole."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from formats import written
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 
@@ -95,10 +96,7 @@ def sheet(rows: list[list[Image.Image]], columns: list[str], row_names: list[str
 
 def save(picture: Image.Image, path: Path, **options):
     """Write a picture under a temporary name, then rename it. The kind is its ending's; options are Pillow's."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    picture.save(temporary, format=path.suffix[1:].upper(), **options)
-    os.replace(temporary, path)
+    written(path, lambda p: picture.save(p, format=path.suffix[1:].upper(), **options))
 
 
 def save_gif(frames: list[Image.Image], path: Path, milliseconds: int = 250):

@@ -114,7 +114,7 @@ def loop(slider, n: int, loss, read, *, steps: int, batch: int, lr: float, seed:
                     on_meter(i + 1)
             if ((i + 1) % meter_every == 0 and i + 1 < steps) or stop():  # not at the end: another process may be removing the folder
                 kept.save({"step": i + 1, "average": average, "order": order, "reading": reading, "generator": generator.get_state(),
-                                 "optimiser": opt.state_dict(), "parameters": [p.detach() for p in parameters]})
+                           "optimiser": opt.state_dict(), "parameters": [p.detach() for p in parameters]})
             if stop():
                 raise KeyboardInterrupt(f"stopped after step {i + 1}" + "; the same command with --resume goes on from there" * bool(kept.folder))
             bar.set_postfix_str(f"loss {average:.2f}  learned {reading['share']:.0%}  cosine {reading['cosine']:.2f}")

@@ -64,7 +64,7 @@ def collect(model, prompts, *, eta: float, trajectories: int, per_trajectory: in
                            steps=denoising_steps, guidance=guidance, on_step=on_step)
         return dict(zip(("x_t", "t", "eps_0"), (torch.stack(part) for part in zip(*itertools.chain(*found.values())))))
 
-    ways = [kept.part(f"seed{seed}_way{int(some[0])}", lambda: way(some)) for some in parallel.mine(every).split(batch) if len(some)]
+    ways = [kept.part(f"seed{seed}_way{int(some[0])}", lambda: way(some)) for some in parallel.mine(every).split(batch)]
     x_t, t, eps_0 = (torch.cat([w[name] for w in ways]).to(device) for name in ("x_t", "t", "eps_0"))  # (n, 4, h, w), (n,), (n, 4, h, w)
 
     # The rest of eq. (8) there: (n, 4, h, w)

@@ -6,7 +6,6 @@ from what is there and ends with the very bytes of an uninterrupted run. A finis
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import parallel
+from formats import written
 
 FREE = {"out", "resume", "overwrite", "dry_run", "preview", "probe", "device", "checkpointing", "like", "lr"}  # may differ when a training goes on
 
@@ -70,18 +70,6 @@ class Unfinished:
 
 NOTHING = Unfinished()
 HINT = "the same command with --resume goes on with what is kept"
-
-
-def written(path: Path, write):
-    """write(temporary path), then rename: the file is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def begin(args, out: Path) -> Unfinished:

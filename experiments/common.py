@@ -93,10 +93,10 @@ class Lab:
     def kept(self, name: str, teach, recipe, kind=lora.Slider, *rank, seed: int) -> lora.Slider:
         """The slider of this name, trained if it is not in the folder."""
         path = Path(self.args.sliders) / f"{name}.safetensors"
-        torch.manual_seed(seed)
-        new = kind(lora.target_layers(self.model.unet), *rank).to(self.model.device)
         if kind is lora.Slider and path.exists():
             return lora.load(path, self.model.unet)
+        torch.manual_seed(seed)
+        new = kind(lora.target_layers(self.model.unet), *rank).to(self.model.device)
         train, held_out = teach()
         new.attach(self.model.unet)
         reading = student.fit(self.model.unet, new, train, held_out, steps=recipe["steps"], batch=recipe["batch"], lr=recipe["lr"], seed=seed)

@@ -11,7 +11,6 @@ ComfyUI, A1111, Forge and InvokeAI read the first two, diffusers all three.
 """
 
 import json
-import os
 import re
 import warnings
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from formats import single_file, weights
+from formats import single_file, weights, written
 
 NAMINGS = ("kohya", "ldm", "peft")
 ENDINGS = {"lora_down.weight": "down", "lora_up.weight": "up", "lora_A.weight": "down", "lora_B.weight": "up", "lora.down.weight": "down",
@@ -221,11 +220,7 @@ def write(path, parts: dict[str, Part], metadata: dict, naming: str = "kohya", u
 
 def save(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None):
     """A .safetensors file, written under a temporary name, then renamed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata=metadata)
-    os.replace(temporary, path)
+    written(Path(path), lambda p: save_file(tensors, p, metadata=metadata))
 
 
 def tool_metadata(parts: dict[str, Part], metadata: dict[str, str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import formats
 import lora
 import student
 import train_text
@@ -176,7 +177,7 @@ def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        unfinished.written(tmp_path / "x", full)
+        formats.written(tmp_path / "x", full)
     assert not list(tmp_path.iterdir())
 
 
