@@ -110,9 +110,11 @@ def test_an_inversion_is_kept_and_its_key_knows_what_it_is_of(model, encoded, tm
     assert name == invert.key(model, z, "a man", 30)
     assert len({name, invert.key(model, z, "a woman", 30), invert.key(model, z, "a man", 31), invert.key(model, z + 0.01, "a man", 30)}) == 4
     weight = next(model.unet.parameters())
+    before = weight.data.clone()
     weight.data += 0.01
-    assert invert.key(model, z, "a man", 30) != name
-    weight.data -= 0.01
+    changed = invert.key(model, z, "a man", 30)
+    weight.data.copy_(before)  # to the bit: other tests compare the model with its files
+    assert changed != name
 
 
 @pytest.mark.parametrize("size, expected", [((1024, 1024), (1024, 1024)), ((3000, 2000), (832, 1216)), ((900, 1600), (1344, 768)), ((400, 390), (1024, 1024))])
