@@ -21,6 +21,7 @@ from tqdm import tqdm
 import parallel
 import sampler
 from formats import slider_files
+from unfinished import NOTHING, Unfinished
 
 METHODS = ("null-text", "negative-prompt", "ddim")
 
@@ -53,35 +54,43 @@ def step_loss(unet, x_t, t: int, t_next: int, eps_c, null, goal, *, alpha_bar, g
     return x_next, (sampler.precise(x_next) - sampler.precise(goal)).square().mean((1, 2, 3))
 
 
-def null_text(unet, pivot, ts: list[int], cond, uncond, *, alpha_bar, guidance: float, inner: int = 10, lr: float = 0.03, enough: float = 1e-5) -> Inversion:
+def null_text(unet, pivot, ts: list[int], cond, uncond, *, alpha_bar, guidance: float, inner: int = 10, lr: float = 0.03, enough: float = 1e-5,
+              unfinished=NOTHING) -> Inversion:
     """Fit the unconditional embeddings to the pivot x*_T ... x*_0 (steps + 1, B, 4, h, w), ts its noise levels.
 
     inner: optimiser steps at most for each t. lr: Adam's, in units of the standard deviation of the prompts' context, which
     differs from model to model; it falls to half over the steps. enough: the mean squared error below which a t is done; it rises by 2e-5 a
     step, as in the authors' code: late steps have less to gain. All B pictures go on until the worst of them is good enough.
+    unfinished: where each t is kept once it is done, for an inversion that is stopped.
     """
     steps, B = len(ts), pivot.shape[1]
-    null = [c.float().expand(B, *c.shape[1:]).clone() for c in uncond[:2]]
-    as_used = lambda: (*(c.to(pivot.dtype) for c in null), uncond[2].expand(B, -1))
+    null = [c.float().expand(B, *c.shape[1:]).clone() for c in uncond[:2]]  # context (B, 77, d), pooled (B, p)
+    as_used = lambda null: (*(c.to(pivot.dtype) for c in null), uncond[2].expand(B, -1))
     x_t, found, n, lr = pivot[0], [], steps * B, lr * cond[0].float().std().item()
+
+    def fitted(i, x_t, null):
+        """The embeddings that lead from x_t to the pivot's next latents, beginning with `null`, and where they lead."""
+        t, t_next = ts[i], [*ts, -1][i + 1]
+        null = [c.clone().requires_grad_() for c in null]
+        opt = torch.optim.Adam(null, lr=lr * (1 - i / (2 * steps)))
+        with torch.no_grad():
+            eps_c = unet(x_t, torch.full((B,), t, device=x_t.device), *cond)
+        for j in range(inner + 1):
+            x_next, loss = step_loss(unet, x_t, t, t_next, eps_c, as_used(null), pivot[i + 1], alpha_bar=alpha_bar, guidance=guidance)
+            if loss.max().item() < enough + 2e-5 * i or j == inner:
+                break
+            opt.zero_grad()
+            loss.sum().backward()
+            opt.step()
+        return {"context": null[0], "pooled": null[1], "x_next": x_next, "optimised": torch.tensor(j), "error": loss.max()}
+
     with tqdm(total=steps, unit="step", desc="null-text") as bar:
-        for i, (t, t_next) in enumerate(zip(ts, [*ts[1:], -1])):
-            null = [c.detach().clone().requires_grad_() for c in null]  # each t goes on from what the last one found
-            opt = torch.optim.Adam(null, lr=lr * (1 - i / (2 * steps)))
-            with torch.no_grad():
-                eps_c = unet(x_t, torch.full((B,), t, device=x_t.device), *cond)
-            for j in range(inner + 1):
-                x_next, loss = step_loss(unet, x_t, t, t_next, eps_c, as_used(), pivot[i + 1], alpha_bar=alpha_bar, guidance=guidance)
-                used, worst = [c.detach() for c in as_used()], loss.max().item()
-                if worst < enough + 2e-5 * i or j == inner:
-                    break
-                opt.zero_grad()
-                loss.sum().backward()
-                opt.step()
-            x_t = x_next.detach()
-            found.append(tuple(used))
-            n += (2 + j) * B  # eps_c, and eps_u once more than there were optimiser steps
-            bar.set_postfix_str(f"error {worst:.1e} after {j}")
+        for i in range(steps):
+            done = {k: v.to(pivot.device) for k, v in unfinished.part(f"step{i}", lambda: fitted(i, x_t, null)).items()}
+            null, x_t = [done["context"].detach(), done["pooled"].detach()], done["x_next"].detach()  # each t goes on from what the last one found
+            found.append(as_used(null))
+            n += (2 + done["optimised"].item()) * B  # eps_c, and eps_u once more than there were optimiser steps
+            bar.set_postfix_str(f"error {done['error'].item():.1e} after {done['optimised'].item()}")
             bar.update()
     return Inversion(pivot[0], found, n)
 
@@ -94,19 +103,21 @@ def evaluations(method: str, steps: int, inner: int = 10) -> int:
 # ------------------------------------------------------------------------------------------------ kept for the next time
 
 def kept(path: Path, make) -> Inversion:
-    """The Inversion in the file `path`; if there is none, make() is called and its result written there. ValueError, naming
-    the file, if it is damaged."""
+    """The Inversion in the file `path`; if there is none, make(unfinished) is called, unfinished being where its parts outlive
+    a stop, and its result written there. ValueError, naming the file, if it is damaged."""
     if path.exists():
         stored, _ = slider_files.raw(path)
         if not {"x_T", "context", "pooled", "time_ids"} <= stored.keys():
             raise ValueError(f"{path}: holds no inversion: delete it, and it is made again")
         steps = len(stored["context"])
         return Inversion(stored["x_T"], [tuple(stored[part][i] for part in ("context", "pooled", "time_ids")) for i in range(steps)])
-    made = make()
+    unfinished = Unfinished(path.with_suffix(".unfinished"))
+    made = make(unfinished)
     stack = lambda part: torch.stack([u[part] for u in made.uncond])  # (steps, B or 1, ...)
     if parallel.is_first():  # every process makes the same
         slider_files.save(path, {"x_T": made.x_T.contiguous(), "context": stack(0), "pooled": stack(1), "time_ids": stack(2)},
                           {"kind": "inversion"})
+    unfinished.remove()
     return made
 
 

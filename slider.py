@@ -86,10 +86,11 @@ def begin_with(model, args, picture, size) -> dict:
     settings = dict(method=args.invert, steps=args.steps, guidance=args.guidance)
     path = Path(args.out) / f"inversion-{invert.key(model, z, args.prompt, args.negative, settings)}.safetensors"
 
-    def make():
+    def make(unfinished):
         most = invert.evaluations(args.invert, len(sampler.timesteps(args.steps)))
         print(f"{args.invert} inversion: {'at most ' * (args.invert == 'null-text')}{most} network evaluations")
-        made = invert.invert(model.unet, z, model.condition([args.prompt], size), model.condition([args.negative], size), alpha_bar=model.alpha_bar, **settings)
+        made = invert.invert(model.unet, z, model.condition([args.prompt], size), model.condition([args.negative], size), alpha_bar=model.alpha_bar,
+                             unfinished=unfinished, **settings)
         print(f"{made.evaluations} network evaluations; kept in {path} for the next time")
         return made
 

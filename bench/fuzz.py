@@ -200,8 +200,8 @@ def good_files(folder: Path, model) -> dict:
     kinds["state"].append(((folder / "u" / "state.pt").read_bytes(), "state.pt", lambda p: Unfinished(p.parent).load(), ANY))
     kinds["state"].append(((folder / "u" / "p.safetensors").read_bytes(), "p.safetensors", lambda p: Unfinished(p.parent).part("p", dict), SAFETENSORS))
     made = invert.Inversion(torch.zeros(1, 4, 2, 2), [(torch.zeros(1, 7, 3), torch.zeros(1, 3), torch.zeros(1, 6))] * 2)
-    invert.kept(folder / "i.safetensors", lambda: made)
-    kinds["inversion"].append(((folder / "i.safetensors").read_bytes(), "i.safetensors", lambda p: invert.kept(p, lambda: made), SAFETENSORS))
+    invert.kept(folder / "i.safetensors", lambda _: made)
+    kinds["inversion"].append(((folder / "i.safetensors").read_bytes(), "i.safetensors", lambda p: invert.kept(p, lambda _: made), SAFETENSORS))
     return kinds
 
 

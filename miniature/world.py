@@ -67,11 +67,10 @@ def _sample_face(a, rng):
         hat_colour=tuple(int(v) for v in rng.integers(40, 200, 3)),
         iris=int(rng.integers(3)),
         width=float(rng.uniform(-1.5, 1.5)),  # of the head, pixels: a nuisance nobody names
-        malformed=int(rng.random() < 0.2))
-    malformed = a.get("malformed", 0)
+        malformed=a.get("malformed", int(rng.random() < 0.2)))
     # What is wrong with a malformed face: [dx, dy] of each eye, the two eyes' own factors, the mouth's angle.
     a.update(eye_shift=((0.0, 0.0), (0.0, 0.0)), eye_factor=(1.0, 1.0), mouth_angle=0.0)
-    if malformed:
+    if a["malformed"]:
         faults = rng.random(3) < 0.45
         faults[rng.integers(3)] = True
         side = int(rng.integers(2))

@@ -101,9 +101,9 @@ def test_negative_prompt_inversion_is_ddim_s_at_guidance_1(model, encoded):
 
 def test_an_inversion_is_kept_and_its_key_knows_what_it_is_of(model, encoded, tmp_path):
     z, cond, uncond = encoded
-    make = lambda: invert.invert(model.unet, z, cond, uncond, alpha_bar=model.alpha_bar, steps=2, inner=1)
+    make = lambda _: invert.invert(model.unet, z, cond, uncond, alpha_bar=model.alpha_bar, steps=2, inner=1)
     made = invert.kept(tmp_path / "i.safetensors", make)
-    again = invert.kept(tmp_path / "i.safetensors", lambda: pytest.fail("made again"))
+    again = invert.kept(tmp_path / "i.safetensors", lambda _: pytest.fail("made again"))
     assert torch.equal(made.x_T, again.x_T) and again.evaluations == 0
     assert all(torch.equal(a, b) for u, v in zip(made.uncond, again.uncond) for a, b in zip(u, v))
     name = invert.key(model, z, "a man", 30)
@@ -115,6 +115,27 @@ def test_an_inversion_is_kept_and_its_key_knows_what_it_is_of(model, encoded, tm
     changed = invert.key(model, z, "a man", 30)
     weight.data.copy_(before)  # to the bit: other tests compare the model with its files
     assert changed != name
+
+
+def test_an_inversion_that_was_stopped_goes_on_and_finds_the_same(model, encoded, tmp_path, monkeypatch):
+    z, cond, uncond = encoded
+    make = lambda unfinished: invert.invert(model.unet, z, cond, uncond, alpha_bar=model.alpha_bar, steps=4, inner=2, enough=0.0, unfinished=unfinished)
+    whole = invert.kept(tmp_path / "whole.safetensors", make)
+    real, calls = invert.step_loss, []
+
+    def stops(*args, **kw):
+        calls.append(args[2])
+        if len(calls) == 8:  # three for each t: within the third
+            raise KeyboardInterrupt
+        return real(*args, **kw)
+
+    monkeypatch.setattr(invert, "step_loss", stops)
+    with pytest.raises(KeyboardInterrupt):
+        invert.kept(tmp_path / "part.safetensors", make)
+    again = invert.kept(tmp_path / "part.safetensors", make)
+    assert calls[8:] == sampler.timesteps(4)[2:3] * 3 + sampler.timesteps(4)[3:] * 3  # the first two t were not fitted again
+    assert torch.equal(whole.x_T, again.x_T) and all(torch.equal(a, b) for u, v in zip(whole.uncond, again.uncond) for a, b in zip(u, v))
+    assert whole.evaluations == again.evaluations and sorted(p.name for p in tmp_path.iterdir()) == ["part.safetensors", "whole.safetensors"]
 
 
 @pytest.mark.parametrize("size, expected", [((1024, 1024), (1024, 1024)), ((3000, 2000), (832, 1216)), ((900, 1600), (1344, 768)), ((400, 390), (1024, 1024))])

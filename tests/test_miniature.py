@@ -32,6 +32,14 @@ def test_a_seed_is_a_picture_and_attributes_can_be_pinned():
     assert world.draw(a).tobytes() == world.draw(b).tobytes() and world.draw(a).size == (128, 128)
 
 
+def test_a_face_pinned_as_well_made_is_drawn_so():
+    """What is wrong with a face follows from the pinned `malformed`, not from a draw of its own."""
+    for pinned in (0, 1):
+        a = [world.sample(np.random.default_rng([3, i]), kind="face", malformed=pinned) for i in range(60)]
+        assert all(((x["eye_shift"], x["eye_factor"], x["mouth_angle"]) != (((0.0, 0.0),) * 2, (1.0, 1.0), 0.0)) == bool(pinned) for x in a)
+        assert abs((measure.measure([world.draw(x) for x in a])["malformed"] > 0.5).mean() - pinned) < 0.1
+
+
 def test_the_world_is_as_entangled_and_as_faulty_as_it_says():
     rng = np.random.default_rng(0)
     faces = [world.sample(rng, kind="face") for _ in range(4000)]
