@@ -1,5 +1,7 @@
 # make demo       train a slider on the bundled miniature SDXL and draw its strip (a few minutes on a laptop)
-# make test       all tests
+# make test       lint and all tests
+# make lint       ruff (lint and format) and mypy on the core
+# make coverage   all tests once more, with what they leave out of the core
 # make test-full  the checks on full-size SDXL with random weights (20 GB of memory and of disk, some minutes)
 # make test-oldest  loading and prompts with the oldest supported transformers
 # make bench      timings and memory against diffusers, peft and the published training loop (an hour or so)
@@ -10,7 +12,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test test-full test-oldest bench experiments miniature clean
+.PHONY: demo test lint coverage test-full test-oldest bench experiments miniature clean
 
 $(VENV)/run.stamp: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,8 +26,17 @@ $(VENV)/test.stamp: requirements-test.txt $(VENV)/run.stamp
 demo: $(VENV)/run.stamp
 	$(PY) -m miniature.demo
 
-test: $(VENV)/test.stamp
+test: lint
 	$(PY) -m pytest -q tests
+
+lint: $(VENV)/test.stamp
+	$(PY) -m ruff check --quiet .
+	$(PY) -m ruff format --quiet --check .
+	$(PY) -m mypy
+
+coverage: $(VENV)/test.stamp
+	$(PY) -m coverage run -m pytest -q tests
+	$(PY) -m coverage report
 
 test-full: $(VENV)/test.stamp
 	FULL_SIZE=1 $(PY) -m pytest -q -s tests/test_full_size.py

@@ -31,8 +31,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     p = plain_parser(description)
     p.add_argument("--model", default=str(MINIATURE), help="SDXL folder, .safetensors checkpoint or Hub id (default: the bundled miniature)")
     p.add_argument("--base", help="SDXL folder or Hub id that lends its tokenizers to a --model in one file")
-    p.add_argument("--merge", action="append", default=[], type=file_and_scale, metavar="FILE[:WEIGHT]",
-                   help="LoRA to merge into the model first (weight 1 if none is given); may be repeated")
+    p.add_argument(
+        "--merge",
+        action="append",
+        default=[],
+        type=file_and_scale,
+        metavar="FILE[:WEIGHT]",
+        help="LoRA to merge into the model first (weight 1 if none is given); may be repeated",
+    )
     p.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: the best there is")
     p.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere")
     p.add_argument("--text-on-cpu", action="store_true", help="keep the text encoders off the GPU: 1.5 GiB less for SDXL")

@@ -13,9 +13,9 @@ The judges of real pictures are CLIP ViT-B/32, LPIPS on AlexNet and Inception, `
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ import pictures
 @dataclass
 class Judges:
     """Networks that look at pictures; each a function of a list of N PIL images (or of prompts)."""
+
     clip_pictures: Callable  # -> (N, d)
     clip_prompts: Callable  # prompts -> (N, d)
     layers: Callable  # -> list of features (N, c, h, w) of several depths, already weighted: LPIPS is their distance
@@ -35,6 +36,7 @@ class Judges:
 
 
 # ---------------------------------------------------------------------------------------------- measures
+
 
 def clip_score(judges: Judges, images, prompts) -> np.ndarray:
     """100 cos(picture, prompt), shape (N,). prompts: N of them, or one for all."""
@@ -95,6 +97,7 @@ def wilson(k: int, n: int, z: float = 1.96) -> dict:
 
 # ---------------------------------------------------------------------------------------------- judges of real pictures
 
+
 def real_judges(clip: str = "openai/clip-vit-base-patch32", alexnet: str | None = None, inception: str | None = None, device="cpu") -> Judges:
     """CLIP (a folder or Hub id), LPIPS on AlexNet, FID's Inception. alexnet, inception: files of weights (torchvision's
     alexnet, torch-fidelity's Inception); None: those packages fetch their own. Loaded when first used. ValueError without the packages."""
@@ -104,6 +107,7 @@ def real_judges(clip: str = "openai/clip-vit-base-patch32", alexnet: str | None 
     except ImportError as error:
         raise ValueError(f"the judges of real pictures need {error.name}: pip install -r requirements-judges.txt") from None
     from transformers import CLIPModel, CLIPProcessor
+
     loaded = {}
 
     def once(name, load):
@@ -137,14 +141,20 @@ def real_judges(clip: str = "openai/clip-vit-base-patch32", alexnet: str | None 
     @torch.no_grad()
     def features(images):
         net = once("inception", lambda: FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=inception).eval().to(device))
-        return torch.cat([net(tensor(images[i:i + 16]))[0].cpu() for i in range(0, len(images), 16)])
+        return torch.cat([net(tensor(images[i : i + 16]))[0].cpu() for i in range(0, len(images), 16)])
 
-    return Judges(torch.no_grad()(lambda images: of(model().get_image_features(**processor()(images=images, return_tensors="pt").to(device)))),
-                  torch.no_grad()(lambda prompts: of(model().get_text_features(**processor()(text=prompts, return_tensors="pt", padding=True, truncation=True).to(device)))),
-                  layers, features)
+    return Judges(
+        torch.no_grad()(lambda images: of(model().get_image_features(**processor()(images=images, return_tensors="pt").to(device)))),
+        torch.no_grad()(
+            lambda prompts: of(model().get_text_features(**processor()(text=prompts, return_tensors="pt", padding=True, truncation=True).to(device)))
+        ),
+        layers,
+        features,
+    )
 
 
 # ---------------------------------------------------------------------------------------------- command line
+
 
 def parse_args():
     p = cli.plain_parser(__doc__)
@@ -165,12 +175,17 @@ def main():
     originals, edited = zip(*(pictures.read_matched(pair, 512 if args.judges == "real" else 128) for pair in files))
     if args.judges == "miniature":
         from miniature.judges import miniature_judges
+
         judges = miniature_judges()
     else:
         judges = real_judges(args.clip, args.alexnet, args.inception)
     originals, edited = list(originals), list(edited)
-    result = {"pictures": len(files), "clip_change": interval(clip_change(judges, originals, edited, args.prompt)),
-              "lpips": interval(lpips(judges, originals, edited)), "fid": fid(judges, originals, edited)}
+    result = {
+        "pictures": len(files),
+        "clip_change": interval(clip_change(judges, originals, edited, args.prompt)),
+        "lpips": interval(lpips(judges, originals, edited)),
+        "fid": fid(judges, originals, edited),
+    }
     print(f"{len(files)} pairs; 95% intervals by bootstrap over pictures")
     for name in ("clip_change", "lpips"):
         print(f"{name:12} {result[name]['mean']:8.3f}  [{result[name]['low']:.3f}, {result[name]['high']:.3f}]")

@@ -29,6 +29,7 @@ METHODS = ("null-text", "negative-prompt", "ddim")
 @dataclass
 class Inversion:
     """What draws B pictures again: sampler.sample(unet, x_T, cond, uncond, ...) with the settings that it was made for."""
+
     x_T: torch.Tensor  # (B, 4, h, w)
     uncond: list  # for each step, the largest t first: context (B or 1, 77, d), pooled (B or 1, p), time_ids (B or 1, 6)
     evaluations: int = 0  # of the UNet, one a picture; 0: it came from a file
@@ -54,8 +55,9 @@ def step_loss(unet, x_t, t: int, t_next: int, eps_c, null, goal, *, alpha_bar, g
     return x_next, (sampler.precise(x_next) - sampler.precise(goal)).square().mean((1, 2, 3))
 
 
-def null_text(unet, pivot, ts: list[int], cond, uncond, *, alpha_bar, guidance: float, inner: int = 10, lr: float = 0.03, enough: float = 1e-5,
-              unfinished=NOTHING) -> Inversion:
+def null_text(
+    unet, pivot, ts: list[int], cond, uncond, *, alpha_bar, guidance: float, inner: int = 10, lr: float = 0.03, enough: float = 1e-5, unfinished=NOTHING
+) -> Inversion:
     """Fit the unconditional embeddings to the pivot x*_T ... x*_0 (steps + 1, B, 4, h, w), ts its noise levels.
 
     inner: optimiser steps at most for each t. lr: Adam's, in units of the standard deviation of the prompts' context, which
@@ -102,6 +104,7 @@ def evaluations(method: str, steps: int, inner: int = 10) -> int:
 
 # ------------------------------------------------------------------------------------------------ kept for the next time
 
+
 def kept(path: Path, make) -> Inversion:
     """The Inversion in the file `path`; if there is none, make(unfinished) is called, unfinished being where its parts outlive
     a stop, and its result written there. ValueError, naming the file, if it is damaged."""
@@ -115,8 +118,7 @@ def kept(path: Path, make) -> Inversion:
     made = make(unfinished)
     stack = lambda part: torch.stack([u[part] for u in made.uncond])  # (steps, B or 1, ...)
     if parallel.is_first():  # every process makes the same
-        slider_files.save(path, {"x_T": made.x_T.contiguous(), "context": stack(0), "pooled": stack(1), "time_ids": stack(2)},
-                          {"kind": "inversion"})
+        slider_files.save(path, {"x_T": made.x_T.contiguous(), "context": stack(0), "pooled": stack(1), "time_ids": stack(2)}, {"kind": "inversion"})
     unfinished.remove()
     return made
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from formats import slider_files
-from formats.slider_files import file_name, layers_by_file_name
+from formats.slider_files import Layer, file_name, layers_by_file_name
 
 # Which layers a slider changes, by what their names contain. Like the paper's code, all sets stay within attention
 # projections (attn1 is self-, attn2 cross-attention), resnet blocks and up/down-samplers; the feed-forward layers,
@@ -30,21 +30,24 @@ LAYERS = {
 }
 
 
-def target_layers(unet: nn.Module, layers: str = "noxattn", conv: bool = True) -> dict[str, nn.Module]:
+def target_layers(unet: nn.Module, layers: str = "noxattn", conv: bool = True) -> dict[str, Layer]:
     """Name -> Linear or Conv2d of the layer set `layers` (a key of LAYERS); conv=False leaves convolutions out."""
     if layers not in LAYERS:
         raise ValueError(f"layers: {layers!r} is not one of {', '.join(LAYERS)}")
-    kinds = (nn.Linear, nn.Conv2d) if conv else nn.Linear
-    return {name: m for name, m in unet.named_modules() if isinstance(m, kinds) and re.search(LAYERS[layers], name)}
+    found = {name: m for name, m in unet.named_modules() if isinstance(m, Layer) and re.search(LAYERS[layers], name)}
+    return {name: m for name, m in found.items() if conv or isinstance(m, nn.Linear)}
 
 
 class LowRank(nn.Module):
     """(alpha / r) B A for one layer. A convolution's A has its kernel, stride and padding; its B is 1x1."""
 
-    def __init__(self, layer: nn.Module, rank: int, alpha: float):
+    lora_down: Layer  # A
+    lora_up: Layer  # B
+
+    def __init__(self, layer: Layer, rank: int, alpha: float):
         super().__init__()
         if isinstance(layer, nn.Conv2d):
-            self.lora_down = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, bias=False)
+            self.lora_down = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, bias=False)  # type: ignore[arg-type]
             self.lora_up = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
         else:
             self.lora_down = nn.Linear(layer.in_features, rank, bias=False)
@@ -86,7 +89,7 @@ class Slider(nn.Module):
     sliders of rank 1 in one. 0 costs nothing: the hooks return at once.
     """
 
-    def __init__(self, layers: dict[str, nn.Module], rank: int | dict = 4, alpha: float | dict = 1.0):
+    def __init__(self, layers: dict[str, Layer], rank: int | dict = 4, alpha: float | dict = 1.0):
         """layers: from target_layers. rank, alpha: one for all layers, or a dict by layer name (files may hold more than a
         layer's full rank, as merged ones do). Raises ValueError for one rank that not every layer can have."""
         super().__init__()
@@ -98,15 +101,15 @@ class Slider(nn.Module):
         for name, layer in layers.items():
             self.add_module(file_name(name), LowRank(layer, pick(rank, name), pick(alpha, name)))
         self.scale = 0.0
-        self.handles = []
-        self.metadata = {}  # what the file said that it was loaded from: strings
+        self.handles: list = []
+        self.metadata: dict[str, str] = {}  # what the file said that it was loaded from: strings
 
     def attach(self, unet: nn.Module) -> "Slider":
         """Hook onto the layers of `unet` that this slider has parts for. Raises ValueError if one is missing."""
         self.handles += [layer.register_forward_hook(self._hook(getattr(self, name))) for name, layer in self.layers_of(unet)]
         return self
 
-    def layers_of(self, unet: nn.Module) -> list[tuple[str, nn.Module]]:
+    def layers_of(self, unet: nn.Module) -> list[tuple[str, Layer]]:
         """(name of a part of this slider, the layer of `unet` that it changes). Raises ValueError if one is missing."""
         modules = layers_by_file_name(unet)
         missing = [name for name, _ in self.named_children() if name not in modules]
@@ -122,6 +125,7 @@ class Slider(nn.Module):
             if scale.ndim == 2:
                 return y + part(inputs[0], scale)
             return y + scale.to(y.dtype).view(-1, *[1] * (y.ndim - 1)) * part(inputs[0])
+
         return add
 
     def detach(self):
@@ -137,9 +141,9 @@ class Slider(nn.Module):
             part = getattr(self, name)
             layer.weight = nn.Parameter((layer.weight.float() + scale * part.change()).to(layer.weight.dtype), requires_grad=False)
 
-    def parts(self) -> dict:
-        """{kohya name: slider_files.Part}."""
-        return {name: low.part() for name, low in self.named_children()}
+    def parts(self) -> dict[str, slider_files.Part]:
+        """By kohya name."""
+        return {name: getattr(self, name).part() for name, _ in self.named_children()}
 
     @contextmanager
     def at(self, scale):
@@ -153,6 +157,7 @@ class Slider(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ several at once
 
+
 class Composed:
     """Several sliders, each at a fixed scale, as one change of `unet`: off at `scale` 0, on at any other.
 
@@ -164,7 +169,8 @@ class Composed:
     def __init__(self, unet: nn.Module, pairs, only_low_rank: bool = False):
         """pairs: (slider, scale), sliders not attached. only_low_rank: where another Composed switches on the same UNet, as
         only one W can stand in a layer. Raises ValueError if a slider does not fit `unet`."""
-        self._scale, self.handles, self.changed, parts = 0.0, [], [], {}
+        self._scale, self.handles, self.changed = 0.0, [], []
+        parts: dict[str, tuple] = {}
         for slider, scale in pairs:
             for name, layer in slider.layers_of(unet):
                 parts.setdefault(name, (layer, []))[1].append((getattr(slider, name).part(), scale))
@@ -201,7 +207,9 @@ def hung(unet: nn.Module, sliders):
 
     Yields what to switch: triples (slider, scale, start) again, those with a number as scale and the same start in one.
     """
-    alike, switches, attached = {}, [], []
+    alike: dict = {}
+    switches: list[tuple] = []
+    attached: list[Slider | Composed] = []
     if len({id(slider) for slider, _, _ in sliders}) < len(sliders):
         raise ValueError("the same slider is given twice: load its file once for each")
     for slider, scale, start in sliders:
@@ -214,8 +222,9 @@ def hung(unet: nn.Module, sliders):
         several = [start for start, pairs in alike.items() if len(pairs) > 1]
         for start, pairs in alike.items():
             if len(pairs) > 1:
-                attached.append(Composed(unet, pairs, only_low_rank=len(several) > 1))
-                switches.append((attached[-1], 1.0, start))
+                together = Composed(unet, pairs, only_low_rank=len(several) > 1)
+                attached.append(together)
+                switches.append((together, 1.0, start))
             else:
                 switches.append((*pairs[0], start))
         for slider, _, _ in switches:
@@ -231,6 +240,7 @@ def hung(unet: nn.Module, sliders):
 
 # ------------------------------------------------------------------------------------------------ slider files
 
+
 def save(path, slider: Slider, metadata: dict, **options):
     """Write `slider` as fp16 safetensors in kohya's naming. metadata: any JSON values; options: slider_files.write's."""
     slider_files.write(path, slider.parts(), metadata, **options)
@@ -241,8 +251,11 @@ def load(path, unet: nn.Module) -> Slider:
     attached. Its metadata, all strings, is the returned slider's `.metadata`. Raises ValueError, naming the file."""
     file, known = slider_files.read(path, unet), layers_by_file_name(unet)
     parts = {known[stem][0]: part for stem, part in file.parts.items()}  # by the layer's name in the UNet
-    slider = Slider({known[stem][0]: known[stem][1] for stem in file.parts}, {name: len(part.down) for name, part in parts.items()},
-                    {name: part.alpha for name, part in parts.items()})
+    slider = Slider(
+        {known[stem][0]: known[stem][1] for stem in file.parts},
+        {name: len(part.down) for name, part in parts.items()},
+        {name: part.alpha for name, part in parts.items()},
+    )
     for stem, part in file.parts.items():
         low = getattr(slider, stem)
         low.lora_down.weight.data, low.lora_up.weight.data = part.down, part.up

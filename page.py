@@ -91,8 +91,10 @@ show();
 def html(title: str, sliders: list[tuple[str, list[float]]], rows: list[str], frames, says=None) -> str:
     """The page. sliders: one or two of (name, scales); rows: names of the pictures to choose from; frames: frames[row][j][i] a PIL
     image at the first slider's scale i and the second's j (one j if there is one slider); says: alike, words to show with each."""
-    table = [[[{"src": address(picture), "say": says[r][j][i] if says else ""} for i, picture in enumerate(line)] for j, line in enumerate(grid)]
-             for r, grid in enumerate(frames)]
+    table = [
+        [[{"src": address(picture), "say": says[r][j][i] if says else ""} for i, picture in enumerate(line)] for j, line in enumerate(grid)]
+        for r, grid in enumerate(frames)
+    ]
     data = {"sliders": [{"name": name, "scales": [round(float(s), 3) for s in scales]} for name, scales in sliders], "rows": rows, "frames": table}
     return filled(TEMPLATE, title, data)
 

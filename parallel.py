@@ -39,7 +39,7 @@ def name() -> str:
 
 def mine(items):
     """This process's share of a list or tensor: items 0, N, 2N, ... of the first of N processes; maybe none."""
-    return items[dist.get_rank()::dist.get_world_size()] if dist.is_initialized() else items
+    return items[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else items
 
 
 def gather(results, n: int):
@@ -52,7 +52,7 @@ def gather(results, n: int):
         return [parts[i % len(parts)][i // len(parts)] for i in range(n)]
     out = results.new_empty(n, *results.shape[1:])
     for i, part in enumerate(parts):
-        out[i::len(parts)] = part.to(out.device)
+        out[i :: len(parts)] = part.to(out.device)
     return out
 
 

@@ -58,8 +58,7 @@ def matched(folders: list[Path]) -> list[list[Path]]:
     everywhere = set.intersection(*(set(here) for here in files))
     for folder, here in zip(folders, files):
         if alone := sorted(set(here) - everywhere):
-            raise ValueError(f"{folder / here[alone[0]].name}: has no partner of the same name in every other folder "
-                             f"({len(alone)} such in {folder})")
+            raise ValueError(f"{folder / here[alone[0]].name}: has no partner of the same name in every other folder ({len(alone)} such in {folder})")
     return [[here[name] for here in files] for name in sorted(everywhere)]
 
 

@@ -53,12 +53,12 @@ def ddim_step(x_t, eps, t: int, t_next: int, alpha_bar):
     A level below 0 means the end: alpha_bar_0, since SDXL's scheduler sets `set_alpha_to_one` to false.
     """
     a_t, a_next = float(alpha_bar[max(t, 0)]), float(alpha_bar[max(t_next, 0)])
-    return a_next ** 0.5 * implied_x_0(x_t, eps, a_t) + (1 - a_next) ** 0.5 * eps
+    return a_next**0.5 * implied_x_0(x_t, eps, a_t) + (1 - a_next) ** 0.5 * eps
 
 
 def implied_x_0(x_t, eps, a_t):
     """The picture that x_t and eps imply: Ho et al. 2020, eq. (4), solved for x_0. a_t: alpha_bar_t, a number or (B, 1, 1, 1)."""
-    return (x_t - (1 - a_t) ** 0.5 * eps) / a_t ** 0.5
+    return (x_t - (1 - a_t) ** 0.5 * eps) / a_t**0.5
 
 
 @torch.no_grad()
@@ -116,8 +116,23 @@ def ends_difference(unet, x_t, t, ends):
 
 
 @torch.no_grad()
-def sample(unet, x_T, cond, uncond=None, *, alpha_bar, steps=30, guidance: float = 5.0, sliders=(), start: float = 0.3,
-           ends=None, eta=0.0, skip: int = 0, stop: int | None = None, on_step=None):
+def sample(
+    unet,
+    x_T,
+    cond,
+    uncond=None,
+    *,
+    alpha_bar,
+    steps=30,
+    guidance: float = 5.0,
+    sliders=(),
+    start: float = 0.3,
+    ends=None,
+    eta=0.0,
+    skip: int = 0,
+    stop: int | None = None,
+    on_step=None,
+):
     """Walk noise x_T (B, 4, h, w) down to latents x_0 (B, 4, h, w), all B with the same settings.
 
     cond, uncond: as in guided_eps, of B rows or of one for all. uncond may be a list with one for each of the steps, as
@@ -186,7 +201,7 @@ def grouped(columns, etas, at_once: int) -> list[list[int]]:
     the untouched model's bit for bit; of the others up to `at_once`."""
     changes = [bool(eta) or any(scale for _, scale, _ in column) for column, eta in zip(columns, etas)]
     plain, rest = ([c for c in range(len(columns)) if changes[c] == kind] for kind in (False, True))
-    return [[c] for c in plain] + [rest[i:i + at_once] for i in range(0, len(rest), at_once)]
+    return [[c] for c in plain] + [rest[i : i + at_once] for i in range(0, len(rest), at_once)]
 
 
 def noise(seeds, shape, device="cpu", dtype=torch.float32):

@@ -33,9 +33,23 @@ def best_device() -> str:
 class SDXL:
     """unet, vae, two text encoders with their tokenizers, and the noise schedule alpha_bar (T,)."""
 
+    unet: UNet
+    vae: VAE  # None once released, and with vae=False
+    text_encoders: list  # of transformers' CLIP text models; None once released
+    tokenizers: list
+    alpha_bar: torch.Tensor  # (T,)
+    device: torch.device
+    dtype: torch.dtype  # of UNet and text encoders
+    size: int  # pixels, the side of the pictures it was trained on
+    factor: int  # pixels to a latent
+    channels: int  # of a latent
+    zeros_for_empty: bool  # whether an empty prompt is all zeros
+    known_words: set[str] | None  # words the model was trained on, where its folder lists them
+
     @classmethod
-    def load(cls, path_or_id=MINIATURE, device: str | None = None, dtype: torch.dtype | None = None, base=None, vae: bool = True,
-             text_on_cpu: bool = False) -> "SDXL":
+    def load(
+        cls, path_or_id=MINIATURE, device: str | None = None, dtype: torch.dtype | None = None, base=None, vae: bool = True, text_on_cpu: bool = False
+    ) -> "SDXL":
         """Load a model folder, one .safetensors file, or a Hub id ("owner/name", downloaded on first use).
 
         device: "cpu", "cuda", "mps"; None chooses the best there is. dtype: of UNet and text encoders; None is
@@ -47,13 +61,14 @@ class SDXL:
         """
         from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # only here: it takes seconds, and a
         from transformers.utils import logging  # wrong option should not wait for it
+
         logging.disable_progress_bar()  # loading is a matter of seconds, and the bars are many
 
         self = cls()
         files = weights.find(path_or_id, base)
         configs = files.configs
         self.device = torch.device(device or best_device())
-        if not {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(self.device.type, lambda: True)():
+        if not {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(self.device.type, True):
             raise ValueError(f"device: there is no {device} on this machine, or this PyTorch cannot use it")
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
         self.zeros_for_empty = configs["model_index"].get("force_zeros_for_empty_prompt", True)
@@ -65,13 +80,15 @@ class SDXL:
         except Exception as error:  # of a damaged one the tokenizers library raises Exception itself
             raise ValueError(f"{files.tokenizers[0].parent}: the tokenizers cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
         text_device = torch.device("cpu") if text_on_cpu else self.device
-        self.text_encoders = [load(weights.pour_text_encoder, kind, part, device=text_device) for kind, part in
-                              ((CLIPTextModel, "text_encoder"), (CLIPTextModelWithProjection, "text_encoder_2"))]
+        self.text_encoders = [
+            load(weights.pour_text_encoder, kind, part, device=text_device)
+            for kind, part in ((CLIPTextModel, "text_encoder"), (CLIPTextModelWithProjection, "text_encoder_2"))
+        ]
         vae_dtype = torch.float32 if configs["vae"].get("force_upcast", True) else self.dtype
-        self.vae = load(weights.pour, VAE, "vae", vae_dtype) if vae else None
+        self.vae = load(weights.pour, VAE, "vae", vae_dtype) if vae else None  # type: ignore[assignment]
         self.unet = load(weights.pour, UNet, "unet")
         self.factor, self.channels = 2 ** (len(configs["vae"]["block_out_channels"]) - 1), self.unet.config["in_channels"]
-        self.size = self.unet.config["sample_size"] * self.factor  # pixels, the side of the pictures it was trained on
+        self.size = self.unet.config["sample_size"] * self.factor
         words = files.tokenizers[0] / "known_words.txt"  # the miniature's; released SDXL folders have none
         self.known_words = set(words.read_text().split()) if words.exists() else None
         return self
@@ -88,9 +105,8 @@ class SDXL:
         self.warn_about_words(prompts)
         hidden = []
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders):
-            ids = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
-                            return_tensors="pt").input_ids.to(encoder.device)  # (B, 77)
-            out = encoder(ids, output_hidden_states=True)
+            ids = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids  # (B, 77)
+            out = encoder(ids.to(encoder.device), output_hidden_states=True)
             hidden.append(out.hidden_states[-2])  # (B, 77, d): before the last layer, no final layer norm
         context, pooled = torch.cat(hidden, -1).to(self.device), out.text_embeds.to(self.device)  # (B, 77, d1 + d2), (B, p)
         if self.zeros_for_empty:
@@ -116,8 +132,9 @@ class SDXL:
         unknown = sorted(words - self.known_words)
         if unknown:
             self.known_words |= set(unknown)  # once for each word
-            warnings.warn(f"this model never saw {'the word' if len(unknown) == 1 else 'the words'} "
-                          f"{', '.join(map(repr, unknown))}: it can only guess", stacklevel=2)
+            warnings.warn(
+                f"this model never saw {'the word' if len(unknown) == 1 else 'the words'} {', '.join(map(repr, unknown))}: it can only guess", stacklevel=2
+            )
 
     # -------------------------------------------------------------------------------- latents and pictures
 
@@ -131,17 +148,17 @@ class SDXL:
 
     def release(self, vae: bool = True):
         """Free the memory of the text encoders, and of the VAE, which training no longer needs once all is encoded."""
-        self.text_encoders = None
+        self.text_encoders = None  # type: ignore[assignment]
         if vae:
-            self.vae = None
+            self.vae = None  # type: ignore[assignment]
 
     @torch.no_grad()
     def pictures(self, latents) -> list[Image.Image]:
         """latents (B, 4, h, w) -> B RGB pictures; decoded a few at a time, large ones one by one."""
-        dtype, few = next(self.vae.parameters()).dtype, max(1, 8 * 32 ** 2 // latents[0, 0].numel())
-        out = torch.cat([self.vae.decode(z.to(dtype)) for z in latents.split(few)])  # (B, 3, H, W) in [-1, 1]
-        out = ((out.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        return [Image.fromarray(p) for p in out]
+        dtype, few = next(self.vae.parameters()).dtype, max(1, 8 * 32**2 // latents[0, 0].numel())
+        x = torch.cat([self.vae.decode(z.to(dtype)) for z in latents.split(few)])  # (B, 3, H, W) in [-1, 1]
+        x = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()
+        return [Image.fromarray(p) for p in x.numpy()]
 
     @torch.no_grad()
     def latents(self, pictures: list[Image.Image]) -> torch.Tensor:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-
 # ---------------------------------------------------------------------------------- numbers to vectors
+
 
 def sinusoids(values, width: int):
     """values (B,) -> (B, width): cosines, then sines, of geometrically spaced frequencies (Vaswani et al. 2017).
@@ -47,6 +47,7 @@ class Recomputed(nn.Module):
 
 
 # ---------------------------------------------------------------------------------- convolutions
+
 
 class Resnet(Recomputed):
     """(B, c_in, h, w) -> (B, c_out, h, w): two convolutions around a shortcut, told the noise level in between."""
@@ -90,6 +91,7 @@ class Upsample(nn.Module):
 
 
 # ---------------------------------------------------------------------------------- attention
+
 
 class Attention(nn.Module):
     """Multi-head attention of tokens x (B, n, c) to context (B, m, c_context); to themselves if there is none."""
@@ -163,6 +165,7 @@ class Transformer(nn.Module):
 
 
 # ---------------------------------------------------------------------------------- one level of the U
+
 
 class Level(nn.Module):
     """What the levels of the U are made of: resnets, each followed by a transformer where the level has them."""
@@ -255,8 +258,9 @@ class UNet(nn.Module):
         skips = [widths[0]]  # channels of everything the way down leaves for the way up
         for level, kind in enumerate(config["down_block_types"]):
             last = level == len(widths) - 1
-            self.down_blocks.append(Down(widths[max(level - 1, 0)], widths[level], layers, last, c_time, groups, eps,
-                                         transformer(level) if "CrossAttn" in kind else None))
+            self.down_blocks.append(
+                Down(widths[max(level - 1, 0)], widths[level], layers, last, c_time, groups, eps, transformer(level) if "CrossAttn" in kind else None)
+            )
             skips += [widths[level]] * (layers if last else layers + 1)
 
         self.mid_block = Mid(widths[-1], c_time, groups, eps, transformer(-1))
@@ -268,8 +272,7 @@ class UNet(nn.Module):
             for _ in range(layers + 1):  # one more than on the way down: the downsampler's output is a skip too
                 channels.append((c + skips.pop(), widths[level]))
                 c = widths[level]
-            self.up_blocks.append(Up(channels, level == 0, c_time, groups, eps,
-                                     transformer(level) if "CrossAttn" in kind else None))
+            self.up_blocks.append(Up(channels, level == 0, c_time, groups, eps, transformer(level) if "CrossAttn" in kind else None))
 
         self.conv_norm_out = nn.GroupNorm(groups, widths[0], eps)
         self.conv_out = nn.Conv2d(widths[0], config["out_channels"], 3, padding=1)
@@ -311,9 +314,14 @@ def check(config: dict):
     """Raise ValueError, with one line, unless `config` describes a UNet of SDXL's kind."""
     try:
         down, mid, up = config["down_block_types"], config["mid_block_type"], config["up_block_types"]
-        fits = (set(down) <= DOWN and mid == MID and set(up) <= UP and config["addition_embed_type"] == "text_time"
-                and config["use_linear_projection"] and len(config["attention_head_dim"]) == len(down) == len(up)
-                == len(config["block_out_channels"]) == len(config["transformer_layers_per_block"]))
+        fits = (
+            set(down) <= DOWN
+            and mid == MID
+            and set(up) <= UP
+            and config["addition_embed_type"] == "text_time"
+            and config["use_linear_projection"]
+            and len(config["attention_head_dim"]) == len(down) == len(up) == len(config["block_out_channels"]) == len(config["transformer_layers_per_block"])
+        )
     except (KeyError, TypeError) as error:
         raise ValueError(f"unet config: not SDXL's kind of UNet (missing or odd: {error})") from None
     if not fits:

@@ -160,12 +160,13 @@ class VAE(nn.Module):
         its side into the next; group norms and attention see only the tile, so colours may differ by a shade."""
         tile, f = self.tile, self.factor
         starts = lambda n: [*range(0, n - tile, tile - tile // 4), max(n - tile, 0)]  # the last one ends at the edge
-        fade = lambda n: ((torch.arange(n, device=z.device) + 0.5).minimum(n - torch.arange(n, device=z.device) - 0.5)
-                          / (tile // 4 * f)).clamp(max=1)  # (n,): up from the edges to 1
+        fade = lambda n: ((torch.arange(n, device=z.device) + 0.5).minimum(n - torch.arange(n, device=z.device) - 0.5) / (tile // 4 * f)).clamp(
+            max=1
+        )  # (n,): up from the edges to 1
         total = picture = 0
         for top in starts(z.shape[2]):
             for left in starts(z.shape[3]):
-                part = self.decode_moments(z[:, :, top:top + tile, left:left + tile])  # (B, 3, <= tile * f, <= tile * f)
+                part = self.decode_moments(z[:, :, top : top + tile, left : left + tile])  # (B, 3, <= tile * f, <= tile * f)
                 window = fade(part.shape[2])[:, None] * fade(part.shape[3])
                 around = (left * f, z.shape[3] * f - left * f - part.shape[3], top * f, z.shape[2] * f - top * f - part.shape[2])
                 picture = picture + F.pad(part * window.to(part.dtype), around)

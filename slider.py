@@ -44,8 +44,9 @@ def generate(model, prompt: str, seeds, sliders=(), **settings) -> list[Image.Im
     return sweep(model, prompt, seeds, [sliders], **settings)[0]
 
 
-def sweep(model, prompt: str, seeds, columns, *, negative: str = "", size: tuple[int, int] | None = None, batch: int = 16,
-          start_from=None, uncond=None, **settings) -> list[list[Image.Image]]:
+def sweep(
+    model, prompt: str, seeds, columns, *, negative: str = "", size: tuple[int, int] | None = None, batch: int = 16, start_from=None, uncond=None, **settings
+) -> list[list[Image.Image]]:
     """The same seeds in several settings: a list of pictures, one for each seed, for each of `columns`. size: (height,
     width) in pixels; batch: pictures denoised at once. start_from: function of a few seeds, the latents to begin with instead
     of their noise; uncond: in the place of `negative`'s conditioning. columns and settings are sampler.sweep's."""
@@ -53,13 +54,14 @@ def sweep(model, prompt: str, seeds, columns, *, negative: str = "", size: tuple
     start_from = start_from or (lambda some: sampler.noise(some, model.latent_shape(size), model.device, model.dtype))
     mine, out = parallel.mine(seeds), [[] for _ in columns]
     for i in range(0, len(mine), batch):
-        x_T = start_from(mine[i:i + batch])
+        x_T = start_from(mine[i : i + batch])
         for column, x_0 in sampler.sweep(model.unet, x_T, cond, uncond, columns, alpha_bar=model.alpha_bar, batch=batch, **settings):
             out[column] += model.pictures(x_0)
     return [parallel.gather(column, len(seeds)) for column in out]
 
 
 # ------------------------------------------------------------------------------------------------ real pictures
+
 
 def opened(model, path, side: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
     """The picture in the file `path` as the model can take it, and its size (height, width): of the proportions that are
@@ -89,8 +91,15 @@ def begin_with(model, args, picture, size) -> dict:
     def make(unfinished):
         most = invert.evaluations(args.invert, len(sampler.timesteps(args.steps)))
         print(f"{args.invert} inversion: {'at most ' * (args.invert == 'null-text')}{most} network evaluations")
-        made = invert.invert(model.unet, z, model.condition([args.prompt], size), model.condition([args.negative], size), alpha_bar=model.alpha_bar,
-                             unfinished=unfinished, **settings)
+        made = invert.invert(
+            model.unet,
+            z,
+            model.condition([args.prompt], size),
+            model.condition([args.negative], size),
+            alpha_bar=model.alpha_bar,
+            unfinished=unfinished,
+            **settings,
+        )
         print(f"{made.evaluations} network evaluations; kept in {path} for the next time")
         return made
 
@@ -100,6 +109,7 @@ def begin_with(model, args, picture, size) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------ scales
+
 
 def useful_scales(sliders) -> list[float]:
     """Seven scales, 0 in the middle, over the range in which every one of `sliders` is useful, as their files say
@@ -127,6 +137,7 @@ def even_scales(draw, low: float, high: float, count: int = 7) -> list[float]:
 
 # ------------------------------------------------------------------------------------------------ command line
 
+
 def parse_args():
     p = cli.parser(__doc__)
     p.add_argument("--prompt", required=True, help="what the pictures show")
@@ -150,8 +161,13 @@ def parse_args():
     p.add_argument("--start", type=float, default=0.3, help="share of the denoising after which the sliders switch on (default: %(default)s)")
     p.add_argument("--size", type=int, help="pixels (default: the model's own)")
     p.add_argument("--batch", type=int, help="pictures denoised at once (default: 16; for a UNet of SDXL's size 4)")
-    p.add_argument("--vae-tile", type=int, default=1024, metavar="PIXELS",
-                   help="decode larger pictures in tiles of this side; a smaller one takes less memory (default: %(default)s)")
+    p.add_argument(
+        "--vae-tile",
+        type=int,
+        default=1024,
+        metavar="PIXELS",
+        help="decode larger pictures in tiles of this side; a smaller one takes less memory (default: %(default)s)",
+    )
     p.add_argument("--html", metavar="FILE", help="also write a page with the slider to drag, every picture inside it; with --grid a plane of two")
     p.add_argument("--out", default="out", help="folder to write to (default: %(default)s)")
     return p.parse_args()
@@ -209,8 +225,14 @@ def main():
     model.latent_shape(size)
     sampler.timesteps(args.steps)
     sliders = [(lora.load(path, model.unet), fixed, args.start if start is None else start) for given, fixed, start in args.slider for path in in_folder(given)]
-    settings = dict(steps=args.steps, guidance=args.guidance, start=args.start, negative=args.negative, size=size,
-                    batch=args.batch or (16 if training.is_small(model.unet) else 4))
+    settings = dict(
+        steps=args.steps,
+        guidance=args.guidance,
+        start=args.start,
+        negative=args.negative,
+        size=size,
+        batch=args.batch or (16 if training.is_small(model.unet) else 4),
+    )
     if args.image:
         settings |= begin_with(model, args, picture, size)
 
@@ -256,6 +278,7 @@ def write_page(args, rows: list[str], scales, drawn):
     lines = lambda table: [[[table[j * n + i][r] for i in range(n)] for j in range(len(drawn) // n)] for r in range(len(rows))]
     if args.model == str(MINIATURE):  # only there can what is seen be measured
         from miniature.effect import said
+
         says = lines(said(drawn, len(sliders)))
     cli.write_text(args.html, page.html(args.prompt, sliders, rows, lines(drawn), says))
     print(f"{args.html}: a page to drag in; open it in a browser")
@@ -298,7 +321,7 @@ def write_strip(out: Path, rows: list[str], drawn, names: list[str], original=No
 def write_grids(out: Path, rows: list[str], drawn, names: list[str]):
     for i, row in enumerate(rows):
         mine = [column[i] for column in drawn]  # row by row
-        grid = [mine[j:j + len(names)] for j in range(0, len(mine), len(names))]
+        grid = [mine[j : j + len(names)] for j in range(0, len(mine), len(names))]
         for down, line in zip(names, grid):
             for across, picture in zip(names, line):
                 pictures.save(picture, out / f"{row}_scale{across}_{down}.png")

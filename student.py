@@ -21,6 +21,7 @@ import unfinished
 @dataclass
 class Targets:
     """What a teacher collected: n samples."""
+
     x_t: torch.Tensor  # (n, 4, h, w)
     t: torch.Tensor  # (n,) noise levels
     scale: torch.Tensor  # (n,): the slider's scale there
@@ -33,7 +34,7 @@ class Targets:
         return len(self.t)
 
     def __getitem__(self, rows) -> "Targets":
-        return Targets(*(getattr(self, f.name)[rows] for f in fields(self) if f.name != "cond"), self.cond)
+        return Targets(*(getattr(self, f.name)[rows] for f in fields(self)[:-1]), self.cond)  # type: ignore[call-arg]  # mypy counts the star as one
 
     @property
     def wanted(self):
@@ -68,8 +69,9 @@ def fit(unet, slider, train: Targets, held_out: Targets, *, batch: int, **settin
     return loop(slider, len(train), loss, lambda: meter(unet, slider, held_out, batch), batch=batch, **settings)
 
 
-def loop(slider, n: int, loss, read, *, steps: int, batch: int, lr: float, seed: int = 0, meter_every: int = 25, on_meter=None,
-         kept=unfinished.NOTHING) -> dict:
+def loop(
+    slider, n: int, loss, read, *, steps: int, batch: int, lr: float, seed: int = 0, meter_every: int = 25, on_meter=None, kept=unfinished.NOTHING
+) -> dict:
     """The loop: shows a progress bar with loss and meter; returns the final meter and loss.
 
     n: samples to learn from. loss: function of a few of their numbers, (b,) -> one loss for each, (b,). read: the meter, a dict
@@ -105,16 +107,27 @@ def loop(slider, n: int, loss, read, *, steps: int, batch: int, lr: float, seed:
             opt.step()
             if not value < 10:  # NaN too
                 good = (kept.load() or {"step": 0})["step"]
-                raise FloatingPointError(f"training diverged at step {i + 1} (loss {value:.3g}): try a lower --lr than {lr:.2g}"
-                                         + f"; --resume with it goes on from step {good}" * bool(good))
+                raise FloatingPointError(
+                    f"training diverged at step {i + 1} (loss {value:.3g}): try a lower --lr than {lr:.2g}"
+                    + f"; --resume with it goes on from step {good}" * bool(good)
+                )
             average = value if average is None else 0.9 * average + 0.1 * value
             if (i + 1) % meter_every == 0 or i + 1 == steps:
                 reading = read()
                 if on_meter:
                     on_meter(i + 1)
             if ((i + 1) % meter_every == 0 and i + 1 < steps) or stop():  # not at the end: another process may be removing the folder
-                kept.save({"step": i + 1, "average": average, "order": order, "reading": reading, "generator": generator.get_state(),
-                           "optimiser": opt.state_dict(), "parameters": [p.detach() for p in parameters]})
+                kept.save(
+                    {
+                        "step": i + 1,
+                        "average": average,
+                        "order": order,
+                        "reading": reading,
+                        "generator": generator.get_state(),
+                        "optimiser": opt.state_dict(),
+                        "parameters": [p.detach() for p in parameters],
+                    }
+                )
             if stop():
                 raise KeyboardInterrupt(f"stopped after step {i + 1}" + "; the same command with --resume goes on from there" * bool(kept.folder))
             bar.set_postfix_str(f"loss {average:.2f}  learned {reading['share']:.0%}  cosine {reading['cosine']:.2f}")
@@ -139,18 +152,26 @@ def meter(unet, slider, held_out: Targets, batch: int) -> dict:
     along, length, change = parallel.gather(torch.cat(products) if products else held_out.target.new_zeros(0, 3).float(), len(held_out)).T
     share = lambda which: (along[which].sum() / length[which].sum().clamp(min=1e-12)).item()
     plus = held_out.scale > 0
-    return {"share": share(slice(None)), "cosine": (along.sum() / (length.sum() * change.sum()).sqrt().clamp(min=1e-12)).item(),
-            "plus": share(plus), "minus": share(~plus)}
+    return {
+        "share": share(slice(None)),
+        "cosine": (along.sum() / (length.sum() * change.sum()).sqrt().clamp(min=1e-12)).item(),
+        "plus": share(plus),
+        "minus": share(~plus),
+    }
 
 
 def verdict(reading: dict, difference: float, enough: tuple[float, float] = (0.25, 0.5)) -> list[str]:
     """Plain words about the final meter. difference: |wanted| / |eps|, how much the teacher itself sees between the ends.
     enough: the share and the cosine below which a slider of this kind is no good."""
-    lines = [f"The slider makes {reading['share']:.0%} of the teacher's change on unseen x_t (cosine {reading['cosine']:.2f}; "
-             f"positive end {reading['plus']:.0%}, negative end {reading['minus']:.0%})."]
+    lines = [
+        f"The slider makes {reading['share']:.0%} of the teacher's change on unseen x_t (cosine {reading['cosine']:.2f}; "
+        f"positive end {reading['plus']:.0%}, negative end {reading['minus']:.0%})."
+    ]
     if difference < 0.02:
-        lines.append(f"WARNING: the model itself hardly tells the two ends apart ({difference:.1%} of its prediction): "
-                     "a clearer difference between them, or a higher --eta, may help.")
+        lines.append(
+            f"WARNING: the model itself hardly tells the two ends apart ({difference:.1%} of its prediction): "
+            "a clearer difference between them, or a higher --eta, may help."
+        )
     if reading["share"] < enough[0]:
         lines.append("WARNING: it learned next to nothing. Try more --steps, or a higher --lr.")
     elif reading["cosine"] < enough[1]:

@@ -1,10 +1,10 @@
 """Look at slider files, and do arithmetic on them.
 
-    python tools.py info age.safetensors smile.safetensors        what they are; how alike they are
-    python tools.py convert age.safetensors --to peft --out age_peft.safetensors
-    python tools.py merge age.safetensors:1.5 smile.safetensors --out both.safetensors    (--rank 8: the nearest of that rank)
-    python tools.py extract tuned.safetensors --rank 16 --out tuned_lora.safetensors      what a fine-tune changed in --model
-    python tools.py bake age.safetensors:1.5 --out older_model                            --model with the sliders in its weights
+python tools.py info age.safetensors smile.safetensors        what they are; how alike they are
+python tools.py convert age.safetensors --to peft --out age_peft.safetensors
+python tools.py merge age.safetensors:1.5 smile.safetensors --out both.safetensors    (--rank 8: the nearest of that rank)
+python tools.py extract tuned.safetensors --rank 16 --out tuned_lora.safetensors      what a fine-tune changed in --model
+python tools.py bake age.safetensors:1.5 --out older_model                            --model with the sliders in its weights
 """
 
 import json
@@ -71,19 +71,21 @@ def info(args, unet):
         ranks = sorted({len(p.down) for p in file.parts.values()})
         factors = sorted({round(p.alpha / len(p.down), 4) for p in file.parts.values()})
         convolutions = sum(p.down.ndim == 4 for p in file.parts.values())
-        print(f"{path}: {file.metadata.get('kind', 'LoRA')}, {file.naming} naming, {len(file.parts)} layers ({convolutions} convolutions), "
-              f"rank {', '.join(map(str, ranks))}, alpha / rank {', '.join(map(str, factors))}")
+        print(
+            f"{path}: {file.metadata.get('kind', 'LoRA')}, {file.naming} naming, {len(file.parts)} layers ({convolutions} convolutions), "
+            f"rank {', '.join(map(str, ranks))}, alpha / rank {', '.join(map(str, factors))}"
+        )
         norms = {}
         for name, part in file.parts.items():
             norms[block(name)] = norms.get(block(name), 0.0) + inner({name: part}, {name: part})
-        print("  norm of the change, per block: " + ", ".join(f"{b} {n ** 0.5:.3g}" for b, n in sorted(norms.items())))
+        print("  norm of the change, per block: " + ", ".join(f"{b} {n**0.5:.3g}" for b, n in sorted(norms.items())))
         if "settings" in file.metadata:
             settings = slider_files.json_of(file.metadata["settings"], path)
             print("  settings: " + ", ".join(f"{k} {v}" for k, v in settings.items() if v is not None and v is not False and v != []))
         if "probe" in file.metadata:
             print("  useful from scale {:+g} to {:+g}".format(*json.loads(file.metadata["probe"])["range"]))
     for i, (path, file) in enumerate(zip(args.files, files)):
-        for other, another in list(zip(args.files, files))[i + 1:]:
+        for other, another in list(zip(args.files, files))[i + 1 :]:
             lengths = (inner(file.parts, file.parts) * inner(another.parts, another.parts)) ** 0.5
             print(f"{path} and {other}: cosine {inner(file.parts, another.parts) / lengths if lengths else 0:.3f}")
 
@@ -124,9 +126,9 @@ def extract(args, unet):
                 raise ValueError(f"{args.files[0]}: another kind of UNet: {name} is {tuple(W.shape)}")
             change = (W - before[name]).flatten(1)  # (out, in * k * k)
             U, S, Vh = torch.linalg.svd(change, full_matrices=False)
-            root = S[:args.rank].sqrt()
-            whole, left = whole + S.square().sum().item(), left + S[args.rank:].square().sum().item()
-            A, B = root[:, None] * Vh[:args.rank], U[:, :args.rank] * root
+            root = S[: args.rank].sqrt()
+            whole, left = whole + S.square().sum().item(), left + S[args.rank :].square().sum().item()
+            A, B = root[:, None] * Vh[: args.rank], U[:, : args.rank] * root
             up = B.view(*B.shape, 1, 1) if W.ndim == 4 else B
             parts[slider_files.file_name(name.removesuffix(".weight"))] = Part(A.view(-1, *W.shape[1:]), up, float(len(A)))
     slider_files.write(args.out, parts, {"kind": "extracted", "of": args.files[0]}, dtype=cli.DTYPES[args.store])

@@ -44,8 +44,7 @@ def shared_prediction(eps_0, scales):
 
 
 @torch.no_grad()
-def collect(model, latents, scales, cond, *, noises: int, seed: int, batch: int, target: str = "shared",
-            kept=unfinished.NOTHING) -> student.Targets:
+def collect(model, latents, scales, cond, *, noises: int, seed: int, batch: int, target: str = "shared", kept=unfinished.NOTHING) -> student.Targets:
     """The teacher. Noises each pair's latents (n, k, 4, h, w) `noises` times, at levels spread over the whole schedule,
     alike within a pair, and notes what the frozen model predicts. Returns student.Targets of n * noises * k samples.
 
@@ -59,8 +58,10 @@ def collect(model, latents, scales, cond, *, noises: int, seed: int, batch: int,
     x_t = sampler.add_noise(latents[rows].flatten(0, 1), eps.repeat_interleave(k, 0), t.repeat_interleave(k), model.alpha_bar)
     samples = parallel.mine(torch.arange(len(x_t), device=model.device))
     predicted = lambda part: {"eps_0": model.unet(x_t[part], t[part // k], *sampler.rows(cond, len(part)))}
-    parts = [kept.part(f"seed{seed}_teacher{i}", lambda: predicted(part))["eps_0"].to(model.device)
-             for i, part in enumerate(tqdm(samples.split(batch), unit="batch", desc="teacher"))]
+    parts = [
+        kept.part(f"seed{seed}_teacher{i}", lambda: predicted(part))["eps_0"].to(model.device)
+        for i, part in enumerate(tqdm(samples.split(batch), unit="batch", desc="teacher"))
+    ]
     eps_0 = parallel.gather(torch.cat(parts), len(x_t)).unflatten(0, (-1, k))  # (n * noises, k, 4, h, w)
     goal = (eps[:, None].float() if target == "noise" else shared_prediction(eps_0, scales)).expand(eps_0.shape)
     t = t.repeat_interleave(k)
@@ -90,6 +91,7 @@ def parse_args():
     p.add_argument("--target", choices=["shared", "noise"], default="shared", help="what both ends are taught to predict (default: %(default)s)")
     p.add_argument("--noises", type=int, default=32, help="noisings of each pair (default: %(default)s)")
     training.add_options(p)
+    training.add_watching(p)
     return cli.parse(p)
 
 
@@ -115,8 +117,10 @@ def main():
     if args.dry_run:
         return training.dry_run(args, model, slider, cond, plan)
     at = torch.tensor(scales, device=model.device)
-    train, held_out = (collect(model, z, at, cond, noises=noises, seed=2 * args.seed + 1 + i, batch=4 * args.batch, target=target, kept=kept)
-                       for i, (z, noises, target) in enumerate(parts))
+    train, held_out = (
+        collect(model, z, at, cond, noises=noises, seed=2 * args.seed + 1 + i, batch=4 * args.batch, target=target, kept=kept)
+        for i, (z, noises, target) in enumerate(parts)
+    )
     difference = (held_out.wanted.norm() / held_out.eps_0.float().norm()).item()
     about = {"kind": "visual slider", "pairs": len(groups)}
     # Of what the model sees in a pair, a good part is its own and not the concept's: 30%, cosine 0.5 is a good slider on the miniature.

@@ -28,6 +28,7 @@ import pictures
 import sampler
 import student
 import training
+import unfinished
 from unfinished import Unfinished
 
 SCALES = [-2.0, -1.0, 0.0, 1.0, 2.0]
@@ -36,9 +37,11 @@ HELD_OUT = 8  # x_t that only the meter sees
 
 # ---------------------------------------------------------------------------------------------- teacher
 
+
 @dataclass
 class Samples:
     """n pictures that the frozen model drew, with m of the x_t on the way to each."""
+
     x_0: torch.Tensor  # (n, 4, h, w)
     x_t: torch.Tensor  # (n, m, 4, h, w)
     t: torch.Tensor  # (n, m)
@@ -46,10 +49,11 @@ class Samples:
 
 
 @torch.no_grad()
-def collect(model, cond, uncond, folder: Path, *, samples: int, per_sample: int, size, seed: int, batch: int, steps, guidance: float,
-            start: float) -> Samples:
+def collect(
+    model, cond, uncond, kept: Unfinished, *, samples: int, per_sample: int, size, seed: int, batch: int, steps, guidance: float, start: float
+) -> Samples:
     """Draw `samples` pictures, the prompts (rows of cond) in turn, keeping `per_sample` x_t of each, evenly spread over the steps
-    in which sliders are on. Each batch is a file in `folder` once it is done: a run that was stopped goes on."""
+    in which sliders are on. Each batch is kept in `kept` once it is done: a run that was stopped goes on."""
     first, count = sampler.steps_before(start, steps), len(sampler.timesteps(steps))
     keep = [first + int((i + 0.5) * (count - first) / per_sample) for i in range(per_sample)]
     if len(set(keep)) < per_sample:
@@ -63,8 +67,9 @@ def collect(model, cond, uncond, folder: Path, *, samples: int, per_sample: int,
                 kept.append((x_t, torch.full((len(x_t),), t)))
 
         x_T = sampler.noise(seeds, model.latent_shape(size), model.device, model.dtype)
-        x_0 = sampler.sample(model.unet, x_T, tuple(c[prompt.to(model.device)] for c in cond), uncond, alpha_bar=model.alpha_bar, steps=steps,
-                             guidance=guidance, on_step=on_step)
+        x_0 = sampler.sample(
+            model.unet, x_T, tuple(c[prompt.to(model.device)] for c in cond), uncond, alpha_bar=model.alpha_bar, steps=steps, guidance=guidance, on_step=on_step
+        )
         x_t, t = (torch.stack(part, 1) for part in zip(*kept))  # (b, m, 4, h, w), (b, m)
         return {"x_0": x_0, "x_t": x_t, "t": t, "prompt": prompt}
 
@@ -72,7 +77,7 @@ def collect(model, cond, uncond, folder: Path, *, samples: int, per_sample: int,
     for i in tqdm(range(0, samples, batch), unit="batch", desc="samples"):
         seeds = range(seed * 1_000_000 + i, seed * 1_000_000 + min(i + batch, samples))
         prompt = torch.arange(i, i + len(seeds)) % len(cond[0])
-        parts.append(Unfinished(folder).part(f"{seeds[0]}-{seeds[-1]}", lambda: way(seeds, prompt)))
+        parts.append(kept.part(f"{seeds[0]}-{seeds[-1]}", lambda: way(seeds, prompt)))
     return Samples(*(torch.cat([p[name] for p in parts]).to(model.device) for name in ("x_0", "x_t", "t", "prompt")))
 
 
@@ -93,6 +98,7 @@ def directions(f, k: int):
 
 
 # ---------------------------------------------------------------------------------------------- student
+
 
 class Space:
     """k sliders of rank r as one lora.Slider of rank k r, and what they are trained on: row number -> (x_t, direction, sign). The last
@@ -153,14 +159,41 @@ def split(bank: lora.Slider, layers, k: int, rank: int, alpha: float) -> list[lo
     return out
 
 
-def learn(model, clip, samples: Samples, cond, uncond, v, *, layers, rank: int, alpha: float, guidance: float, checkpointing: bool, steps: int, batch: int,
-          lr: float, seed: int) -> tuple[list[lora.Slider], dict]:
+def learn(
+    model,
+    clip,
+    samples: Samples,
+    cond,
+    uncond,
+    v,
+    *,
+    layers,
+    rank: int,
+    alpha: float,
+    guidance: float,
+    checkpointing: bool,
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int,
+    kept=unfinished.NOTHING,
+) -> tuple[list[lora.Slider], dict]:
     """A slider of `rank` for each direction v (k, d), all trained together, and the final meter."""
     space = Space(model, clip, samples, cond, uncond, v, rank=rank, guidance=guidance, checkpointing=checkpointing, batch=4 * batch)
     torch.manual_seed(seed)
     bank = lora.Slider(layers, rank * len(v), alpha * len(v)).to(model.device).attach(model.unet)  # alpha / rank of each is what was asked for
-    reading = student.loop(bank, len(space), lambda rows: space.loss(bank, rows), lambda: space.meter(bank, 4 * batch), steps=steps, batch=batch, lr=lr,
-                           seed=seed, meter_every=training.METER_EVERY)
+    reading = student.loop(
+        bank,
+        len(space),
+        lambda rows: space.loss(bank, rows),
+        lambda: space.meter(bank, 4 * batch),
+        steps=steps,
+        batch=batch,
+        lr=lr,
+        seed=seed,
+        meter_every=training.METER_EVERY,
+        kept=kept,
+    )
     bank.detach()
     return split(bank, layers, len(v), rank, alpha), reading
 
@@ -189,6 +222,7 @@ def scaled(slider: lora.Slider, factor: float) -> lora.Slider:
 
 # ---------------------------------------------------------------------------------------------- what was found
 
+
 @torch.no_grad()
 def names(encode, prompt: str, words: list[str], v) -> list[list[str]]:
     """For each direction the words whose addition to the prompt moves CLIP's text feature most along it and most against it:
@@ -205,8 +239,10 @@ def towers(args, model):
         if not training.is_small(model.unet):
             raise ValueError("--clip is needed: a CLIP model, folder or Hub id, such as openai/clip-vit-large-patch14")
         from miniature.judges import vision_tower  # the miniature has a CLIP of its own
+
         return vision_tower(), lambda prompts: model.encode_prompt(prompts)[1].cpu()
     from transformers import CLIPModel, CLIPTokenizer
+
     clip = CLIPModel.from_pretrained(args.clip).eval().requires_grad_(False).to(model.device)
     tokenizer = CLIPTokenizer.from_pretrained(args.clip)
     side = clip.config.vision_config.image_size
@@ -219,14 +255,15 @@ def towers(args, model):
     return see, lambda prompts: of(clip.get_text_features(**tokenizer(prompts, return_tensors="pt", padding=True, truncation=True).to(model.device))).cpu()
 
 
-WORDS = ("old young child smiling serious dark bright colorful gray red green blue yellow white black indoors outdoors night day winter summer close-up distant "
-         "man woman crowd alone modern ancient luxury poor city nature forest beach mountain painting photograph drawing cartoon statue blurry detailed simple "
-         "big small hat glasses beard long-hair short-hair uniform casual elegant happy sad angry").split()
+WORDS = (
+    "old young child smiling serious dark bright colorful gray red green blue yellow white black indoors outdoors night day winter summer close-up distant "
+    "man woman crowd alone modern ancient luxury poor city nature forest beach mountain painting photograph drawing cartoon statue blurry detailed simple "
+    "big small hat glasses beard long-hair short-hair uniform casual elegant happy sad angry"
+).split()
 
 
-def recipe(unet) -> dict:
-    """Defaults: what was measured to work on the miniature; of SDXL's size the published recipe's (rank 1, cross-attention alone)."""
-    return dict(layers="xattn", lr=2e-3, batch=8, steps=250) if training.is_small(unet) else dict(layers="xattn", lr=2e-3, batch=3, steps=3000)
+# Defaults: what was measured to work on the miniature; of SDXL's size the published recipe's (rank 1, cross-attention alone).
+SMALL, LARGE = dict(lr=2e-3, batch=8, steps=250), dict(lr=2e-3, batch=3, steps=3000)
 
 
 def parse_args():
@@ -238,13 +275,20 @@ def parse_args():
     p.add_argument("--per-sample", type=int, default=4, help="x_t kept from each (default: %(default)s)")
     p.add_argument("--clip", help="CLIP, a folder or Hub id (default: the miniature's own, for the miniature)")
     p.add_argument("--words", help="file of words, one a line, to name directions with (default: the miniature's words; a short list)")
-    p.add_argument("--denoising-steps", type=cli.steps, default=20, help="their number (default: %(default)s), or the levels of a distilled model: 999,749,499,249")
+    p.add_argument(
+        "--denoising-steps", type=cli.steps, default=20, help="their number (default: %(default)s), or the levels of a distilled model: 999,749,499,249"
+    )
     p.add_argument("--guidance", type=float, default=5.0, help="while drawing; 1 for a distilled model (default: %(default)s)")
     p.add_argument("--train-guidance", type=float, default=1.0, help="in the predicted x_0 (default: %(default)s)")
-    p.add_argument("--start", type=float, default=0.3, help="share of the denoising after which the sliders are on, in training too; 0 for a distilled model (default: %(default)s)")
+    p.add_argument(
+        "--start",
+        type=float,
+        default=0.3,
+        help="share of the denoising after which the sliders are on, in training too; 0 for a distilled model (default: %(default)s)",
+    )
     p.add_argument("--raw-scale", action="store_true", help="leave the sliders as strong as they come: scale 1 is then no standard deviation")
-    training.add_options(p)
-    p.set_defaults(out="space", layers=None, no_conv=True, rank=1)
+    training.add_options(p, SMALL, LARGE, out="space", what="folder to write")
+    p.set_defaults(layers="xattn", rank=1, dry_run=False)
     return p.parse_args()
 
 
@@ -258,15 +302,30 @@ def main():
     out, started = Path(args.out), time.time()
     if out.is_file():
         raise ValueError(f"{out}: is a file; --out names a folder")
+    kept = unfinished.begin(args, cli.output(out / "space.json"))
     model = cli.load_model(args)
     clip, encode = towers(args, model)
-    size, _ = training.start(args, model, recipe(model.unet))
+    size, _ = training.start(args, model, training.recipe(model.unet, SMALL, LARGE))
     cond, uncond = model.condition(args.prompt, size), model.condition([""], size)
-    words = [w.strip() for w in Path(args.words).read_text().splitlines() if w.strip()] if args.words else sorted(model.known_words) if model.known_words else WORDS
+    words = (
+        [w.strip() for w in Path(args.words).read_text().splitlines() if w.strip()] if args.words else sorted(model.known_words) if model.known_words else WORDS
+    )
     batch = 4 * args.batch
 
     settings = dict(steps=args.denoising_steps, guidance=args.guidance, start=args.start)
-    samples = collect(model, cond, uncond, out / "samples", samples=args.samples, per_sample=args.per_sample, size=size, seed=args.seed, batch=batch, **settings)
+    drawn = {k: getattr(args, k) for k in ("model", "base", "merge", "dtype", "prompt", "per_sample", "denoising_steps", "guidance", "start", "size", "seed")}
+    samples = collect(
+        model,
+        cond,
+        uncond,
+        unfinished.same(out / "samples", drawn),
+        samples=args.samples,
+        per_sample=args.per_sample,
+        size=size,
+        seed=args.seed,
+        batch=batch,
+        **settings,
+    )
     with torch.no_grad():
         f = torch.cat([features(model, clip, z) for z in tqdm(samples.x_0.split(batch), unit="batch", desc="features")])
     v, sigma, share = directions(f, args.sliders)
@@ -277,20 +336,47 @@ def main():
     model.release(vae=False)
     part = Samples(*(x[:few] for x in (samples.x_0, samples.x_t, samples.t, samples.prompt)))
     layers = lora.target_layers(model.unet, args.layers, not args.no_conv)
-    made, reading = learn(model, clip, part, cond, uncond, v, layers=layers, rank=args.rank, alpha=args.alpha, guidance=args.train_guidance,
-                          checkpointing=args.checkpointing, steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed)
+    made, reading = learn(
+        model,
+        clip,
+        part,
+        cond,
+        uncond,
+        v,
+        layers=layers,
+        rank=args.rank,
+        alpha=args.alpha,
+        guidance=args.train_guidance,
+        checkpointing=args.checkpointing,
+        steps=args.steps,
+        batch=args.batch,
+        lr=args.lr,
+        seed=args.seed,
+        kept=kept,
+    )
     if not parallel.is_first():
         return
     found = []
     for i, slider in enumerate(made):
         if not args.raw_scale:
-            scaled(slider, calibrate(model, clip, slider, v[i], sigma[i].item(), tuple(c[:1] for c in cond), uncond, seeds=4, size=size, batch=batch, **settings))
-        about = {"kind": "space slider", "prompt": args.prompt, "direction": i + 1, "share": share[i].item(), "sigma": sigma[i].item(), "cosine": reading["cosines"][i],
-                 "words": hints[i], "settings": {k: x for k, x in vars(args).items() if k not in ("out", "model")}}
+            scaled(
+                slider, calibrate(model, clip, slider, v[i], sigma[i].item(), tuple(c[:1] for c in cond), uncond, seeds=4, size=size, batch=batch, **settings)
+            )
+        about = {
+            "kind": "space slider",
+            "prompt": args.prompt,
+            "direction": i + 1,
+            "share": share[i].item(),
+            "sigma": sigma[i].item(),
+            "cosine": reading["cosines"][i],
+            "words": hints[i],
+            "settings": training.settings(args),
+        }
         lora.save(out / f"{i + 1}.safetensors", slider, about | {"v": v[i].tolist()})
         found.append(about)
         print(f"{i + 1}: {share[i]:.1%} of the variance, cosine {reading['cosines'][i]:.2f}; words, as a hint: {'; '.join(hints[i])}")
     cli.write_text(out / "space.json", json.dumps(found, indent=1))
+    kept.remove()
     drawn_sheet(model, out, cond, uncond, size, args, batch, settings)
     print(f"{out}: {args.sliders} sliders and sheet.png, after {time.time() - started:.0f} s; peak memory {training.peak_memory(model.device) / 2**30:.1f} GiB")
 
@@ -301,10 +387,12 @@ def drawn_sheet(model, out: Path, cond, uncond, size, args, batch, settings):
     rows = []
     for i in range(args.sliders):
         one = lora.load(out / f"{i + 1}.safetensors", model.unet)
-        columns = dict(sampler.sweep(model.unet, x_T, tuple(c[:1] for c in cond), uncond, [[(one, s)] for s in SCALES], alpha_bar=model.alpha_bar, batch=batch, **settings))
+        columns = dict(
+            sampler.sweep(model.unet, x_T, tuple(c[:1] for c in cond), uncond, [[(one, s)] for s in SCALES], alpha_bar=model.alpha_bar, batch=batch, **settings)
+        )
         rows.append([model.pictures(columns[j])[0] for j in range(len(SCALES))])
     pictures.save(pictures.sheet(rows, [pictures.label(s) for s in SCALES], [str(i + 1) for i in range(args.sliders)]), out / "sheet.png")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, unfinished.HINT)

@@ -32,8 +32,20 @@ def encode(model, targets: list[str], pos: str, neg: str, preserve: list[str], s
 
 
 @torch.no_grad()
-def collect(model, prompts, *, eta: float, trajectories: int, per_trajectory: int, size: tuple[int, int], seed: int, batch: int,
-            denoising_steps: int = 20, guidance: float = 3.0, kept=unfinished.NOTHING) -> student.Targets:
+def collect(
+    model,
+    prompts,
+    *,
+    eta: float,
+    trajectories: int,
+    per_trajectory: int,
+    size: tuple[int, int],
+    seed: int,
+    batch: int,
+    denoising_steps: int = 20,
+    guidance: float = 3.0,
+    kept=unfinished.NOTHING,
+) -> student.Targets:
     """The teacher. Walks `trajectories` noises down with the frozen model, guided toward the target prompts in turn,
     and keeps `per_trajectory` of the x_t on each way, evenly spread and from another offset each, with the right-hand
     side of eq. (8) there. Returns student.Targets of 2 * trajectories * per_trajectory samples: each x_t at scale +1 with
@@ -60,8 +72,16 @@ def collect(model, prompts, *, eta: float, trajectories: int, per_trajectory: in
 
         with tqdm(total=denoising_steps, unit="step", desc="trajectories") as bar:
             x_T = sampler.noise((seed * 1000 + some).tolist(), model.latent_shape(size), device, model.dtype)
-            sampler.sample(model.unet, x_T, tuple(c[prompt[some].to(device)] for c in cond), uncond, alpha_bar=model.alpha_bar,
-                           steps=denoising_steps, guidance=guidance, on_step=on_step)
+            sampler.sample(
+                model.unet,
+                x_T,
+                tuple(c[prompt[some].to(device)] for c in cond),
+                uncond,
+                alpha_bar=model.alpha_bar,
+                steps=denoising_steps,
+                guidance=guidance,
+                on_step=on_step,
+            )
         return dict(zip(("x_t", "t", "eps_0"), (torch.stack(part) for part in zip(*itertools.chain(*found.values())))))
 
     ways = [kept.part(f"seed{seed}_way{int(some[0])}", lambda: way(some)) for some in parallel.mine(every).split(batch)]
@@ -76,14 +96,15 @@ def collect(model, prompts, *, eta: float, trajectories: int, per_trajectory: in
     x_t, t, eps_0, delta = whole(x_t), whole(t), whole(eps_0), whole(delta)
     prompt, one = prompt.repeat_interleave(per_trajectory).to(device), torch.ones(len(t), device=device)
     twice = lambda x: torch.cat([x, x])
-    return student.Targets(twice(x_t), twice(t), torch.cat([one, -one]), twice(prompt), twice(eps_0),
-                           torch.cat([eps_0 + delta, eps_0 - delta]), cond)
+    return student.Targets(twice(x_t), twice(t), torch.cat([one, -one]), twice(prompt), twice(eps_0), torch.cat([eps_0 + delta, eps_0 - delta]), cond)
 
 
 def teach(model, prompts, *, seed: int, trajectories: int = 16, per_trajectory: int = 4, **settings):
     """What a training needs: (targets to train on, unseen ones for the meter). prompts, settings: as in `collect`."""
-    return tuple(collect(model, prompts, trajectories=n, per_trajectory=per, seed=2 * seed + 1 + i, **settings)
-                 for i, (n, per) in enumerate(parts(trajectories, per_trajectory)))
+    return tuple(
+        collect(model, prompts, trajectories=n, per_trajectory=per, seed=2 * seed + 1 + i, **settings)
+        for i, (n, per) in enumerate(parts(trajectories, per_trajectory))
+    )
 
 
 def parts(trajectories: int, per_trajectory: int):
@@ -112,8 +133,10 @@ def shared_part(pos: str, neg: str) -> str:
     """What two prompts share before their first comma: the target prompt when none is given. ValueError if nothing."""
     first, other = pos.split(",")[0].strip(), neg.split(",")[0].strip()
     if first != other or pos == neg:
-        raise ValueError("--prompt is needed: what should the slider act on? (it can be left out only if --pos and --neg "
-                         'differ after a comma, as in "a photo of a person, very old")')
+        raise ValueError(
+            "--prompt is needed: what should the slider act on? (it can be left out only if --pos and --neg "
+            'differ after a comma, as in "a photo of a person, very old")'
+        )
     return first
 
 
@@ -122,8 +145,12 @@ def parse_args():
     p.add_argument("--pos", required=True, help="prompt of the slider's positive end, c+")
     p.add_argument("--neg", required=True, help="prompt of its negative end, c-")
     p.add_argument("--prompt", action="append", help="target prompt c_t; may be repeated (default: what --pos and --neg share before a comma)")
-    p.add_argument("--preserve", action="append", default=[], help='concepts P that must stay, "with a hat, without a hat"; '
-                   "repeat it, and every combination of one from each is in P")
+    p.add_argument(
+        "--preserve",
+        action="append",
+        default=[],
+        help='concepts P that must stay, "with a hat, without a hat"; repeat it, and every combination of one from each is in P',
+    )
     p.add_argument("--eta", type=float, help="strength of the teacher's change (default: 0.5; for a UNet of SDXL's size 4)")
     p.add_argument("--positive-only", action="store_true", help="eq. (8) as printed: train scale +1 alone, not both ends")
     p.add_argument("--trajectories", type=int, default=16, help="noises that the teacher denoises (default: %(default)s)")
@@ -131,6 +158,7 @@ def parse_args():
     p.add_argument("--denoising-steps", type=int, default=20, help="default: %(default)s")
     p.add_argument("--guidance", type=float, default=3.0, help="while denoising (default: %(default)s)")
     training.add_options(p)
+    training.add_watching(p)
     return cli.parse(p)
 
 
@@ -163,8 +191,19 @@ def main():
     plan = training.cost(args, teacher, held_out=2 * n_held_out * per_held_out)
     if args.dry_run:
         return training.dry_run(args, model, slider, encoded[0], plan)
-    train, held_out = teach(model, encoded, eta=args.eta, trajectories=args.trajectories, per_trajectory=args.per_trajectory, guidance=args.guidance,
-                            denoising_steps=args.denoising_steps, size=size, seed=args.seed, batch=4 * args.batch, kept=kept)
+    train, held_out = teach(
+        model,
+        encoded,
+        eta=args.eta,
+        trajectories=args.trajectories,
+        per_trajectory=args.per_trajectory,
+        guidance=args.guidance,
+        denoising_steps=args.denoising_steps,
+        size=size,
+        seed=args.seed,
+        batch=4 * args.batch,
+        kept=kept,
+    )
     if args.positive_only:
         train = train[train.scale > 0]
     difference = (train.wanted.norm() / args.eta / train.eps_0.float().norm()).item()

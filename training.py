@@ -29,30 +29,41 @@ def is_small(unet) -> bool:
     return max(unet.config["block_out_channels"]) < 640
 
 
-def recipe(unet) -> dict:
+SMALL, LARGE = dict(lr=4e-3, batch=8, steps=60), dict(lr=2e-4, batch=2, steps=500)
+
+
+def recipe(unet, small=SMALL, large=LARGE) -> dict:
     """Defaults: for a small UNet what was measured to work on the miniature, for one of SDXL's size the published recipe's."""
-    return dict(lr=4e-3, batch=8, steps=60) if is_small(unet) else dict(lr=2e-4, batch=2, steps=500)
+    return dict(small if is_small(unet) else large)
 
 
-def add_options(p):
-    """The options of every trainer."""
-    p.add_argument("--out", default="slider.safetensors", help="slider file to write (default: %(default)s)")
+def add_options(p, small=SMALL, large=LARGE, out="slider.safetensors", what="slider file to write"):
+    """The options of every trainer. small, large: what `recipe` is given."""
+    by_size = lambda name: f"(default: {small[name]:g}; for a UNet of SDXL's size {large[name]:g})"
+    p.add_argument("--out", default=out, help=f"{what} (default: %(default)s)")
     p.add_argument("--layers", choices=lora.LAYERS, default="noxattn", help="which layers the slider changes (default: %(default)s)")
     p.add_argument("--no-conv", action="store_true", help="leave convolutions out")
     p.add_argument("--rank", type=int, default=4, help="default: %(default)s")
     p.add_argument("--alpha", type=float, default=1.0, help="the LoRA's constant alpha (default: %(default)s)")
-    p.add_argument("--steps", type=int, help="optimiser steps (default: 60; for a UNet of SDXL's size 500)")
-    p.add_argument("--batch", type=int, help="samples in a step, of all processes together (default: 8; for a UNet of SDXL's size 2)")
-    p.add_argument("--lr", type=float, help="learning rate (default: 4e-3; for a UNet of SDXL's size 2e-4)")
+    p.add_argument("--steps", type=int, help=f"optimiser steps {by_size('steps')}")
+    p.add_argument("--batch", type=int, help=f"samples in a step, of all processes together {by_size('batch')}")
+    p.add_argument("--lr", type=float, help=f"learning rate {by_size('lr')}")
     p.add_argument("--checkpointing", action="store_true", help="less memory, more time: compute parts of the UNet again on the way back")
-    p.add_argument("--preview", type=int, default=0, metavar="STEPS",
-                   help="draw a strip beside the slider file, its name with .png, every so many steps (default: never)")
-    p.add_argument("--probe", type=int, default=4, metavar="SEEDS", help="pictures to find the useful range of scales with; 0: leave it out (default: %(default)s)")
-    p.add_argument("--dry-run", action="store_true", help="train nothing: say how many network evaluations, how long and how much memory it would take")
     p.add_argument("--resume", action="store_true", help="go on with a training of the same command that was stopped")
     p.add_argument("--overwrite", action="store_true", help="replace --out, or what is left of an unfinished training")
     p.add_argument("--size", type=int, help="pixels (default: the model's own, at most 512)")
     p.add_argument("--seed", type=int, default=0)
+
+
+def add_watching(p):
+    """The options of text and pair trainers to look at a training before, while and after it runs."""
+    p.add_argument(
+        "--preview", type=int, default=0, metavar="STEPS", help="draw a strip beside the slider file, its name with .png, every so many steps (default: never)"
+    )
+    p.add_argument(
+        "--probe", type=int, default=4, metavar="SEEDS", help="pictures to find the useful range of scales with; 0: leave it out (default: %(default)s)"
+    )
+    p.add_argument("--dry-run", action="store_true", help="train nothing: say how many network evaluations, how long and how much memory it would take")
 
 
 def check_numbers(args, *above_0):
@@ -62,7 +73,7 @@ def check_numbers(args, *above_0):
     if args.batch is not None and args.batch < parallel.processes():
         raise ValueError(f"--batch must be at least {parallel.processes()}, one sample for each process")
     for name in ("preview", "probe"):
-        if getattr(args, name) < 0:
+        if getattr(args, name, 0) < 0:
             raise ValueError(f"--{name} must be 0 or more, not {getattr(args, name)}")
 
 
@@ -71,6 +82,7 @@ def cost(args, teacher: int, held_out: int) -> dict[str, tuple[int, int]]:
 
     teacher: what the teacher takes for all its x_t; held_out: samples that the meter reads each time.
     """
+
     def drawn(seeds, columns, steps):  # a sweep with guidance: what is before the start once for all columns
         before = sampler.steps_before(0.3, steps)
         return 2 * seeds * (before + columns * (steps - before))
@@ -89,7 +101,11 @@ def dry_run(args, model, slider, cond, plan: dict):
     """Time a few evaluations without gradients and a few optimiser steps, and say what `plan` (from `cost`) will take."""
     slider.attach(model.unet)
     n = 4 * args.batch
-    x_t, t, cond = sampler.noise(range(n), model.latent_shape((args.size,) * 2), model.device, model.dtype), torch.full((n,), 500, device=model.device), [c[:1] for c in cond]
+    x_t, t, cond = (
+        sampler.noise(range(n), model.latent_shape((args.size,) * 2), model.device, model.dtype),
+        torch.full((n,), 500, device=model.device),
+        [c[:1] for c in cond],
+    )
 
     def seconds(samples, scale, gradients):
         """Of one sample, median of three after a warm-up."""
@@ -111,7 +127,9 @@ def dry_run(args, model, slider, cond, plan: dict):
     for part, counts in plan.items():
         print(f"{part:10}{counts[0]:10,}{counts[1]:16,}{took[part]:10.0f}")
     print(f"{'together':10}{sum(n[0] for n in plan.values()):10,}{sum(n[1] for n in plan.values()):16,}{sum(took.values()):10.0f}")
-    print(f"One sample takes {each[0]:.3g} s without, {each[1]:.3g} s with gradients; peak memory so far {peak_memory(model.device) / 2**30:.1f} GiB. Nothing was trained.")
+    print(
+        f"One sample takes {each[0]:.3g} s without, {each[1]:.3g} s with gradients; peak memory so far {peak_memory(model.device) / 2**30:.1f} GiB. Nothing was trained."
+    )
 
 
 def peak_memory(device="cpu") -> int:
@@ -136,8 +154,12 @@ def start(args, model, recipe: dict) -> tuple[tuple[int, int], lora.Slider]:
     return size, slider.to(model.device)
 
 
-def finish(args, model, slider, train, held_out, difference: float, about: dict, cond, uncond, started: float,
-           kept, enough=(0.25, 0.5)):
+def settings(args) -> dict:
+    """What a slider file says it was trained with."""
+    return {k: v for k, v in vars(args).items() if k not in ("out", "like", "dry_run", "resume", "overwrite") and not (k == "model" and v == str(MINIATURE))}
+
+
+def finish(args, model, slider, train, held_out, difference: float, about: dict, cond, uncond, started: float, kept, enough=(0.25, 0.5)):
     """Fit the slider to what the teacher collected, write its file, and say in plain words what came out.
 
     kept: unfinished.begin's; it is removed in the end. difference, enough: as in student.verdict. about: what else the file's metadata says. cond, uncond: what previews show, by their first rows.
@@ -149,12 +171,22 @@ def finish(args, model, slider, train, held_out, difference: float, about: dict,
         if parallel.is_first() and args.preview and (step % args.preview == 0 or step == args.steps):
             pictures.save(strip(model, slider, cond, uncond, train.x_t.shape[1:]), path.with_suffix(".png"))
 
-    reading = student.fit(model.unet, slider, train, held_out, steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed,
-                          meter_every=args.preview or METER_EVERY, on_meter=preview, kept=kept)
+    reading = student.fit(
+        model.unet,
+        slider,
+        train,
+        held_out,
+        steps=args.steps,
+        batch=args.batch,
+        lr=args.lr,
+        seed=args.seed,
+        meter_every=args.preview or METER_EVERY,
+        on_meter=preview,
+        kept=kept,
+    )
     if not parallel.is_first():
         return
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "like", "dry_run", "resume", "overwrite") and not (k == "model" and v == str(MINIATURE))}
-    about = about | {"settings": settings, "meter": reading, "difference": difference, "version": VERSION}
+    about = about | {"settings": settings(args), "meter": reading, "difference": difference, "version": VERSION}
     lora.save(path, slider, about | {"seconds": round(time.time() - started, 1)})  # what comes now may take a while
     print(*student.verdict(reading, difference, enough), sep="\n")
     if args.probe:

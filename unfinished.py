@@ -28,12 +28,14 @@ class Unfinished:
         self.folder, self.settings = folder, settings
 
     def write(self, path: Path, write):
+        assert self.folder
         if self.settings is not None and parallel.is_first():  # before anything else is there
             text, self.settings = json.dumps(self.settings, indent=1), None
             written(self.folder / "settings.json", lambda p: p.write_text(text))
         written(path, write)
 
     def path(self, name: str) -> Path:
+        assert self.folder
         return self.folder / f"{name}{parallel.name().replace(' in process ', '_')}"
 
     def part(self, name: str, make) -> dict[str, torch.Tensor]:
@@ -85,10 +87,7 @@ def begin(args, out: Path) -> Unfinished:
     if args.resume:
         if not (folder / "settings.json").exists():
             raise ValueError(f"{folder}: there is no unfinished training to resume")
-        before = json.loads((folder / "settings.json").read_text())
-        if other := [k for k in settings if json.loads(json.dumps(settings[k])) != before.get(k)]:
-            raise ValueError(f"{folder}: was begun with --{other[0].replace('_', '-')} {before.get(other[0])}, not {settings[other[0]]}")
-        return Unfinished(folder)
+        return same(folder, settings)
     if parallel.is_first():  # the others would see what the first one has made meanwhile
         if out.exists() and not args.overwrite:
             raise ValueError(f"{out}: is there already: --overwrite replaces it")
@@ -96,6 +95,16 @@ def begin(args, out: Path) -> Unfinished:
             raise ValueError(f"{folder}: an unfinished training is there: --resume goes on with it, --overwrite starts anew")
         Unfinished(folder).remove()
     return Unfinished(folder, settings)
+
+
+def same(folder: Path, settings: dict) -> Unfinished:
+    """The folder of something begun with just these settings, or a new one. ValueError if it was begun with others."""
+    if not (folder / "settings.json").exists():
+        return Unfinished(folder, settings)
+    before = json.loads((folder / "settings.json").read_text())
+    if other := [k for k in settings if json.loads(json.dumps(settings[k])) != before.get(k)]:
+        raise ValueError(f"{folder}: was begun with --{other[0].replace('_', '-')} {before.get(other[0])}, not {settings[other[0]]}")
+    return Unfinished(folder)
 
 
 @contextlib.contextmanager

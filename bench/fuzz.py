@@ -50,8 +50,9 @@ class Evil:
 
 # ---------------------------------------------------------------------------------------------- ways to break bytes
 
+
 def truncated(data, rng):
-    return data[:rng.randrange(len(data))]
+    return data[: rng.randrange(len(data))]
 
 
 def flipped(data, rng):
@@ -64,12 +65,12 @@ def flipped(data, rng):
 def replaced(data, rng):
     data, n = bytearray(data), rng.choice([1, 8, 200])
     at = rng.randrange(max(1, min(len(data), rng.choice([16, 2048, len(data)])) - n))
-    data[at:at + n] = rng.choice([rng.randbytes(n), b"\x00" * n, b"\xff" * n])
+    data[at : at + n] = rng.choice([rng.randbytes(n), b"\x00" * n, b"\xff" * n])
     return bytes(data)
 
 
 def doubled(data, rng):
-    return data + data[:rng.randrange(1, len(data))]
+    return data + data[: rng.randrange(1, len(data))]
 
 
 def nothing(data, rng):
@@ -91,7 +92,7 @@ ANY = [truncated, flipped, replaced, doubled, nothing, pickled]
 
 def header(data):
     n = struct.unpack("<Q", data[:8])[0]
-    return json.loads(data[8:8 + n]), data[8 + n:]
+    return json.loads(data[8 : 8 + n]), data[8 + n :]
 
 
 def with_header(head, rest) -> bytes:
@@ -137,7 +138,9 @@ def retyped(data, rng):
     elif change == "double":
         tensors[name + "x"] = t.clone()
     else:
-        metadata |= {rng.choice(["settings", "probe", "meter", "prompts"]): rng.choice(["{", "[" * 5000, "null", "1e999", '{"range": "x"}', '{"range": [1]}', ""])}
+        metadata |= {
+            rng.choice(["settings", "probe", "meter", "prompts"]): rng.choice(["{", "[" * 5000, "null", "1e999", '{"range": "x"}', '{"range": [1]}', ""])
+        }
     out = io.BytesIO()
     with tempfile.NamedTemporaryFile(suffix=".safetensors") as f:
         save_file({k: v.contiguous() for k, v in tensors.items()}, f.name, {k: str(v) for k, v in metadata.items()} or None)
@@ -170,15 +173,23 @@ def picture_broken(data, rng):
 
 # ---------------------------------------------------------------------------------------------- good files, and who reads them
 
+
 def good_files(folder: Path, model) -> dict:
     """kind -> list of (good bytes, name of the file, reader of a path, ways to break it)."""
     torch.manual_seed(0)
     slider = lora.Slider(lora.target_layers(model.unet))
-    about = {"settings": {"pos": "a", "neg": "b", "lr": 1e-3, "eta": 0.5}, "probe": {"range": [-2, 2]}, "meter": {"share": 1}, "prompts": ["a"], "preserved": []}
+    about = {
+        "settings": {"pos": "a", "neg": "b", "lr": 1e-3, "eta": 0.5},
+        "probe": {"range": [-2, 2]},
+        "meter": {"share": 1},
+        "prompts": ["a"],
+        "preserved": [],
+    }
     kinds = {"slider": [], "picture": [], "state": [], "inversion": []}
 
     def use(path):  # what slider.py and tools.py do with a slider file
         import slider as script
+
         one = lora.load(path, model.unet)
         script.useful_scales([one])
         return one
@@ -265,8 +276,10 @@ def run(n: int, seed: int, slow: float, memory: float) -> tuple[collections.Coun
         try:
             Path("precious").write_text("untouched")
             for what, reader, path in cases(n, seed, model, Path(folder)):
+
                 def finding(text):
                     findings.append(f"{what}: {text}")
+
                 at_first, started = training.peak_memory(), time.time()
                 limit = slow + 5 * what.startswith("folder")  # a model folder that is whole after all takes its time to load
                 try:
@@ -286,7 +299,15 @@ def run(n: int, seed: int, slow: float, memory: float) -> tuple[collections.Coun
                 if Path(CANARY).exists():
                     finding("CODE RAN")
                     Path(CANARY).unlink()
-            if Path("precious").read_text() != "untouched" or set(os.listdir(folder)) - {"precious", "case", "x.safetensors", "x.pt", "u", "i.safetensors", *(f"x.{e}" for e in ("png", "jpg", "gif", "bmp", "tif", "webp"))}:
+            if Path("precious").read_text() != "untouched" or set(os.listdir(folder)) - {
+                "precious",
+                "case",
+                "x.safetensors",
+                "x.pt",
+                "u",
+                "i.safetensors",
+                *(f"x.{e}" for e in ("png", "jpg", "gif", "bmp", "tif", "webp")),
+            }:
                 findings.append(f"files were touched: {os.listdir(folder)}")
         finally:
             os.chdir(before)

@@ -1,8 +1,8 @@
 """Kill trainings at random moments, resume them, compare bytes.  python -m bench.kill
 
-A text and a visual slider on the miniature, each first trained without a break, then killed (SIGKILL, nothing can be caught)
-after random times, --kills of them in all, and gone on with by --resume until it is done. Both must end with the same tensors,
-bit for bit.
+A text slider, a visual slider and SliderSpace's on the miniature, each first trained without a break, then killed (SIGKILL, nothing
+can be caught) after random times, --kills of them in all, and gone on with by --resume until it is done. Each must end with the same
+tensors, bit for bit.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parent.parent
 TEXT = ["train_text.py", "--pos", "a photo of a person, smiling", "--neg", "a photo of a person, frowning", "--trajectories", "4", "--per-trajectory", "2"]
 PAIRS = ["train_pairs.py", "--noises", "4", "--prompt", "a photo of a person"]
+SPACE = ["train_space.py", "--prompt", "a photo of a person", "--sliders", "2", "--samples", "24", "--train-samples", "16", "--denoising-steps", "8"]
 
 
 def same(one: Path, other: Path) -> bool:
@@ -25,15 +26,28 @@ def same(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and a[k].numpy().tobytes() == b[k].numpy().tobytes() for k in a)
 
 
-def survives(command: list[str], folder: Path, kills: int, rng: random.Random, longest: float) -> dict:
-    """Train `command` to folder/whole.safetensors, and with `kills` kills to folder/killed.safetensors: {"same", "kills", "finished"}."""
+def survives(
+    command: list[str],
+    folder: Path,
+    kills: int,
+    rng: random.Random,
+    longest: float,
+    out: str = "{}.safetensors",
+    files=("{}.safetensors",),
+    unfinished: str = "{}.safetensors.unfinished",
+) -> dict:
+    """Train `command` without a break, and with `kills` kills: {"same", "kills", "left"}. out, files, unfinished: names of --out, of
+    the sliders it writes and of what it keeps, in `folder`, with {} for the name of the run."""
+
     def start(name, *words):
-        return subprocess.Popen([sys.executable, *command, *words, "--out", str(folder / f"{name}.safetensors")], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [sys.executable, *command, *words, "--out", str(folder / out.format(name))], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
 
     process = start("whole")
     if process.wait():
         sys.exit(process.stderr.read())
-    done, unfinished = 0, folder / "killed.safetensors.unfinished"
+    done, unfinished = 0, folder / unfinished.format("killed")
     while True:
         going = (unfinished / "settings.json").exists()
         process = start("killed", *(["--resume"] if going else ["--overwrite"]))
@@ -48,7 +62,7 @@ def survives(command: list[str], folder: Path, kills: int, rng: random.Random, l
             sys.exit(process.stderr.read())
         if done >= kills:
             break  # finished, and no kill is left
-    return {"same": same(folder / "whole.safetensors", folder / "killed.safetensors"), "kills": done, "left": unfinished.exists()}
+    return {"same": all(same(folder / f.format("whole"), folder / f.format("killed")) for f in files), "kills": done, "left": unfinished.exists()}
 
 
 def main():
@@ -63,9 +77,15 @@ def main():
         folder = Path(folder)
         subprocess.run([sys.executable, "-m", "miniature.pairs", "--count", "4", "--out", str(folder / "pairs")], cwd=ROOT, check=True)
         pairs = [*PAIRS, "--neg", str(folder / "pairs" / "0.7"), "--pos", str(folder / "pairs" / "1.5")]
-        for name, command, kills in (("text", TEXT, args.kills - args.kills // 2), ("pairs", pairs, args.kills // 2)):
+        each, probe = args.kills // 3, ["--probe", "0"]
+        space = dict(out="{}", files=("{}/1.safetensors", "{}/2.safetensors"), unfinished="{}/space.json.unfinished")
+        for name, command, kills, names in (
+            ("text", TEXT + probe, args.kills - 2 * each, {}),
+            ("pairs", pairs + probe, each, {}),
+            ("space", SPACE, each, space),
+        ):
             (folder / name).mkdir()
-            found = survives([*command, "--steps", args.steps, "--probe", "0"], folder / name, kills, rng, args.longest)
+            found = survives([*command, "--steps", args.steps], folder / name, kills, rng, args.longest, **names)
             bad += not found["same"] or found["left"]
             print(f"{name}: killed {found['kills']} times, {'the same bytes' if found['same'] else 'OTHER BYTES'} as without a break", flush=True)
     print(f"seed of the moments: {args.seed}")

@@ -34,14 +34,19 @@ def ours(model, sliders) -> dict:
     """name -> what to time."""
     draw = lambda columns, start=0.0: slider.sweep(model, PROMPT, SEEDS, columns, steps=STEPS, start=start)
     one = sliders[0]
-    return {"a picture": lambda: draw([[]]), "one slider": lambda: draw([[(one, 1.0)]]), "50 sliders": lambda: draw([[(s, 0.1) for s in sliders]]),
-            "seven scales": lambda: draw([[(one, s)] for s in SCALES]),
-            "seven scales, start 0.4": lambda: draw([[(one, s)] for s in SCALES], 0.4),
-            "seven scales, start 0.4, one by one": lambda: [draw([[(one, s)]], 0.4) for s in SCALES]}
+    return {
+        "a picture": lambda: draw([[]]),
+        "one slider": lambda: draw([[(one, 1.0)]]),
+        "50 sliders": lambda: draw([[(s, 0.1) for s in sliders]]),
+        "seven scales": lambda: draw([[(one, s)] for s in SCALES]),
+        "seven scales, start 0.4": lambda: draw([[(one, s)] for s in SCALES], 0.4),
+        "seven scales, start 0.4, one by one": lambda: [draw([[(one, s)]], 0.4) for s in SCALES],
+    }
 
 
 def theirs(dtype, files) -> dict:
     import diffusers
+
     diffusers.utils.logging.disable_progress_bar(), diffusers.utils.logging.set_verbosity_error()
     load = lambda: diffusers.StableDiffusionXLPipeline.from_pretrained(MINIATURE, torch_dtype=dtype, add_watermarker=False)
     plain, with_one, with_fifty = load(), load(), load()
@@ -60,8 +65,12 @@ def theirs(dtype, files) -> dict:
         with_one.set_adapters(["s0"], [scale])
         return draw(with_one)
 
-    return {"a picture": lambda: draw(plain), "one slider": lambda: at(1.0), "50 sliders": lambda: draw(with_fifty),
-            "seven scales": lambda: [at(s) for s in SCALES]}
+    return {
+        "a picture": lambda: draw(plain),
+        "one slider": lambda: at(1.0),
+        "50 sliders": lambda: draw(with_fifty),
+        "seven scales": lambda: [at(s) for s in SCALES],
+    }
 
 
 def main():
@@ -92,9 +101,11 @@ def main():
         for what in both["ours"]:
             mine, other = ("ours", what), ("diffusers", what if ("diffusers", what) in middle else "seven scales")
             print(f"| {dtype} | {what} | {cell(mine)} | {cell(('diffusers', what))} | {middle[mine] / middle[other]:.2f} |", flush=True)
-        print(f"\n50 sliders to one: ours {middle['ours', '50 sliders'] / middle['ours', 'one slider']:.2f}, diffusers "
-              f"{middle['diffusers', '50 sliders'] / middle['diffusers', 'one slider']:.2f}; a sweep with a start of 0.4 to seven runs with it: "
-              f"{middle['ours', 'seven scales, start 0.4'] / middle['ours', 'seven scales, start 0.4, one by one']:.2f}\n")
+        print(
+            f"\n50 sliders to one: ours {middle['ours', '50 sliders'] / middle['ours', 'one slider']:.2f}, diffusers "
+            f"{middle['diffusers', '50 sliders'] / middle['diffusers', 'one slider']:.2f}; a sweep with a start of 0.4 to seven runs with it: "
+            f"{middle['ours', 'seven scales, start 0.4'] / middle['ours', 'seven scales, start 0.4, one by one']:.2f}\n"
+        )
 
 
 if __name__ == "__main__":

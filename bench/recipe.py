@@ -24,14 +24,14 @@ import lora
 import sampler
 import student
 import train_text
-import training
 from miniature import effect
 
 TARGET = "a photo of a person"
 CONCEPTS = {  # attribute of the measuring stick -> positive, negative, --preserve
     "eye_size": (f"{TARGET} with big eyes", f"{TARGET} with small eyes", ["man, woman"]),
     "age": (f"{TARGET}, very old", f"{TARGET}, very young", ["with glasses, without glasses", "with a hat, without a hat"]),
-    "smile": (f"{TARGET} with a big smile", f"{TARGET} with a big frown", ["man, woman"])}
+    "smile": (f"{TARGET} with a big smile", f"{TARGET} with a big frown", ["man, woman"]),
+}
 
 
 @contextmanager
@@ -63,10 +63,11 @@ def published(model, slider, prompts, *, eta, size, steps, seed, lr=2e-4, denois
 
     for i in range(steps):
         p, stop = draw(0, n_p), draw(1, denoising_steps)
-        pos, neg = tuple(e[p:p + 1] for e in ends), tuple(e[n_p + p:n_p + p + 1] for e in ends)
+        pos, neg = tuple(e[p : p + 1] for e in ends), tuple(e[n_p + p : n_p + p + 1] for e in ends)
         x_T = sampler.noise([seed * 100_000 + i], shape, model.device, model.dtype)
-        x_t = sampler.sample(unet, x_T, cond, uncond, alpha_bar=model.alpha_bar, steps=denoising_steps, guidance=guidance,
-                             sliders=[(slider, 1.0)], start=0.0, stop=stop)
+        x_t = sampler.sample(
+            unet, x_T, cond, uncond, alpha_bar=model.alpha_bar, steps=denoising_steps, guidance=guidance, sliders=[(slider, 1.0)], start=0.0, stop=stop
+        )
         t = torch.tensor([ts[stop]], device=model.device)
         with torch.no_grad(), slider.at(0.0):
             eps_pos, eps_0, eps_neg = predict(pos), predict(cond), predict(neg)
@@ -101,8 +102,9 @@ def main():
     for attribute in args.attribute or ["eye_size"]:
         pos, neg, preserve = CONCEPTS[attribute]
         prompts = train_text.encode(model, [TARGET], pos, neg, train_text.combinations(preserve), size)
-        held_out = train_text.collect(model, prompts, eta=recipe["eta"], trajectories=32, per_trajectory=2, denoising_steps=50,
-                                      guidance=3.0, size=size, seed=999, batch=32)
+        held_out = train_text.collect(
+            model, prompts, eta=recipe["eta"], trajectories=32, per_trajectory=2, denoising_steps=50, guidance=3.0, size=size, seed=999, batch=32
+        )
         for seed in args.seeds:
             for who in ("ours", "published"):
                 if any(r["attribute"] == attribute and r["seed"] == seed and r["recipe"] == who for r in done):
@@ -117,7 +119,7 @@ def one(model, who, prompts, held_out, attribute, seed, args, size, recipe) -> l
     """Train once; the readings on the way (of ours, at the end), each with the cost so far. Reading costs nothing."""
     torch.manual_seed(seed)
     slider = lora.Slider(lora.target_layers(model.unet)).to(model.device).attach(model.unet)
-    readings, n, spent, started = [], {}, 0.0, time.time()
+    readings, spent, started = [], 0.0, time.time()
 
     def read(step, pictures=False):
         nonlocal spent, started
@@ -172,12 +174,16 @@ def table(done):
                 rows.insert(1, ("published, when as good", same))
         for who, r in rows:
             seen = f"{r['moved']:.0%} | {r['worst_other'].replace('_', ' ')} {r['worst_other_moved']:.0%}" if "moved" in r else " | "
-            print(f"| {attribute} | {seed} | {who} | {r['step']} | {r['frozen']:,} | {r['trained']:,} | {cost(r):,} | {r['seconds']:.0f} | "
-                  f"{r['share']:.2f} ({r['plus']:.2f}, {r['minus']:.2f}) | {r['cosine']:.2f} | {seen} |")
+            print(
+                f"| {attribute} | {seed} | {who} | {r['step']} | {r['frozen']:,} | {r['trained']:,} | {cost(r):,} | {r['seconds']:.0f} | "
+                f"{r['share']:.2f} ({r['plus']:.2f}, {r['minus']:.2f}) | {r['cosine']:.2f} | {seen} |"
+            )
     if ratios:
-        print(f"\nOurs to published, both at the published one's first reading that is as good as ours at +1 (share and cosine; its last, "
-              f"where none is: {sum(r[2] for r in ratios)} of {len(ratios)} runs), medians: "
-              f"cost 1/{1 / statistics.median(r[0] for r in ratios):.1f}, time 1/{1 / statistics.median(r[1] for r in ratios):.1f}")
+        print(
+            f"\nOurs to published, both at the published one's first reading that is as good as ours at +1 (share and cosine; its last, "
+            f"where none is: {sum(r[2] for r in ratios)} of {len(ratios)} runs), medians: "
+            f"cost 1/{1 / statistics.median(r[0] for r in ratios):.1f}, time 1/{1 / statistics.median(r[1] for r in ratios):.1f}"
+        )
 
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ def ours(config, dtype):
 def theirs(config, dtype):
     import diffusers
     import peft
+
     unet = empty(lambda c: diffusers.UNet2DConditionModel(**c), dtype, config)
 
     def slider(checkpointing):
@@ -152,16 +153,20 @@ def arithmetic():
     with FlopCounterMode(display=False) as count:
         unet(*x)
     saved = sum(2 * 77 * m.weight.numel() for name, m in unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v")))
-    print(f"\none sample of 512 pixels: {count.get_total_flops() / 1e12:.2f} TFLOP, of which keys and values of the prompt {saved / count.get_total_flops():.1%}")
+    print(
+        f"\none sample of 512 pixels: {count.get_total_flops() / 1e12:.2f} TFLOP, of which keys and values of the prompt {saved / count.get_total_flops():.1%}"
+    )
 
 
-OTHERS = {"teacher": ("UNet, 8 samples of 512 pixels (the teacher at --batch 2)", lambda: evaluate(64, 8)),
-          "one": ("UNet, 1 sample of 512 pixels", lambda: evaluate(64, 1)),
-          "draw": ("UNet, 2 samples of 1024 pixels (drawing, with guidance)", lambda: evaluate(128, 2)),
-          "null": ("null-text inversion, a gradient of 1 sample of 512 pixels", lambda: null_text(False)),
-          "null-again": ("the same with `--checkpointing`", lambda: null_text(True)),
-          "decode": ("VAE, 1024 pixels whole", lambda: decode(128)),
-          "tiles": ("VAE, 1024 pixels in tiles of 512", lambda: decode(64))}
+OTHERS = {
+    "teacher": ("UNet, 8 samples of 512 pixels (the teacher at --batch 2)", lambda: evaluate(64, 8)),
+    "one": ("UNet, 1 sample of 512 pixels", lambda: evaluate(64, 1)),
+    "draw": ("UNet, 2 samples of 1024 pixels (drawing, with guidance)", lambda: evaluate(128, 2)),
+    "null": ("null-text inversion, a gradient of 1 sample of 512 pixels", lambda: null_text(False)),
+    "null-again": ("the same with `--checkpointing`", lambda: null_text(True)),
+    "decode": ("VAE, 1024 pixels whole", lambda: decode(128)),
+    "tiles": ("VAE, 1024 pixels in tiles of 512", lambda: decode(64)),
+}
 
 
 def alone(*words):
@@ -177,7 +182,9 @@ def main():
     p.add_argument("--only", nargs="+", help=argparse.SUPPRESS)
     p.add_argument("--size", choices=CONFIGS, action="append", help="may be repeated (default: both)")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], action="append", help="may be repeated (default: both)")
-    p.add_argument("--what", choices=["forward", "train", "checkpointing", "memory", "arithmetic"], action="append", help="may be repeated (default: forward, train)")
+    p.add_argument(
+        "--what", choices=["forward", "train", "checkpointing", "memory", "arithmetic"], action="append", help="may be repeated (default: forward, train)"
+    )
     p.add_argument("--against", choices=["diffusers", "compiled"], default="diffusers", help="compiled: our own, through torch.compile (default: %(default)s)")
     p.add_argument("--rounds", type=int, default=3, help="processes of each kind, alternating (default: %(default)s)")
     args = p.parse_args()
@@ -200,8 +207,11 @@ def main():
                 middle = {who: statistics.median(s) for who, s in seconds.items()}
                 cells = [f"{middle[who]:.3g} ({min(s):.3g} to {max(s):.3g})" for who, s in seconds.items()]
                 first = f"; compiling took {result['first']:.0f} s" if who == "compiled" else ""
-                print(f"| {size} | {dtype} | {kind} | {cells[0]} | {cells[1]}{first} | {middle['ours'] / middle[who]:.2f} | "
-                      f"{memory['ours']:.2f} | {memory[who]:.2f} |", flush=True)
+                print(
+                    f"| {size} | {dtype} | {kind} | {cells[0]} | {cells[1]}{first} | {middle['ours'] / middle[who]:.2f} | "
+                    f"{memory['ours']:.2f} | {memory[who]:.2f} |",
+                    flush=True,
+                )
     if "memory" in what:
         print("\n| full size, bfloat16 | s | peak GiB | of it before (weights, Python) |\n|---|---|---|---|")
         for name, (meaning, _) in OTHERS.items():

@@ -20,22 +20,29 @@ def at_amount(rows: list[dict], scales, amount: float) -> dict:
     moved = [0.0, *(r["moved"]["mean"] for r in rows)]
     scale = float(np.interp(amount, np.maximum.accumulate(moved), [0.0, *scales]))
     at = lambda values: float(np.interp(scale, [0.0, *scales], [0.0, *values]))
-    return {"scale": scale, "reached": at([r["moved"]["mean"] for r in rows]), "lpips": at([r["lpips"]["mean"] for r in rows]),
-            "clip_change": at([r["clip_change"]["mean"] for r in rows]), "worst_other_moved": at([r["worst_other_moved"] for r in rows]),
-            "mean_other_moved": at([r["mean_other_moved"] for r in rows])}
+    return {
+        "scale": scale,
+        "reached": at([r["moved"]["mean"] for r in rows]),
+        "lpips": at([r["lpips"]["mean"] for r in rows]),
+        "clip_change": at([r["clip_change"]["mean"] for r in rows]),
+        "worst_other_moved": at([r["worst_other_moved"] for r in rows]),
+        "mean_other_moved": at([r["mean_other_moved"] for r in rows]),
+    }
 
 
 def main():
     lab = Lab(__doc__, "ablations")
-    before, = lab.draw([[]])
+    (before,) = lab.draw([[]])
     kinds = {f"rank {r}": dict(rank=r) for r in RANKS} | {"full": dict(full=True, lr=lab.recipe["lr"] / 400)}
     kinds |= {"rank 4, P empty": dict(preserve=[]), "full, P empty": dict(full=True, lr=lab.recipe["lr"] / 400, preserve=[])}
     shown = {"plain": before}
     for name, kind in kinds.items():
+
         def measure():
             slider = lab.text_slider("age", **kind)
             drawn = lab.draw([[(slider, s)] for s in SCALES])
             return [lab.edit("age", before, after) for after in drawn]
+
         rows = lab.once(name, measure)
         if lab.small:
             lab.once(f"{name}, age moved by {AMOUNT}", lambda: at_amount(rows, SCALES, AMOUNT))

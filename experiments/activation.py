@@ -16,7 +16,7 @@ ETAS, PRODUCTS = [0.5, 1.0, 2.0, 4.0], [1.0, 2.0]
 
 def main():
     lab = Lab(__doc__, "activation")
-    before, = lab.draw([[]])
+    (before,) = lab.draw([[]])
     age, shown = lab.text_slider("age"), {"plain": before}
     for start in STARTS:
         draw = functools.cache(lambda: lab.draw([[(age, 2.0, start)]])[0])  # measured, and some of them shown
@@ -25,9 +25,11 @@ def main():
             shown[f"start {start}"] = draw()
     for factor in ETAS:
         for product in PRODUCTS:
+
             def measure():
                 slider = lab.text_slider("age", eta=factor * lab.recipe["eta"])
                 return lab.edit("age", before, lab.draw([[(slider, product / factor)]])[0])
+
             lab.once(f"eta {factor:g} times the default, scale {product / factor:g}", measure)
     lab.sheet(list(shown.values()), list(shown))
 

@@ -15,7 +15,6 @@ import cli
 import evaluate
 import lora
 import pictures
-import slider
 import student
 import train_text
 import training
@@ -27,16 +26,21 @@ RESULTS = Path(__file__).parent / "results"
 # concept -> target prompt, what is added for the positive and the negative end, --preserve, what the measuring stick calls it
 NAMES = {"eye_size": "eye size", "hair red": "red hair", "hair_length": "long hair", "background blue": "blue background"}
 TEN = {NAMES.get(attribute, attribute): (PERSON, *words, attribute) for attribute, words in SLIDERS.items()}
-REPAIR = {"faces": (PERSON, "well made, detailed face", "distorted, deformed", ["man, woman"], "malformed"),
-          "hands": ("a hand", "realistic hands, five fingers, 8k hyperrealistic hands", "poorly drawn hands, distorted hands, misplaced fingers", [], "malformed")}
+REPAIR = {
+    "faces": (PERSON, "well made, detailed face", "distorted, deformed", ["man, woman"], "malformed"),
+    "hands": ("a hand", "realistic hands, five fingers, 8k hyperrealistic hands", "poorly drawn hands, distorted hands, misplaced fingers", [], "malformed"),
+}
 MINIATURE = {name: TEN[name] for name in ("age", "smile", "eye size", "red hair")}
 PAPER = {  # the paper's text sliders (its Table 1), as its code spells the first
     "age": ("male person", "very old", "very young", ["white, black, asian, indian, hispanic", "male, female"], None),
     "curly hair": ("person", "with curly hair", "with straight hair", ["male, female"], None),
     "sky": ("a scenery", "dark, cloudy sky", "clear, blue sky", [], None),
-    "rusty": ("car", "rusty, damaged", "pristine, brand new", [], None)}
-PAPER_REPAIR = {"faces": ("person", "realistic, perfect limbs, high detail, high quality", "poorly drawn limbs, bad anatomy, disfigured, low quality", [], None),
-                "hands": ("hands", *REPAIR["hands"][1:4], None)}
+    "rusty": ("car", "rusty, damaged", "pristine, brand new", [], None),
+}
+PAPER_REPAIR = {
+    "faces": ("person", "realistic, perfect limbs, high detail, high quality", "poorly drawn limbs, bad anatomy, disfigured, low quality", [], None),
+    "hands": ("hands", *REPAIR["hands"][1:4], None),
+}
 PAPER_PROMPTS = ["image of a person, 8k, realistic", "a photo of a man in a street", "a portrait of a woman, outdoors", "a photo of a person, smiling"]
 
 
@@ -57,6 +61,7 @@ class Lab:
         self.small = training.is_small(self.model.unet)
         if self.small:
             from miniature.judges import miniature_judges
+
             self.judges, self.concepts, self.all_concepts, self.prompts = miniature_judges(self.model), MINIATURE, TEN | REPAIR, effect.PROMPTS
         else:
             self.judges, self.prompts = evaluate.real_judges(device=str(self.model.device)), PAPER_PROMPTS
@@ -83,11 +88,13 @@ class Lab:
         target, pos, neg, own, _ = self.all_concepts[concept]
         preserve, recipe = own if preserve is None else preserve, self.recipe | {"trajectories": 16} | changes
         seed = self.seed if seed is None else seed
-        name = "_".join([concept, "full" if full else f"r{rank}", f"p{len(train_text.combinations(preserve))}", f"seed{seed}",
-                         *(f"{k}{v:g}" for k, v in changes.items())]).replace(" ", "-")
+        name = "_".join(
+            [concept, "full" if full else f"r{rank}", f"p{len(train_text.combinations(preserve))}", f"seed{seed}", *(f"{k}{v:g}" for k, v in changes.items())]
+        ).replace(" ", "-")
         prompts = lambda: train_text.encode(self.model, [target], f"{target}, {pos}", f"{target}, {neg}", train_text.combinations(preserve), self.size)
-        teach = lambda: train_text.teach(self.model, prompts(), eta=recipe["eta"], trajectories=recipe["trajectories"], size=self.size, seed=seed,
-                                          batch=4 * recipe["batch"])
+        teach = lambda: train_text.teach(
+            self.model, prompts(), eta=recipe["eta"], trajectories=recipe["trajectories"], size=self.size, seed=seed, batch=4 * recipe["batch"]
+        )
         return self.kept(name, teach, recipe, Full if full else lora.Slider, *([] if full else [rank]), seed=seed)
 
     def kept(self, name: str, teach, recipe, kind=lora.Slider, *rank, seed: int) -> lora.Slider:
@@ -115,8 +122,11 @@ class Lab:
         """What an edit did: change in CLIP score for the words that describe it, LPIPS, FID; on the miniature how far the
         attribute moved (in its range, towards the positive end) and what else did."""
         target, pos, _, _, attribute = self.all_concepts[concept]
-        found = {"clip_change": evaluate.interval(evaluate.clip_change(self.judges, before, after, f"{target}, {pos}")),
-                 "lpips": evaluate.interval(evaluate.lpips(self.judges, before, after)), "fid": evaluate.fid(self.judges, before, after)}
+        found = {
+            "clip_change": evaluate.interval(evaluate.clip_change(self.judges, before, after, f"{target}, {pos}")),
+            "lpips": evaluate.interval(evaluate.lpips(self.judges, before, after)),
+            "fid": evaluate.fid(self.judges, before, after),
+        }
         return found | (moved(before, after, attribute) if self.small else {})
 
     def sheet(self, columns, names, rows: int = 4):
@@ -132,11 +142,17 @@ def moved(before, after, attribute: str) -> dict:
     span = lambda name: (lambda low_high: low_high[1] - low_high[0])(world.RANGES.get(name, (0, 1)))
     change = {name: (b[name] - a[name]) / span(name) for name in a}
     group = attribute.split()[0] + " "  # "hair red" takes from the other colours: they are not others
-    others = {name: abs(float(c.mean())) for name, c in change.items()
-              if name not in (attribute, "malformed") and not (" " in attribute and name.startswith(group))}
+    others = {
+        name: abs(float(c.mean())) for name, c in change.items() if name not in (attribute, "malformed") and not (" " in attribute and name.startswith(group))
+    }
     worst = max(others, key=others.get)
-    return {"moved": evaluate.interval(change[attribute]), "worst_other": worst, "worst_other_moved": others[worst],
-            "mean_other_moved": float(np.mean(list(others.values()))), "malformed": float((b["malformed"] > 0.5).mean())}
+    return {
+        "moved": evaluate.interval(change[attribute]),
+        "worst_other": worst,
+        "worst_other_moved": others[worst],
+        "mean_other_moved": float(np.mean(list(others.values()))),
+        "malformed": float((b["malformed"] > 0.5).mean()),
+    }
 
 
 class FullRank(nn.Module):

@@ -46,8 +46,14 @@ def main():
         def measure():
             together = draw([(s, 1.0 / of[c]) for c, s in sliders[:n]])
             effects = {c: effect(c, together) for c in of}
-            return {"alone": own, "together": effects, "remains": sum(effects.values()) / sum(own.values()), "lpips": evaluate.interval(evaluate.lpips(lab.judges, before, together)),
-                    "malformed": moved(before, together, "age")["malformed"] if lab.small else None}
+            return {
+                "alone": own,
+                "together": effects,
+                "remains": sum(effects.values()) / sum(own.values()),
+                "lpips": evaluate.interval(evaluate.lpips(lab.judges, before, together)),
+                "malformed": moved(before, together, "age")["malformed"] if lab.small else None,
+            }
+
         lab.once(f"{n} sliders", measure)
 
     # Figure 6: the first seed, the first concept across, the second down. Figure 7: more and more at once.
@@ -58,7 +64,9 @@ def main():
     lab.seeds = lab.seeds[:1]
     grid = lab.draw([[(first, a, START), (second, b, START)] for b in scales for a in scales], prompts)
     names = [pictures.label(s) for s in scales]
-    pictures.save(pictures.sheet([[column[0] for column in grid[5 * i:5 * i + 5]] for i in range(5)], names, names), lab.path.with_name(lab.path.stem + "_grid.png"))
+    pictures.save(
+        pictures.sheet([[column[0] for column in grid[5 * i : 5 * i + 5]] for i in range(5)], names, names), lab.path.with_name(lab.path.stem + "_grid.png")
+    )
 
 
 if __name__ == "__main__":

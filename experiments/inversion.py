@@ -33,7 +33,13 @@ def held_out(n: int, seed: int):
 
 
 def main():
-    lab = Lab(__doc__, "inversion", lambda p: p.add_argument("--image", metavar="DIR", help="another model: pictures named by their prompts"), count=32, dtype="float32")
+    lab = Lab(
+        __doc__,
+        "inversion",
+        lambda p: p.add_argument("--image", metavar="DIR", help="another model: pictures named by their prompts"),
+        count=32,
+        dtype="float32",
+    )
     model = lab.model
     if lab.args.image:
         files = sorted(f for f in Path(lab.args.image).iterdir() if f.suffix.lower() in pictures.ENDINGS)
@@ -52,6 +58,7 @@ def main():
 
     shown, found = {"original": originals, "VAE": roundtrip}, {}
     for method in reversed(invert.METHODS):
+
         def measure():
             started, drawn, n = time.time(), [], 0
             for part, inversion in inverted(method):
@@ -59,12 +66,18 @@ def main():
                 n += inversion.evaluations
                 drawn += model.pictures(sampler.sample(model.unet, inversion.x_T, tuple(c[part] for c in cond), inversion.uncond, **settings))
             shown[method] = drawn
-            return {"psnr": evaluate.interval(evaluate.psnr(originals, drawn)), "lpips": evaluate.interval(evaluate.lpips(lab.judges, originals, drawn)),
-                    "evaluations": n / len(originals), "seconds": (time.time() - started) / len(originals)}
+            return {
+                "psnr": evaluate.interval(evaluate.psnr(originals, drawn)),
+                "lpips": evaluate.interval(evaluate.lpips(lab.judges, originals, drawn)),
+                "evaluations": n / len(originals),
+                "seconds": (time.time() - started) / len(originals),
+            }
+
         lab.once(method, measure)
 
     for method in ("null-text", "negative-prompt"):
         for concept in EDITS:
+
             def edit():
                 one = lab.text_slider(concept)
                 if (method, 0) not in found:
@@ -73,17 +86,31 @@ def main():
                 for i, prompt in enumerate(prompts):
                     inversion, row = found[method, i // 16 * 16], slice(i % 16, i % 16 + 1)
                     uncond = [tuple(c[row] for c in u) for u in inversion.uncond]
-                    drawn = slider.sweep(model, prompt, [i], [[(one, s)] for s in SCALES], start_from=lambda _: inversion.x_T[row], uncond=uncond,
-                                         steps=STEPS, guidance=GUIDANCE, start=START, size=lab.size)
+                    drawn = slider.sweep(
+                        model,
+                        prompt,
+                        [i],
+                        [[(one, s)] for s in SCALES],
+                        start_from=lambda _: inversion.x_T[row],
+                        uncond=uncond,
+                        steps=STEPS,
+                        guidance=GUIDANCE,
+                        start=START,
+                        size=lab.size,
+                    )
                     for column, here in zip(columns, drawn):
                         column += here
                 if method == "null-text":
                     rows = [[o, *(c[i] for c in columns)] for i, o in enumerate(originals[:6])]
-                    pictures.save(pictures.sheet(rows, ["original", *map(pictures.label, SCALES)], [""] * len(rows)), lab.path.with_name(f"{lab.path.stem}_{concept.replace(' ', '_')}.png"))
+                    pictures.save(
+                        pictures.sheet(rows, ["original", *map(pictures.label, SCALES)], [""] * len(rows)),
+                        lab.path.with_name(f"{lab.path.stem}_{concept.replace(' ', '_')}.png"),
+                    )
                 result = {"lpips at 0": evaluate.interval(evaluate.lpips(lab.judges, originals, columns[SCALES.index(0.0)]))}
                 if lab.small:
                     result |= effect.summary(effect.table(columns), lab.all_concepts[concept][-1], SCALES)
                 return result
+
             lab.once(f"{concept} by {method}", edit)
     if len(shown) > 2:
         lab.sheet(list(shown.values()), list(shown), rows=6)

@@ -113,8 +113,15 @@ def count(files: list[Path]) -> dict:
     if not decided:
         raise ValueError(f"{files[0]}: holds no vote for either side")
     tail = sum(comb(decided, k) for k in range(max(n["a"], n["b"]), decided + 1)) / 2**decided
-    return {"a": n["a"], "b": n["b"], "neither": n[""], "raters": len({r["rater"] for r in last}), "share": evaluate.wilson(n["b"], decided),
-            "p": min(1.0, 2 * tail), "left": sum(r["side"] == "1" for r in last) / decided}
+    return {
+        "a": n["a"],
+        "b": n["b"],
+        "neither": n[""],
+        "raters": len({r["rater"] for r in last}),
+        "share": evaluate.wilson(n["b"], decided),
+        "p": min(1.0, 2 * tail),
+        "left": sum(r["side"] == "1" for r in last) / decided,
+    }
 
 
 def main():
@@ -135,7 +142,9 @@ def main():
         return print(f"{args.out}: {text.count(chr(34) + 'name' + chr(34))} pairs, {len(text) / 1e6:.1f} MB")
     found = count(args.votes)
     print(f"{found['raters']} raters: {found['b']} votes for b (with), {found['a']} for a (without), {found['neither']} for neither")
-    print(f"b is preferred in {found['share']['mean']:.0%} [{found['share']['low']:.0%}, {found['share']['high']:.0%}] of the decided; sign test p = {found['p']:.2g}")
+    print(
+        f"b is preferred in {found['share']['mean']:.0%} [{found['share']['low']:.0%}, {found['share']['high']:.0%}] of the decided; sign test p = {found['p']:.2g}"
+    )
     print(f"{found['left']:.0%} of them were for the left side")
 
 

@@ -15,7 +15,7 @@ import cli
 import evaluate
 import pictures
 from experiments.common import Lab, moved
-from miniature import effect, world
+from miniature import world
 from miniature.measure import measure
 
 SCALE = 2.0
@@ -23,9 +23,12 @@ START = {"faces": 0.3, "hands": 0.15}  # a finger too many is there early in the
 SCALES = [1.0, 2.0, 3.0]
 PLAIN = {  # what is repaired -> plain prompts, of which no training used but the first
     "faces": ["a photo of a person", "a portrait of a person", "a picture of a man", "a woman"],
-    "hands": ["a hand", "a photo of a hand", "an open hand", "a picture of a person's hand"]}
-PLAIN_SDXL = {"faces": ["image of a person, 8k, realistic", "a photo of a man in a street", "a portrait of a woman", "a photo of three friends"],
-              "hands": ["a photo of a hand", "a person waving", "hands holding an apple", "a woman with her hand on her chin"]}
+    "hands": ["a hand", "a photo of a hand", "an open hand", "a picture of a person's hand"],
+}
+PLAIN_SDXL = {
+    "faces": ["image of a person, 8k, realistic", "a photo of a man in a street", "a portrait of a woman", "a photo of three friends"],
+    "hands": ["a photo of a hand", "a person waving", "hands holding an apple", "a woman with her hand on her chin"],
+}
 KEPT = ["sex", "hair", "background", "glasses", "hat", "hair_length"]  # who a face shows, in words and yes/no
 
 
@@ -52,16 +55,27 @@ def main():
     lab = Lab(__doc__, "repair", lambda p: p.add_argument("--good", metavar="DIR", help="another model: well-made pictures, for FID"), count=256)
     for what, prompts in (PLAIN if lab.small else PLAIN_SDXL).items():
         slider = lab.text_slider(what)
-        good = well_made(what, len(lab.seeds), lab.seed) if lab.small else [pictures.read(f) for f in sorted(Path(lab.args.good).iterdir())] if lab.args.good else None
+        good = (
+            well_made(what, len(lab.seeds), lab.seed)
+            if lab.small
+            else [pictures.read(f) for f in sorted(Path(lab.args.good).iterdir())]
+            if lab.args.good
+            else None
+        )
 
         every = functools.cache(lambda: lab.draw([[(slider, s, START[what])] for s in (0.0, *SCALES)], prompts))  # drawn if anything is still to be measured
+
         def measured(after):
             found = {"fid": evaluate.fid(lab.judges, after, good)} if good else {}
             found["lpips"] = evaluate.interval(evaluate.lpips(lab.judges, every()[0], after))
             if lab.small:
                 a, b = measure(every()[0]), measure(after)
-                found |= {"wrong": evaluate.wilson(int(wrong(b, what).sum()), len(after)), "mended": int((wrong(a, what) & ~wrong(b, what)).sum()),
-                          "broken": int((~wrong(a, what) & wrong(b, what)).sum()), "kept": kept(a, b)}
+                found |= {
+                    "wrong": evaluate.wilson(int(wrong(b, what).sum()), len(after)),
+                    "mended": int((wrong(a, what) & ~wrong(b, what)).sum()),
+                    "broken": int((~wrong(a, what) & wrong(b, what)).sum()),
+                    "kept": kept(a, b),
+                }
                 found |= {k: v for k, v in moved(every()[0], after, "malformed").items() if "other" in k}
             return found
 

@@ -24,44 +24,123 @@ def table(head: list[str], rows) -> str:
 
 def edits(results: dict) -> str:
     """Results of Lab.edit, one a row."""
-    return table(["", "change in CLIP score", "LPIPS", "FID", "moved", "most moved other", "mean of the others", "malformed"],
-                 ([key, ci(r["clip_change"], 1), ci(r["lpips"], 3), f"{r['fid']:.0f}", ci(r["moved"]), f"{r['worst_other'].replace('_', ' ')} {r['worst_other_moved']:.0%}",
-                   f"{r['mean_other_moved']:.1%}", f"{r['malformed']:.0%}"] for key, r in results.items()))
+    return table(
+        ["", "change in CLIP score", "LPIPS", "FID", "moved", "most moved other", "mean of the others", "malformed"],
+        (
+            [
+                key,
+                ci(r["clip_change"], 1),
+                ci(r["lpips"], 3),
+                f"{r['fid']:.0f}",
+                ci(r["moved"]),
+                f"{r['worst_other'].replace('_', ' ')} {r['worst_other_moved']:.0%}",
+                f"{r['mean_other_moved']:.1%}",
+                f"{r['malformed']:.0%}",
+            ]
+            for key, r in results.items()
+        ),
+    )
 
 
 def visual_sliders(results: dict) -> str:
     pixels = lambda r: ", ".join(f"{p['mean']:.1f}" for p in r["pixels"])
-    return table(["", "eye size, scales -3 ... 3", "its width in pixels", "moved", "monotonic", "most moved other", "LPIPS at -2, 2", "malformed at -2, 0, 2"],
-                 ([key, ", ".join(f"{m:.2f}" for m in r["means"]), pixels(r), f"{r['moved']:.0%}", "yes" if r["monotonic"] else "no",
-                   f"{r['worst_other'].replace('_', ' ')} {r['worst_other_moved']:.0%}", f"{r['lpips'][1]:.3f}, {r['lpips'][5]:.3f}",
-                   ", ".join(f"{r['malformed'][i]:.0%}" for i in (1, 3, 5))] for key, r in results.items()))
+    return table(
+        ["", "eye size, scales -3 ... 3", "its width in pixels", "moved", "monotonic", "most moved other", "LPIPS at -2, 2", "malformed at -2, 0, 2"],
+        (
+            [
+                key,
+                ", ".join(f"{m:.2f}" for m in r["means"]),
+                pixels(r),
+                f"{r['moved']:.0%}",
+                "yes" if r["monotonic"] else "no",
+                f"{r['worst_other'].replace('_', ' ')} {r['worst_other_moved']:.0%}",
+                f"{r['lpips'][1]:.3f}, {r['lpips'][5]:.3f}",
+                ", ".join(f"{r['malformed'][i]:.0%}" for i in (1, 3, 5)),
+            ]
+            for key, r in results.items()
+        ),
+    )
 
 
 def ablations(results: dict) -> str:
-    return table(["", "scale", "age moved", "LPIPS", "change in CLIP score", "most moved other", "mean of the others"],
-                 ([key.split(", age moved")[0], f"{r['scale']:.2f}", f"{r['reached']:.2f}", f"{r['lpips']:.3f}", f"{r['clip_change']:.1f}",
-                   f"{r['worst_other_moved']:.1%}", f"{r['mean_other_moved']:.2%}"] for key, r in results.items() if "moved by" in key))
+    return table(
+        ["", "scale", "age moved", "LPIPS", "change in CLIP score", "most moved other", "mean of the others"],
+        (
+            [
+                key.split(", age moved")[0],
+                f"{r['scale']:.2f}",
+                f"{r['reached']:.2f}",
+                f"{r['lpips']:.3f}",
+                f"{r['clip_change']:.1f}",
+                f"{r['worst_other_moved']:.1%}",
+                f"{r['mean_other_moved']:.2%}",
+            ]
+            for key, r in results.items()
+            if "moved by" in key
+        ),
+    )
 
 
 def composition(results: dict) -> str:
     moved = lambda effects: ", ".join(f"{concept} {v:.2f}" for concept, v in effects.items())
-    return table(["", "remains, of all", "each alone", "all at once", "LPIPS", "malformed"],
-                 ([key, f"{r['remains']:.0%}", moved(r["alone"]), moved(r["together"]), ci(r["lpips"], 2), f"{r['malformed']:.0%}"] for key, r in results.items() if "sliders" in key))
+    return table(
+        ["", "remains, of all", "each alone", "all at once", "LPIPS", "malformed"],
+        (
+            [key, f"{r['remains']:.0%}", moved(r["alone"]), moved(r["together"]), ci(r["lpips"], 2), f"{r['malformed']:.0%}"]
+            for key, r in results.items()
+            if "sliders" in key
+        ),
+    )
 
 
 def repair(results: dict) -> str:
-    return table(["", "wrong", "mended", "broken", "keep who they show", "LPIPS", "most moved other", "FID to well-made ones"],
-                 ([key, "{mean:.1%} [{low:.1%}, {high:.1%}]".format(**r["wrong"]), r["mended"], r["broken"], f"{r['kept']:.0%}", ci(r["lpips"]),
-                   f"{r['worst_other'].replace('_', ' ')} {r['worst_other_moved']:.0%}", f"{r['fid']:.1f}"] for key, r in results.items()))
+    return table(
+        ["", "wrong", "mended", "broken", "keep who they show", "LPIPS", "most moved other", "FID to well-made ones"],
+        (
+            [
+                key,
+                "{mean:.1%} [{low:.1%}, {high:.1%}]".format(**r["wrong"]),
+                r["mended"],
+                r["broken"],
+                f"{r['kept']:.0%}",
+                ci(r["lpips"]),
+                f"{r['worst_other'].replace('_', ' ')} {r['worst_other_moved']:.0%}",
+                f"{r['fid']:.1f}",
+            ]
+            for key, r in results.items()
+        ),
+    )
 
 
 def inversion(results: dict) -> str:
-    drawn = table(["", "PSNR, dB", "LPIPS", "network evaluations", "seconds"],
-                  ([key, ci(r["psnr"], 1), ci(r["lpips"]) if "lpips" in r else "", f"{r['evaluations']:.0f}" if "evaluations" in r else "",
-                    f"{r['seconds']:.1f}" if "seconds" in r else ""] for key, r in results.items() if "psnr" in r))
-    edited = table(["", "its mean, scales -2 ... 2", "moved", "monotonic", "most moved other"],
-                   ([key, ", ".join(f"{m:.2f}" for m in r["means"]), f"{r['moved']:.0%}", "yes" if r["monotonic"] else "no",
-                     f"{r['worst_other'].replace('_', ' ')} {r['worst_other_moved']:.0%}"] for key, r in results.items() if "means" in r))
+    drawn = table(
+        ["", "PSNR, dB", "LPIPS", "network evaluations", "seconds"],
+        (
+            [
+                key,
+                ci(r["psnr"], 1),
+                ci(r["lpips"]) if "lpips" in r else "",
+                f"{r['evaluations']:.0f}" if "evaluations" in r else "",
+                f"{r['seconds']:.1f}" if "seconds" in r else "",
+            ]
+            for key, r in results.items()
+            if "psnr" in r
+        ),
+    )
+    edited = table(
+        ["", "its mean, scales -2 ... 2", "moved", "monotonic", "most moved other"],
+        (
+            [
+                key,
+                ", ".join(f"{m:.2f}" for m in r["means"]),
+                f"{r['moved']:.0%}",
+                "yes" if r["monotonic"] else "no",
+                f"{r['worst_other'].replace('_', ' ')} {r['worst_other_moved']:.0%}",
+            ]
+            for key, r in results.items()
+            if "means" in r
+        ),
+    )
     return drawn + "\n\n" + edited
 
 
@@ -87,7 +166,9 @@ def seeds(_) -> str:
         for measure in MEASURES:
             groups = {}  # concept -> (value, with the other seed) of each of its ways
             for key in rows:
-                pair = [next((v for path, v in numbers(r[key]).items() if path[0] == measure), None) if isinstance(r[key], dict) else None for r in (one, other)]
+                pair = [
+                    next((v for path, v in numbers(r[key]).items() if path[0] == measure), None) if isinstance(r[key], dict) else None for r in (one, other)
+                ]
                 if None not in pair:
                     groups.setdefault(key.split(": ")[0] if ": " in key else "", []).append(pair)
             found = [spearman(*zip(*pairs)) for pairs in groups.values() if len(pairs) > 2]
@@ -103,7 +184,16 @@ def spearman(x, y) -> float:
     return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else float("nan")
 
 
-KINDS = {"repair": repair, "inversion": inversion, "seeds": seeds, "text_sliders": edits, "activation": edits, "visual_sliders": visual_sliders, "ablations": ablations, "composition": composition}
+KINDS = {
+    "repair": repair,
+    "inversion": inversion,
+    "seeds": seeds,
+    "text_sliders": edits,
+    "activation": edits,
+    "visual_sliders": visual_sliders,
+    "ablations": ablations,
+    "composition": composition,
+}
 
 
 def main():

@@ -20,8 +20,10 @@ import lora
 import pictures
 import slider
 import train_space
+import training
 from experiments.common import Lab
 from miniature import effect
+from unfinished import Unfinished
 
 PROMPT = "a photo of a person"
 SCALES = [-2.0, -1.0, 0.0, 1.0, 2.0]
@@ -45,14 +47,24 @@ def main():
     model = lab.model
     clip, encode = train_space.towers(lab.args, model)
     cond, uncond = model.condition([PROMPT], lab.size), model.condition([""], lab.size)
-    recipe = train_space.recipe(model.unet)
-    layers = lora.target_layers(model.unet, recipe.pop("layers"), conv=False)
+    recipe = training.recipe(model.unet, train_space.SMALL, train_space.LARGE)
+    layers = lora.target_layers(model.unet, "xattn")
 
     @functools.cache
     def found():
         """Samples, directions, their spread, hints in words."""
-        samples = train_space.collect(model, cond, uncond, Path(lab.args.sliders) / f"space_samples_seed{lab.seed}", samples=SAMPLES, per_sample=4,
-                                      size=lab.size, seed=lab.seed, batch=32, **DRAWING)
+        samples = train_space.collect(
+            model,
+            cond,
+            uncond,
+            Unfinished(Path(lab.args.sliders) / f"space_samples_seed{lab.seed}"),
+            samples=SAMPLES,
+            per_sample=4,
+            size=lab.size,
+            seed=lab.seed,
+            batch=32,
+            **DRAWING,
+        )
         with torch.no_grad():
             f = torch.cat([train_space.features(model, clip, z) for z in samples.x_0.split(32)])
         v, sigma, share = train_space.directions(f, K)
@@ -63,7 +75,9 @@ def main():
     def sliders_for(name, v, sigma):
         paths = [Path(lab.args.sliders) / f"space_{name}_seed{lab.seed}_{i + 1}.safetensors" for i in range(K)]
         if not all(p.exists() for p in paths):
-            made, _ = train_space.learn(model, clip, found()[0], cond, uncond, v, layers=layers, rank=1, alpha=1.0, guidance=1.0, checkpointing=False, seed=lab.seed, **recipe)
+            made, _ = train_space.learn(
+                model, clip, found()[0], cond, uncond, v, layers=layers, rank=1, alpha=1.0, guidance=1.0, checkpointing=False, seed=lab.seed, **recipe
+            )
             for i, one in enumerate(made):
                 factor = train_space.calibrate(model, clip, one, v[i], sigma[i].item(), cond, uncond, seeds=4, size=lab.size, batch=32, **DRAWING)
                 lora.save(paths[i], train_space.scaled(one, factor), {"kind": "space slider"})
@@ -115,8 +129,14 @@ def main():
 
     lab.once("diversity", diversity)
     _, v, sigma, _, _ = found()
-    sheet = [[column[0] for column in slider.sweep(model, PROMPT, lab.seeds[:1], [[(one, s)] for s in SCALES], size=lab.size)] for one in sliders_for("found", v, sigma)]
-    pictures.save(pictures.sheet(sheet, [pictures.label(s) for s in SCALES], [r.get("attribute", str(i + 1)) for i, r in enumerate(results["found"]["sliders"])]), lab.path.with_suffix(".png"))
+    sheet = [
+        [column[0] for column in slider.sweep(model, PROMPT, lab.seeds[:1], [[(one, s)] for s in SCALES], size=lab.size)]
+        for one in sliders_for("found", v, sigma)
+    ]
+    pictures.save(
+        pictures.sheet(sheet, [pictures.label(s) for s in SCALES], [r.get("attribute", str(i + 1)) for i, r in enumerate(results["found"]["sliders"])]),
+        lab.path.with_suffix(".png"),
+    )
 
 
 if __name__ == "__main__":

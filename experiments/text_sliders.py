@@ -16,9 +16,10 @@ from experiments.common import Lab
 
 def main():
     lab = Lab(__doc__, "text_sliders")
-    before, = lab.draw([[]])
+    (before,) = lab.draw([[]])
     shown = [before]
     for concept, (target, pos, neg, preserve, _) in lab.concepts.items():
+
         def by_slider(**kind):
             slider = lab.text_slider(concept, **kind)
             return lambda scale: lab.draw([[(slider, scale)]])[0]
@@ -28,9 +29,13 @@ def main():
             return lab.draw([[]], ends=ends, etas=[2 * lab.recipe["eta"]])[0]
 
         at_2 = functools.cache(lambda: by_slider()(2.0))  # measured and shown
-        ways = {"slider, scale 1": lambda: by_slider()(1.0), "slider, scale 2": at_2,
-                "prompt": lambda: lab.draw([[]], [f"{p}, {pos}" for p in lab.prompts])[0], "eq. (8)": by_eq_8,
-                "full fine-tuning": lambda: by_slider(full=True, lr=lab.recipe["lr"] / 400)(2.0)}
+        ways = {
+            "slider, scale 1": lambda: by_slider()(1.0),
+            "slider, scale 2": at_2,
+            "prompt": lambda: lab.draw([[]], [f"{p}, {pos}" for p in lab.prompts])[0],
+            "eq. (8)": by_eq_8,
+            "full fine-tuning": lambda: by_slider(full=True, lr=lab.recipe["lr"] / 400)(2.0),
+        }
         for way, draw in ways.items():
             lab.once(f"{concept}: {way}", lambda: lab.edit(concept, before, draw()))
         if len(shown) < 5:

@@ -34,16 +34,22 @@ def main():
 
     def by_pairs(name, which, scales, target, **changes):
         settings = recipe | changes
-        teach = lambda: [train_pairs.collect(lab.model, z, torch.tensor(scales, device=lab.model.device), cond, noises=32, seed=2 * lab.seed + i,
-                                             batch=32, target=target) for i, z in ((1, latents[2:, which]), (2, latents[:2, which]))]
+        teach = lambda: [
+            train_pairs.collect(lab.model, z, torch.tensor(scales, device=lab.model.device), cond, noises=32, seed=2 * lab.seed + i, batch=32, target=target)
+            for i, z in ((1, latents[2:, which]), (2, latents[:2, which]))
+        ]
         return lab.kept(f"eyes_{name}_seed{lab.seed}", teach, settings, lora.Slider, 4, seed=lab.seed)
 
-    sliders = {"visual slider": by_pairs("pairs", [0, 1], [-1.0, 1.0], "shared"), "with the noise target": by_pairs("noise", [0, 1], [-1.0, 1.0], "noise"),
-               "LoRA on B alone": by_pairs("B", [1], [1.0], "noise")}
+    sliders = {
+        "visual slider": by_pairs("pairs", [0, 1], [-1.0, 1.0], "shared"),
+        "with the noise target": by_pairs("noise", [0, 1], [-1.0, 1.0], "noise"),
+        "LoRA on B alone": by_pairs("B", [1], [1.0], "noise"),
+    }
     if lab.small:
         sliders["text slider"] = lab.text_slider("eye size")
     shown = []
     for name, slider in sliders.items():
+
         def measure_all():
             drawn = lab.draw([[(slider, s)] for s in SCALES])
             before = drawn[SCALES.index(0.0)]
@@ -54,9 +60,10 @@ def main():
                 found["pixels"] = [evaluate.interval([measure.eye_pixels(p) for p in column]) for column in drawn]
                 found["malformed"] = (table["malformed"] > 0.5).mean(1).tolist()
             return found
+
         lab.once(name, measure_all)
         shown.append(lab.draw([[(slider, s)] for s in (-2.0, 2.0)]))
-    plain, = lab.draw([[]])
+    (plain,) = lab.draw([[]])
     lab.sheet([shown[0][0], plain, shown[0][1], shown[2][1], shown[-1][1]], ["slider -2", "plain", "slider +2", "B alone +2", "text +2"])
 
 

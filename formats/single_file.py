@@ -12,23 +12,44 @@ import re
 
 import torch
 
-PARTS = {"model.diffusion_model.": "unet", "first_stage_model.": "vae",
-         "conditioner.embedders.0.transformer.": "text_encoder", "conditioner.embedders.1.model.": "text_encoder_2"}
+PARTS = {
+    "model.diffusion_model.": "unet",
+    "first_stage_model.": "vae",
+    "conditioner.embedders.0.transformer.": "text_encoder",
+    "conditioner.embedders.1.model.": "text_encoder_2",
+}
 
 # Never used: integers 0 ... 76, the contrastive temperature, buffers of the training code, a merged-in EMA's bookkeeping.
-UNUSED = re.compile(r"(.*\.)?(position_ids|logit_scale|attn_mask)$|denoiser\.|model_ema\.|(betas|alphas_cumprod.*|sqrt_.*|"
-                    r"log_one_.*|posterior_.*|model\.diffusion_model\.(betas|alphas).*)$")
+UNUSED = re.compile(
+    r"(.*\.)?(position_ids|logit_scale|attn_mask)$|denoiser\.|model_ema\.|(betas|alphas_cumprod.*|sqrt_.*|"
+    r"log_one_.*|posterior_.*|model\.diffusion_model\.(betas|alphas).*)$"
+)
 
-RESNET = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
-          "out_layers.3": "conv2", "skip_connection": "conv_shortcut"}
-UNET_ENDS = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
-             "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2",
-             "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out"}
+RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+UNET_ENDS = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
 VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-OPENCLIP = {"token_embedding.weight": "embeddings.token_embedding.weight", "positional_embedding": "embeddings.position_embedding.weight",
-            "ln_final.weight": "final_layer_norm.weight", "ln_final.bias": "final_layer_norm.bias"}
-OPENCLIP_LAYER = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
-                  "attn.out_proj": "self_attn.out_proj"}
+OPENCLIP = {
+    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_final.weight": "final_layer_norm.weight",
+    "ln_final.bias": "final_layer_norm.bias",
+}
+OPENCLIP_LAYER = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2", "attn.out_proj": "self_attn.out_proj"}
 
 
 def rename(shapes: dict[str, tuple]) -> dict[str, list[tuple[str, str, str]]]:
@@ -37,14 +58,15 @@ def rename(shapes: dict[str, tuple]) -> dict[str, list[tuple[str, str, str]]]:
     What to do: "" nothing; "squeeze" a 1x1 convolution to a matrix; "transpose"; "q", "k" or "v": that third of the rows.
     Raises ValueError for a tensor that belongs to no part of SDXL.
     """
-    out, strangers = {part: [] for part in PARTS.values()}, []
+    out: dict[str, list] = {part: [] for part in PARTS.values()}
+    strangers: list[str] = []
     per_level = _first_level(shapes)
     vae_levels = 1 + max([int(n.split(".")[3]) for n in shapes if n.startswith("first_stage_model.decoder.up.")], default=-1)
     for name, shape in shapes.items():
         if UNUSED.match(name):
             continue
-        prefix = next((p for p in PARTS if name.startswith(p)), None)
-        short = name.removeprefix(prefix or "")
+        prefix = next((p for p in PARTS if name.startswith(p)), "")
+        short = name.removeprefix(prefix)
         module, _, leaf = short.rpartition(".")
         renamed = []
         if prefix == "model.diffusion_model.":
@@ -168,19 +190,53 @@ def act(tensor: torch.Tensor, action: str) -> torch.Tensor:
 CLIP = dict(max_position_embeddings=77, bos_token_id=49406, eos_token_id=49407, vocab_size=49408)
 SDXL = {  # the configurations of SDXL 1.0, for what shapes do not tell
     "model_index": dict(_class_name="StableDiffusionXLPipeline", force_zeros_for_empty_prompt=True),
-    "scheduler": dict(num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
-                      prediction_type="epsilon", timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False),
-    "unet": dict(sample_size=128, in_channels=4, out_channels=4, down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-                 mid_block_type="UNetMidBlock2DCrossAttn", up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-                 block_out_channels=[320, 640, 1280], layers_per_block=2, transformer_layers_per_block=[1, 2, 10],
-                 attention_head_dim=[5, 10, 20], cross_attention_dim=2048, addition_embed_type="text_time", addition_time_embed_dim=256,
-                 projection_class_embeddings_input_dim=2816, use_linear_projection=True, norm_num_groups=32, norm_eps=1e-5),
-    "vae": dict(in_channels=3, out_channels=3, block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=4,
-                norm_num_groups=32, sample_size=1024, scaling_factor=0.13025, force_upcast=True),
-    "text_encoder": CLIP | dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-                                hidden_act="quick_gelu", projection_dim=768, pad_token_id=49407),
-    "text_encoder_2": CLIP | dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
-                                  hidden_act="gelu", projection_dim=1280, pad_token_id=0)}
+    "scheduler": dict(
+        num_train_timesteps=1000,
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="epsilon",
+        timestep_spacing="leading",
+        steps_offset=1,
+        set_alpha_to_one=False,
+    ),
+    "unet": dict(
+        sample_size=128,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        mid_block_type="UNetMidBlock2DCrossAttn",
+        up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        block_out_channels=[320, 640, 1280],
+        layers_per_block=2,
+        transformer_layers_per_block=[1, 2, 10],
+        attention_head_dim=[5, 10, 20],
+        cross_attention_dim=2048,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+        use_linear_projection=True,
+        norm_num_groups=32,
+        norm_eps=1e-5,
+    ),
+    "vae": dict(
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=[128, 256, 512, 512],
+        layers_per_block=2,
+        latent_channels=4,
+        norm_num_groups=32,
+        sample_size=1024,
+        scaling_factor=0.13025,
+        force_upcast=True,
+    ),
+    "text_encoder": CLIP
+    | dict(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, hidden_act="quick_gelu", projection_dim=768, pad_token_id=49407
+    ),
+    "text_encoder_2": CLIP
+    | dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, hidden_act="gelu", projection_dim=1280, pad_token_id=0),
+}
 
 
 def configs(shapes: dict[str, tuple], base: dict[str, dict]) -> dict[str, dict]:
@@ -193,48 +249,62 @@ def configs(shapes: dict[str, tuple], base: dict[str, dict]) -> dict[str, dict]:
     levels = -(-(count(r"model\.diffusion_model\.input_blocks\.(\d+)\.") - 1) // per_level)
     width = lambda level: shape("unet", f"input_blocks.{1 + level * per_level}.0.out_layers.3.weight")[0]
     widths = [width(level) for level in range(levels)]
-    depths = [count(rf"model\.diffusion_model\.input_blocks\.{1 + level * per_level}\.1\.transformer_blocks\.(\d+)\.") or 1
-              for level in range(levels)]
+    depths = [count(rf"model\.diffusion_model\.input_blocks\.{1 + level * per_level}\.1\.transformer_blocks\.(\d+)\.") or 1 for level in range(levels)]
     head = unet["block_out_channels"][0] // unet["attention_head_dim"][0]  # channels in a head: no shape tells
-    unet |= dict(block_out_channels=widths, layers_per_block=per_level - 1, transformer_layers_per_block=depths,
-                 attention_head_dim=[w // head for w in widths],
-                 in_channels=shape("unet", "input_blocks.0.0.weight")[1], out_channels=shape("unet", "out.2.weight")[0],
-                 projection_class_embeddings_input_dim=shape("unet", "label_emb.0.0.weight")[1])
+    unet |= dict(
+        block_out_channels=widths,
+        layers_per_block=per_level - 1,
+        transformer_layers_per_block=depths,
+        attention_head_dim=[w // head for w in widths],
+        in_channels=shape("unet", "input_blocks.0.0.weight")[1],
+        out_channels=shape("unet", "out.2.weight")[0],
+        projection_class_embeddings_input_dim=shape("unet", "label_emb.0.0.weight")[1],
+    )
     context = next(s[1] for n, s in shapes.items() if n.startswith("model.diffusion_model.") and n.endswith("attn2.to_k.weight"))
     unet["cross_attention_dim"] = context
 
     vae = out["vae"]
     vae_levels = count(r"first_stage_model\.encoder\.down\.(\d+)\.")
-    vae |= dict(block_out_channels=[shape("vae", f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(vae_levels)],
-                layers_per_block=count(r"first_stage_model\.encoder\.down\.0\.block\.(\d+)\."),
-                latent_channels=shape("vae", "decoder.conv_in.weight")[1])
+    vae |= dict(
+        block_out_channels=[shape("vae", f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(vae_levels)],
+        layers_per_block=count(r"first_stage_model\.encoder\.down\.0\.block\.(\d+)\."),
+        latent_channels=shape("vae", "decoder.conv_in.weight")[1],
+    )
 
     one, two = out["text_encoder"], out["text_encoder_2"]
     head = {part: out[part]["hidden_size"] // out[part]["num_attention_heads"] for part in ("text_encoder", "text_encoder_2")}
     table = shape("text_encoder", "text_model.embeddings.token_embedding.weight")
-    one |= dict(vocab_size=table[0], hidden_size=table[1], num_attention_heads=table[1] // head["text_encoder"],
-                intermediate_size=shape("text_encoder", "text_model.encoder.layers.0.mlp.fc1.weight")[0],
-                num_hidden_layers=count(r"conditioner\.embedders\.0\.transformer\.text_model\.encoder\.layers\.(\d+)\."))
+    one |= dict(
+        vocab_size=table[0],
+        hidden_size=table[1],
+        num_attention_heads=table[1] // head["text_encoder"],
+        intermediate_size=shape("text_encoder", "text_model.encoder.layers.0.mlp.fc1.weight")[0],
+        num_hidden_layers=count(r"conditioner\.embedders\.0\.transformer\.text_model\.encoder\.layers\.(\d+)\."),
+    )
     table = shape("text_encoder_2", "token_embedding.weight")
-    two |= dict(vocab_size=table[0], hidden_size=table[1], num_attention_heads=table[1] // head["text_encoder_2"],
-                intermediate_size=shape("text_encoder_2", "transformer.resblocks.0.mlp.c_fc.weight")[0],
-                projection_dim=shape("text_encoder_2", "text_projection")[1],
-                num_hidden_layers=count(r"conditioner\.embedders\.1\.model\.transformer\.resblocks\.(\d+)\."))
+    two |= dict(
+        vocab_size=table[0],
+        hidden_size=table[1],
+        num_attention_heads=table[1] // head["text_encoder_2"],
+        intermediate_size=shape("text_encoder_2", "transformer.resblocks.0.mlp.c_fc.weight")[0],
+        projection_dim=shape("text_encoder_2", "text_projection")[1],
+        num_hidden_layers=count(r"conditioner\.embedders\.1\.model\.transformer\.resblocks\.(\d+)\."),
+    )
     return out
 
 
 # ---------------------------------------------------------------------------------------- what a file is
 
+
 def kind_of(shapes: dict[str, tuple]) -> str:
-    """"sdxl", or in words what else a file with these tensors is."""
+    """ "sdxl", or in words what else a file with these tensors is."""
     if any(re.search(r"lora_(up|down|[AB])\b|\.lora\.|lokr_|hada_|\.dora_scale|\.lora_", n) for n in shapes):
         return "a LoRA or slider file, which changes a model and is none (--slider takes sliders, --merge other LoRAs)"
     if any(n.startswith("cond_stage_model.model.") for n in shapes):
         return "a Stable Diffusion 2 checkpoint; only SDXL is supported"
     if any(n.startswith("cond_stage_model.") for n in shapes):
         return "a Stable Diffusion 1.x checkpoint; only SDXL is supported"
-    if any(n.startswith(("joint_blocks.", "model.diffusion_model.joint_blocks.", "double_blocks.",
-                         "model.diffusion_model.double_blocks.")) for n in shapes):
+    if any(n.startswith(("joint_blocks.", "model.diffusion_model.joint_blocks.", "double_blocks.", "model.diffusion_model.double_blocks.")) for n in shapes):
         return "a diffusion transformer (SD 3 or Flux); only SDXL is supported"
     if "conditioner.embedders.0.model.ln_final.weight" in shapes:
         return "the SDXL refiner, which has one text encoder; sliders need the base model"

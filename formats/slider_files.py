@@ -24,20 +24,44 @@ from torch import nn
 from formats import single_file, weights, written
 
 NAMINGS = ("kohya", "ldm", "peft")
-ENDINGS = {"lora_down.weight": "down", "lora_up.weight": "up", "lora_A.weight": "down", "lora_B.weight": "up", "lora.down.weight": "down",
-           "lora.up.weight": "up", "lora_A.default.weight": "down", "lora_B.default.weight": "up", "lora_linear_layer.down.weight": "down",
-           "lora_linear_layer.up.weight": "up", "alpha": "alpha"}
+ENDINGS = {
+    "lora_down.weight": "down",
+    "lora_up.weight": "up",
+    "lora_A.weight": "down",
+    "lora_B.weight": "up",
+    "lora.down.weight": "down",
+    "lora.up.weight": "up",
+    "lora_A.default.weight": "down",
+    "lora_B.default.weight": "up",
+    "lora_linear_layer.down.weight": "down",
+    "lora_linear_layer.up.weight": "up",
+    "alpha": "alpha",
+}
 OTHER_KINDS = {  # what their tensors' names contain
-               "hada_w": "LoHa", "lokr_w": "LoKr", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "lora_mid": "LoCon with a core tensor",
-               "lora_t2": "LoHa", "oft_": "OFT", "on_input": "IA3", "ia3_": "IA3", "glora": "GLoRA", r"\.diff(_b)?$": "whole weights"}
+    "hada_w": "LoHa",
+    "lokr_w": "LoKr",
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "lora_mid": "LoCon with a core tensor",
+    "lora_t2": "LoHa",
+    "oft_": "OFT",
+    "on_input": "IA3",
+    "ia3_": "IA3",
+    "glora": "GLoRA",
+    r"\.diff(_b)?$": "whole weights",
+}
 ADAPTER = "lora_adapter_metadata"  # diffusers' name for it
 TEXT = re.compile(r"(lora_te\d?_|text_encoder(_2)?\.|te\d?\.)")
 LARGEST = 4 * 2**30  # bytes: no LoRA is larger, and a pickle of that size is not read
 
 
+Layer = nn.Linear | nn.Conv2d  # what a slider can change
+
+
 @dataclass
 class Part:
     """The change of one layer, (alpha / r) B A: A (r, in) or (r, in, k, k), B (out, r) or (out, r, 1, 1)."""
+
     down: torch.Tensor
     up: torch.Tensor
     alpha: float
@@ -46,8 +70,7 @@ class Part:
 def stacked(pairs) -> tuple[torch.Tensor, torch.Tensor]:
     """[(Part, weight)] of one layer -> A (R, in) or (R, in, k, k), B (out, R) or (out, R, 1, 1) of their weighted sum,
     R = r_1 + r_2 + ...: exact, the A's stacked, the B's side by side, each times its weight * alpha / r."""
-    return (torch.cat([part.down for part, _ in pairs]),
-            torch.cat([weight * (part.alpha / len(part.down)) * part.up for part, weight in pairs], 1))
+    return (torch.cat([part.down for part, _ in pairs]), torch.cat([weight * (part.alpha / len(part.down)) * part.up for part, weight in pairs], 1))
 
 
 def dense(A, B) -> torch.Tensor:
@@ -65,23 +88,27 @@ class File:
 
 # ---------------------------------------------------------------------------------------- names
 
+
 def file_name(layer: str) -> str:
     """'down_blocks.1.attentions.0...to_q' -> 'lora_unet_down_blocks_1_attentions_0_..._to_q', kohya's naming."""
     return "lora_unet_" + layer.replace(".", "_")
 
 
-def layers_by_file_name(unet: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+def layers_by_file_name(unet: nn.Module) -> dict[str, tuple[str, Layer]]:
     """{kohya name: (name in the UNet, layer)} of every layer that a slider could change."""
-    return {file_name(name): (name, m) for name, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    return {file_name(name): (name, m) for name, m in unet.named_modules() if isinstance(m, Layer)}
 
 
-def names(unet: nn.Module) -> dict[str, dict[str, str]]:
+def names(unet) -> dict[str, dict[str, str]]:
     """{naming: {kohya name: name in that naming}} of the same layers; "dotted", the original names as they are, is only read."""
     layers = {stem: name for stem, (name, _) in layers_by_file_name(unet).items()}
     original = single_file.original_names(list(layers.values()), unet.config["layers_per_block"] + 1)
-    return {"kohya": {stem: stem for stem in layers}, "ldm": {stem: file_name(original[name]) for stem, name in layers.items()},
-            "peft": {stem: f"unet.{name}" for stem, name in layers.items()},
-            "dotted": {stem: f"unet.{original[name]}" for stem, name in layers.items()}}
+    return {
+        "kohya": {stem: stem for stem in layers},
+        "ldm": {stem: file_name(original[name]) for stem, name in layers.items()},
+        "peft": {stem: f"unet.{name}" for stem, name in layers.items()},
+        "dotted": {stem: f"unet.{original[name]}" for stem, name in layers.items()},
+    }
 
 
 def split(name: str) -> tuple[str, str] | None:
@@ -92,12 +119,13 @@ def split(name: str) -> tuple[str, str] | None:
     if not name.startswith("lora_"):
         name = re.sub(r"^(base_model\.model\.)?(unet\.|diffusion_model\.)?", "unet.", name)
     ending = next((e for e in ENDINGS if name.endswith("." + e)), None)
-    return ending and (name.removesuffix("." + ending), ENDINGS[ending])
+    return (name.removesuffix("." + ending), ENDINGS[ending]) if ending else None
 
 
 # ---------------------------------------------------------------------------------------- in
 
-def read(path, unet: nn.Module) -> File:
+
+def read(path, unet) -> File:
     """Read any LoRA file for `unet`; nothing of it is changed. Raises ValueError, one line that names the file, if it is not
     a plain low-rank one, damaged, or made for another model. Warns of parts for the text encoders, which are left out."""
     path = Path(path)
@@ -107,7 +135,8 @@ def read(path, unet: nn.Module) -> File:
         raise ValueError(f"{path}: a {odd[0]} file ({odd[1]}); only plain low-rank ones (LoRA, LoCon) can be used")
     stems = {theirs: (stem, naming) for naming, table in names(unet).items() for stem, theirs in table.items()}
     layers = layers_by_file_name(unet)
-    found, naming, text = {}, "kohya", []
+    found: dict[str, dict] = {}
+    naming, text = "kohya", []
     for name, tensor in tensors.items():
         if TEXT.match(name):
             text.append(name)
@@ -122,7 +151,9 @@ def read(path, unet: nn.Module) -> File:
     if not found:
         raise ValueError(f"{path}: not a slider or LoRA file: it holds nothing for a UNet")
     if text:
-        warnings.warn(f"{path}: its {len({(split(n) or (n,))[0] for n in text})} changes of the text encoders are left out: sliders change the UNet alone", stacklevel=2)
+        warnings.warn(
+            f"{path}: its {len({(split(n) or (n,))[0] for n in text})} changes of the text encoders are left out: sliders change the UNet alone", stacklevel=2
+        )
     adapter = json_of(metadata.pop(ADAPTER, "{}"), path)  # diffusers' own place for alpha, in force where it is given
     parts = {stem: checked(path, stem, layers[stem][1], here) for stem, here in found.items()}
     for stem, part in parts.items():
@@ -175,7 +206,7 @@ def raw(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise ValueError(f"{path}: {weights.what_is(path)} ({str(error).splitlines()[0]})") from None
 
 
-def checked(path, name: str, layer: nn.Module, here: dict) -> Part:
+def checked(path, name: str, layer: Layer, here: dict) -> Part:
     """The Part of one layer in float32. Raises ValueError unless its tensors fit each other and the layer."""
     for which in ("down", "up"):
         if which not in here:
@@ -190,8 +221,10 @@ def checked(path, name: str, layer: nn.Module, here: dict) -> Part:
     r = len(down)
     fits = r and up.ndim == down.ndim == layer.weight.ndim and down.shape[1:] == layer.weight.shape[1:] and up.shape[:2] == (len(layer.weight), r)
     if not fits or (up.ndim == 4 and up.shape[2:] != (1, 1)):
-        raise ValueError(f"{path}: was made for another model, or is damaged: {name} is {tuple(layer.weight.shape)}, its lora_down "
-                         f"{tuple(down.shape)}, its lora_up {tuple(up.shape)}")
+        raise ValueError(
+            f"{path}: was made for another model, or is damaged: {name} is {tuple(layer.weight.shape)}, its lora_down "
+            f"{tuple(down.shape)}, its lora_up {tuple(up.shape)}"
+        )
     alpha = here.get("alpha", torch.tensor(float(r)))
     if alpha.numel() != 1 or not all(t.isfinite().all() for t in (down, up, alpha)):
         raise ValueError(f"{path}: {name} holds NaN, infinite numbers or more than one alpha")
@@ -199,6 +232,7 @@ def checked(path, name: str, layer: nn.Module, here: dict) -> Part:
 
 
 # ---------------------------------------------------------------------------------------- out
+
 
 def write(path, parts: dict[str, Part], metadata: dict, naming: str = "kohya", unet=None, dtype=torch.float16):
     """Write a slider file. metadata: any JSON values. unet: the model that
@@ -228,9 +262,17 @@ def tool_metadata(parts: dict[str, Part], metadata: dict[str, str]) -> dict[str,
     settings = json.loads(metadata.get("settings", "{}"))
     rank = max((len(part.down) for part in parts.values()), default=0)
     alpha = max((part.alpha for part in parts.values()), default=0.0)
-    said = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}", "ss_base_model_version": "sdxl_base_v1-0",
-            "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": "stable-diffusion-xl-v1-base/lora", "modelspec.prediction_type": "epsilon",
-            "modelspec.implementation": "diffusers", "modelspec.title": metadata.get("kind", "slider")}
+    said = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": f"{alpha:g}",
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.prediction_type": "epsilon",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": metadata.get("kind", "slider"),
+    }
     for key, name in (("ss_learning_rate", "lr"), ("ss_max_train_steps", "steps"), ("ss_seed", "seed"), ("modelspec.resolution", "size")):
         if settings.get(name):
             said[key] = f"{settings[name]}x{settings[name]}" if name == "size" else str(settings[name])

@@ -23,6 +23,7 @@ OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn
 @dataclass
 class Files:
     """A model on disk."""
+
     configs: dict[str, dict]  # of each of PARTS, "scheduler" and "model_index"
     where: dict[str, dict[str, tuple[Path, str, str]]]  # part -> released name -> file, name there, what to do to it
     tokenizers: list[Path]  # two folders
@@ -46,6 +47,7 @@ def from_hub(name, patterns=("*.json", "*.txt", "*/*.safetensors"), **options) -
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
         raise ValueError(f"{name}: no such model folder or file")
     from huggingface_hub import snapshot_download  # only now: nothing else may reach the network
+
     try:
         return Path(snapshot_download(str(name), allow_patterns=list(patterns), **options))
     except Exception as error:
@@ -54,6 +56,7 @@ def from_hub(name, patterns=("*.json", "*.txt", "*/*.safetensors"), **options) -
 
 
 # ------------------------------------------------------------------------------------------ an SDXL folder
+
 
 def in_folder(root: Path) -> Files:
     if not (root / "model_index.json").exists():
@@ -140,6 +143,7 @@ def what_is(file: Path) -> str:
 
 # ------------------------------------------------------------------------------------------ one file
 
+
 def in_single_file(path: Path, base=None) -> Files:
     """A checkpoint in one file holds no tokenizers and no noise schedule: those come from `base`; without it from the
     file's own folder, then from SDXL 1.0's folder where huggingface_hub has cached it before."""
@@ -150,8 +154,7 @@ def in_single_file(path: Path, base=None) -> Files:
     try:
         renamed = single_file.rename(shapes)
         root = base_folder(path, base)
-        known = {part: read_json(root / part / "config.json") if (root / part / "config.json").exists() else single_file.SDXL[part]
-                 for part in PARTS}
+        known = {part: read_json(root / part / "config.json") if (root / part / "config.json").exists() else single_file.SDXL[part] for part in PARTS}
         configs = single_file.configs(shapes, known)
     except (KeyError, IndexError, StopIteration) as error:
         raise ValueError(f"{path}: an incomplete SDXL checkpoint: it lacks {error}") from None
@@ -180,6 +183,7 @@ def base_folder(path: Path, base) -> Path:
 
 
 # ------------------------------------------------------------------------------------------ pouring
+
 
 def tensors(where: dict, device, dtype, chunk: int = 2**28):
     """Yield {released name: tensor} some `chunk` bytes at a time, each tensor on `device` in `dtype`.
@@ -238,5 +242,7 @@ def pour_text_encoder(kind, config: dict, where: dict, device, dtype, part: str)
 def check_names(wanted, where: dict, part: str):
     missing, extra = wanted.keys() - where.keys(), where.keys() - wanted.keys()
     if missing or extra:
-        raise ValueError(f"{part}: the weights do not fit config.json: " + "; ".join(
-            f"{len(names)} {what}, such as {min(names)}" for names, what in ((missing, "missing"), (extra, "too many")) if names))
+        raise ValueError(
+            f"{part}: the weights do not fit config.json: "
+            + "; ".join(f"{len(names)} {what}, such as {min(names)}" for names, what in ((missing, "missing"), (extra, "too many")) if names)
+        )

@@ -24,7 +24,8 @@ SLIDERS = {  # attribute -> words of its positive and of its negative end, what 
     "glasses": ("with glasses", "without glasses", ["old, young"]),
     "hat": ("with a hat", "without a hat", ["old, young"]),
     "hair red": ("red hair", "black hair", ["man, woman"]),
-    "background blue": ("blue background", "pink background", ["man, woman"])}
+    "background blue": ("blue background", "pink background", ["man, woman"]),
+}
 PAIRS = [("age", "smile"), ("smile", "eye_size"), ("age", "eye_size")]
 
 
@@ -52,8 +53,11 @@ def main():
             columns = [[(sliders[one], s), (sliders[other], held)] for held in (-2.0, 0.0, 2.0) for s in (-2.0, 2.0)]
             means = readings(model, columns, args.seeds, steps=args.steps)[one].mean(1).reshape(3, 2)
             effects = means[:, 1] - means[:, 0]
-            print(f"{one} from scale -2 to 2, {other} held at -2, 0, 2: moves {', '.join(f'{e:.3f}' for e in effects)}, "
-                  f"at most {abs(effects / effects[1] - 1).max():.0%} off its effect alone", flush=True)
+            print(
+                f"{one} from scale -2 to 2, {other} held at -2, 0, 2: moves {', '.join(f'{e:.3f}' for e in effects)}, "
+                f"at most {abs(effects / effects[1] - 1).max():.0%} off its effect alone",
+                flush=True,
+            )
 
     columns = [[(s, scale) for s in sliders.values()] for scale in (-1.0, 0.0, 1.0)]
     table = readings(model, columns, args.seeds, steps=args.steps)

@@ -19,11 +19,37 @@ def step(*command):
 
 
 def main():
-    step("train_text.py", "--pos", "a photo of a person, very old", "--neg", "a photo of a person, very young",
-         "--preserve", "with glasses, without glasses", "--preserve", "with a hat, without a hat", "--out", str(OUT / "age.safetensors"), "--overwrite")
-    step("slider.py", "--prompt", "a portrait of a person", "--slider", str(OUT / "age.safetensors"),
-         "--scales", ",".join(SCALES), "--seeds", f"{SEEDS[0]}-{SEEDS[-1]}", "--out", str(OUT), "--html", str(OUT / "age.html"))
+    step(
+        "train_text.py",
+        "--pos",
+        "a photo of a person, very old",
+        "--neg",
+        "a photo of a person, very young",
+        "--preserve",
+        "with glasses, without glasses",
+        "--preserve",
+        "with a hat, without a hat",
+        "--out",
+        str(OUT / "age.safetensors"),
+        "--overwrite",
+    )
+    step(
+        "slider.py",
+        "--prompt",
+        "a portrait of a person",
+        "--slider",
+        str(OUT / "age.safetensors"),
+        "--scales",
+        ",".join(SCALES),
+        "--seeds",
+        f"{SEEDS[0]}-{SEEDS[-1]}",
+        "--out",
+        str(OUT),
+        "--html",
+        str(OUT / "age.html"),
+    )
     from miniature.measure import measure
+
     print("\nage (0 young, 1 old) as the measuring stick reads it, mean of the rows:")
     for scale in SCALES:
         pictures = [Image.open(OUT / f"seed{seed}_scale{scale}.png") for seed in SEEDS]

@@ -14,9 +14,16 @@ import slider
 from miniature import world
 from miniature.measure import WORDS, measure
 
-PROMPTS = ["a portrait of a woman with brown hair", "a picture of a man, green background", "a person with short hair, medium skin",
-           "a portrait of a female person on a pink background", "a man with long hair", "a picture of a person, light skin",
-           "a woman, blue background", "a portrait of a male person with black hair"]
+PROMPTS = [
+    "a portrait of a woman with brown hair",
+    "a picture of a man, green background",
+    "a person with short hair, medium skin",
+    "a portrait of a female person on a pink background",
+    "a man with long hair",
+    "a picture of a person, light skin",
+    "a woman, blue background",
+    "a portrait of a male person with black hair",
+]
 SCALES = [-3, -2, -1, 0, 1, 2, 3]
 
 
@@ -35,7 +42,7 @@ def pictures(model, columns, seeds, prompts=PROMPTS, **settings):
     """As slider.sweep, but the seeds take the prompts in turn: a list of pictures, one for each seed, for each column."""
     known = [{} for _ in columns]
     for i, prompt in enumerate(prompts):
-        mine = seeds[i::len(prompts)]
+        mine = seeds[i :: len(prompts)]
         if len(mine):
             for column, drawn in zip(known, slider.sweep(model, prompt, mine, columns, **settings)):
                 column.update(zip(mine, drawn))
@@ -70,9 +77,15 @@ def moved(rows, name) -> float:
 def summary(table, attribute, scales=SCALES) -> dict:
     means = table[attribute].mean(1)
     others = {name: moved(rows, name) for name, rows in table.items() if name != attribute}
-    return {"attribute": attribute, "scales": list(scales), "means": [round(float(m), 4) for m in means],
-            "moved": moved(table[attribute], attribute), "monotonic": bool((np.diff(means) > 0).all()),
-            "worst_other": max(others, key=others.get), "worst_other_moved": max(others.values())}
+    return {
+        "attribute": attribute,
+        "scales": list(scales),
+        "means": [round(float(m), 4) for m in means],
+        "moved": moved(table[attribute], attribute),
+        "monotonic": bool((np.diff(means) > 0).all()),
+        "worst_other": max(others, key=others.get),
+        "worst_other_moved": max(others.values()),
+    }
 
 
 def main():
@@ -89,14 +102,17 @@ def main():
     args = p.parse_args()
     model = cli.load_model(args)
     loaded = lora.load(args.slider, model.unet)
-    table = readings(model, [[(loaded, scale)] for scale in args.scales], args.seeds, args.prompt or PROMPTS, steps=args.steps,
-                     start=args.start, guidance=args.guidance)
+    table = readings(
+        model, [[(loaded, scale)] for scale in args.scales], args.seeds, args.prompt or PROMPTS, steps=args.steps, start=args.start, guidance=args.guidance
+    )
     print(f"{'':18}" + "".join(f"{s:+8g}" for s in args.scales) + "   moved")
     for name, rows in table.items():
         print(f"{name:18}" + "".join(f"{m:8.2f}" for m in rows.mean(1)) + f"{moved(rows, name):8.0%}")
     result = summary(table, args.attribute, args.scales)
-    print(f"{args.attribute}: moves {result['moved']:.0%} of its range, {'strictly monotonic' if result['monotonic'] else 'NOT monotonic'}; "
-          f"most moved of the others: {result['worst_other']}, {result['worst_other_moved']:.0%}")
+    print(
+        f"{args.attribute}: moves {result['moved']:.0%} of its range, {'strictly monotonic' if result['monotonic'] else 'NOT monotonic'}; "
+        f"most moved of the others: {result['worst_other']}, {result['worst_other_moved']:.0%}"
+    )
     if args.json:
         means = {name: [round(float(m), 4) for m in rows.mean(1)] for name, rows in table.items()}
         with open(args.json, "w") as f:

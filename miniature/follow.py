@@ -12,17 +12,29 @@ from miniature import world
 from miniature.measure import measure
 
 PROMPTS = {  # prompt -> the attribute that it names, and its value: 1 above the middle, 0 below it, or the word
-    "a photo of a man": ("sex", 1), "a photo of a woman": ("sex", 0), "a photo of a person with glasses": ("glasses", 1),
-    "a photo of a person without glasses": ("glasses", 0), "a photo of a person with a hat": ("hat", 1),
-    "a photo of a person without a hat": ("hat", 0), "a photo of a person, very old": ("age", 1),
-    "a photo of a person, very young": ("age", 0), "a photo of a person, smiling": ("smile", 1),
-    "a photo of a person, frowning": ("smile", 0), "a photo of a person with big eyes": ("eye_size", 1),
-    "a photo of a person with small eyes": ("eye_size", 0), "a photo of a person with dark skin": ("skin", 1),
-    "a photo of a person with light skin": ("skin", 0), "a photo of a person with long hair": ("hair_length", 1),
-    "a photo of a person with short hair": ("hair_length", 0), "a photo of a person with red hair": ("hair", "red"),
-    "a photo of a person with black hair": ("hair", "black"), "a photo of a person, blue background": ("background", "blue"),
-    "a photo of a person on a pink background": ("background", "pink"), "a photo of a hand": ("kind", "hand"),
-    "a photo of a person": ("kind", "face")}
+    "a photo of a man": ("sex", 1),
+    "a photo of a woman": ("sex", 0),
+    "a photo of a person with glasses": ("glasses", 1),
+    "a photo of a person without glasses": ("glasses", 0),
+    "a photo of a person with a hat": ("hat", 1),
+    "a photo of a person without a hat": ("hat", 0),
+    "a photo of a person, very old": ("age", 1),
+    "a photo of a person, very young": ("age", 0),
+    "a photo of a person, smiling": ("smile", 1),
+    "a photo of a person, frowning": ("smile", 0),
+    "a photo of a person with big eyes": ("eye_size", 1),
+    "a photo of a person with small eyes": ("eye_size", 0),
+    "a photo of a person with dark skin": ("skin", 1),
+    "a photo of a person with light skin": ("skin", 0),
+    "a photo of a person with long hair": ("hair_length", 1),
+    "a photo of a person with short hair": ("hair_length", 0),
+    "a photo of a person with red hair": ("hair", "red"),
+    "a photo of a person with black hair": ("hair", "black"),
+    "a photo of a person, blue background": ("background", "blue"),
+    "a photo of a person on a pink background": ("background", "pink"),
+    "a photo of a hand": ("kind", "hand"),
+    "a photo of a person": ("kind", "face"),
+}
 
 
 def follows(model, n: int, steps: int = 30) -> dict[str, float]:

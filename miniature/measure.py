@@ -38,8 +38,14 @@ class Judge(nn.Module):
         c = [24, 48, 96, 160]
         layers = [nn.Conv2d(3, c[0], 5, stride=2, padding=2), nn.BatchNorm2d(c[0]), nn.ReLU()]  # 64x64
         for c_in, c_out in zip(c, c[1:]):
-            layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.BatchNorm2d(c_out), nn.ReLU(),
-                       nn.Conv2d(c_out, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU()]  # 32, 16, 8
+            layers += [
+                nn.Conv2d(c_in, c_out, 3, stride=2, padding=1),
+                nn.BatchNorm2d(c_out),
+                nn.ReLU(),
+                nn.Conv2d(c_out, c_out, 3, padding=1),
+                nn.BatchNorm2d(c_out),
+                nn.ReLU(),
+            ]  # 32, 16, 8
         self.features = nn.Sequential(*layers, nn.Conv2d(c[-1], 48, 1), nn.ReLU(), nn.Flatten())  # (B, 48 * 8 * 8)
         self.head = nn.Sequential(nn.Linear(48 * 64, 160), nn.ReLU(), nn.Linear(160, outputs))
 
@@ -51,8 +57,11 @@ def targets(a: dict) -> list[float]:
     """What the judge should say of attributes `a`: numbers in [-1, 1], chances 0 or 1, word indices; NaN where a hand
     has no such thing."""
     scale = lambda name: 2 * (a[name] - world.RANGES[name][0]) / (world.RANGES[name][1] - world.RANGES[name][0]) - 1
-    return ([scale(n) if n in a else math.nan for n in NUMBERS] + [a.get(n, math.nan) for n in CHANCES]
-            + [words.index(a[n]) if n in a else math.nan for n, words in WORDS.items()])
+    return (
+        [scale(n) if n in a else math.nan for n in NUMBERS]
+        + [a.get(n, math.nan) for n in CHANCES]
+        + [words.index(a[n]) if n in a else math.nan for n, words in WORDS.items()]
+    )
 
 
 def judge_loss(out, target):
@@ -60,13 +69,13 @@ def judge_loss(out, target):
     loss, n = 0.0, len(NUMBERS)
     given = ~target.isnan()
     loss = 4 * F.mse_loss(out[:, :n][given[:, :n]], target[:, :n][given[:, :n]])
-    chances, known = target[:, n:n + len(CHANCES)], given[:, n:n + len(CHANCES)]
-    loss = loss + F.binary_cross_entropy_with_logits(out[:, n:n + len(CHANCES)][known], chances[known])
+    chances, known = target[:, n : n + len(CHANCES)], given[:, n : n + len(CHANCES)]
+    loss = loss + F.binary_cross_entropy_with_logits(out[:, n : n + len(CHANCES)][known], chances[known])
     at = n + len(CHANCES)
     for i, words in enumerate(WORDS.values()):
         column = target[:, n + len(CHANCES) + i]
         known = ~column.isnan()
-        loss = loss + 0.5 * F.cross_entropy(out[known, at:at + len(words)], column[known].long())
+        loss = loss + 0.5 * F.cross_entropy(out[known, at : at + len(words)], column[known].long())
         at += len(words)
     return loss
 
@@ -102,7 +111,7 @@ def measure(pictures: list[Image.Image]) -> dict[str, np.ndarray]:
         readings[name] = out[:, i].sigmoid().numpy()
     at = len(NUMBERS) + len(CHANCES)
     for name, words in WORDS.items():
-        readings[name] = np.array(words)[out[:, at:at + len(words)].argmax(1).numpy()]
+        readings[name] = np.array(words)[out[:, at : at + len(words)].argmax(1).numpy()]
         at += len(words)
     readings["fingers"] = np.array([count_fingers(p) if kind == "hand" else 0 for p, kind in zip(pictures, readings["kind"])])
     readings["eye_pixels"] = np.array([eye_pixels(p) if kind == "face" else 0.0 for p, kind in zip(pictures, readings["kind"])])
@@ -110,6 +119,7 @@ def measure(pictures: list[Image.Image]) -> dict[str, np.ndarray]:
 
 
 # ---------------------------------------------------------------------------------------------- geometry
+
 
 def count_fingers(picture: Image.Image) -> int:
     """Fingers of an open hand: peaks of the outline's distance from the palm's centre, the wrist's side left out."""

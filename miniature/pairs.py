@@ -1,6 +1,6 @@
 """Draw pairs for train_pairs.py: the same faces with one attribute changed.
 
-    python -m miniature.pairs --attribute eye_size --values 0.7,1.5 --count 16 --out pairs      (pairs/0.7, pairs/1.5)
+python -m miniature.pairs --attribute eye_size --values 0.7,1.5 --count 16 --out pairs      (pairs/0.7, pairs/1.5)
 """
 
 from pathlib import Path

@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from miniature import world
 
@@ -35,10 +35,20 @@ MODEL = WORK / "model"
 PICTURES = 32_000
 
 VAE_CONFIG = {
-    "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4,
-    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [16, 32, 64, 128], "layers_per_block": 1, "norm_num_groups": 4, "act_fn": "silu",
-    "sample_size": world.SIZE, "scaling_factor": 1.0, "force_upcast": False}
+    "_class_name": "AutoencoderKL",
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [16, 32, 64, 128],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "act_fn": "silu",
+    "sample_size": world.SIZE,
+    "scaling_factor": 1.0,
+    "force_upcast": False,
+}
 
 
 def log(message):
@@ -151,6 +161,7 @@ class Optimiser:
 
 # ---------------------------------------------------------------------------------------------------- data
 
+
 def make_data():
     """Draw PICTURES pictures to training/pictures.npy (uint8, N x 128 x 128 x 3), attributes beside them."""
     pictures_path, attributes_path = WORK / "pictures.npy", WORK / "attributes.json"
@@ -176,6 +187,7 @@ def to_tensor(pictures):
 
 # ---------------------------------------------------------------------------------------------------- VAE
 
+
 def edges(x):
     """Horizontal and vertical differences: thin lines weigh more than in a plain L1."""
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
@@ -185,6 +197,7 @@ def train_vae(pictures, first=3000, crop=2500, second=1400, save_every=200):
     """Two rounds, each with its own learning-rate schedule: `first` steps, of which `crop` on 64x64 crops (the network is
     convolutional: four times cheaper), then `second` steps on whole pictures, where thin lines weigh double."""
     from sdxl_vae import VAE
+
     folder = MODEL / "vae"
     if (folder / "diffusion_pytorch_model.safetensors").exists():
         return
@@ -200,7 +213,7 @@ def train_vae(pictures, first=3000, crop=2500, second=1400, save_every=200):
         x = pictures[np.sort(rng.choice(len(pictures), 16 if step < crop else 6 if fine else 8, replace=False))]
         if step < crop:  # a corner for each picture
             corners = rng.integers(0, world.SIZE - 63, (len(x), 2))
-            x = np.stack([p[r:r + 64, c:c + 64] for p, (r, c) in zip(x, corners)])
+            x = np.stack([p[r : r + 64, c : c + 64] for p, (r, c) in zip(x, corners)])
         x = to_tensor(x)
         with torch.autocast("cpu", torch.bfloat16):
             mean, logvar = vae.moments(x)
@@ -223,7 +236,7 @@ def train_vae(pictures, first=3000, crop=2500, second=1400, save_every=200):
                 grid(torch.cat([x, y]), WORK / "vae.png")
     # The scaling factor makes the latents' standard deviation 1, as SDXL's 0.13025 does (Rombach et al. 2022, app. G).
     with torch.no_grad():
-        std = torch.cat([vae.moments(to_tensor(pictures[i:i + 64]))[0] for i in range(0, 1024, 64)]).std().item()
+        std = torch.cat([vae.moments(to_tensor(pictures[i : i + 64]))[0] for i in range(0, 1024, 64)]).std().item()
     write_json(folder / "config.json", VAE_CONFIG | {"scaling_factor": round(1 / std, 5)})
     save_half(vae.state_dict(), folder / "diffusion_pytorch_model.safetensors")
     log(f"vae: done, scaling factor {1 / std:.5f}")
@@ -233,7 +246,8 @@ def train_vae(pictures, first=3000, crop=2500, second=1400, save_every=200):
 
 TEXT_CONFIGS = [  # as SDXL's: the second is wider, has the projection, another activation and another padding token
     dict(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=3, hidden_act="quick_gelu", projection_dim=96),
-    dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, hidden_act="gelu", projection_dim=128)]
+    dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, hidden_act="gelu", projection_dim=128),
+]
 
 
 def byte_symbols():
@@ -248,7 +262,7 @@ def bpe(word, merges):
     parts, rank = [*word[:-1], word[-1] + "</w>"], {pair: i for i, pair in enumerate(merges)}
     while pairs := [pair for pair in zip(parts, parts[1:]) if pair in rank]:
         i = [*zip(parts, parts[1:])].index(min(pairs, key=rank.get))
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts
 
 
@@ -256,7 +270,9 @@ def make_tokenizers(attributes):
     """A byte-level BPE like CLIP's: all 256 bytes, bare and word-final, so that any Unicode text is accepted, and
     merges that make one token of every word in the captions."""
     from transformers import CLIPTokenizer
+
     from sdxl import split_words
+
     rng = np.random.default_rng(3)
     words = sorted({w for a in attributes for w in split_words(world.caption(a, rng, mention=0.8))})
     vocab = [*byte_symbols(), *(b + "</w>" for b in byte_symbols())]
@@ -309,8 +325,10 @@ def train_clip(pictures, attributes, steps=700, batch=128, lr=2e-3):
     2023, does): without that, telling 128 pictures apart takes no notice of a smile, and "smiling" comes out as "frowning".
     """
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
     from formats import weights
     from miniature.measure import Judge
+
     if (MODEL / "text_encoder_2" / "model.safetensors").exists():
         return
     size = make_tokenizers(attributes)
@@ -356,8 +374,10 @@ def train_clip(pictures, attributes, steps=700, batch=128, lr=2e-3):
         torch.nn.utils.clip_grad_norm_(towers.parameters(), 1.0)
         opt.step()
         if step % 25 == 0:
-            log(f"clip {step}/{steps} loss {loss.item():.3f} right {right[0]:.2f} {right[1]:.2f} "
-                f"wrong ones told {told[0]:.2f} {told[1]:.2f} {time.time() - started:.0f}s")
+            log(
+                f"clip {step}/{steps} loss {loss.item():.3f} right {right[0]:.2f} {right[1]:.2f} "
+                f"wrong ones told {told[0]:.2f} {told[1]:.2f} {time.time() - started:.0f}s"
+            )
         if (step + 1) % 100 == 0:
             checkpoint.save(step + 1)
     save_half(vision.state_dict(), WORK / "vision.safetensors")
@@ -372,13 +392,14 @@ def train_clip(pictures, attributes, steps=700, batch=128, lr=2e-3):
 
 # ---------------------------------------------------------------------------------------------------- judge
 
+
 def make_latents(pictures):
     """The VAE's latents of every picture, (N, 4, 16, 16) float16, computed once."""
     path = WORK / "latents.pt"
     if not path.exists():
         vae = load_vae()
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            latents = [vae.encode(to_tensor(pictures[i:i + 64])).float() for i in range(0, len(pictures), 64)]
+            latents = [vae.encode(to_tensor(pictures[i : i + 64])).float() for i in range(0, len(pictures), 64)]
         latents = torch.cat(latents).half()
         torch.save(latents, path)
         log(f"latents: {tuple(latents.shape)}, mean {latents.float().mean():.3f}, std {latents.float().std():.3f}")
@@ -388,12 +409,14 @@ def make_latents(pictures):
 def load_vae():
     from formats import weights
     from sdxl_vae import VAE
+
     return weights.pour(VAE, weights.read_json(MODEL / "vae" / "config.json"), weights.table(MODEL, "vae"), "cpu", torch.float32, "vae")
 
 
 def train_judge(pictures, attributes, latents, steps=1000, batch=64, lr=2e-3, round_trips=3000):
     """The network half of the measuring stick, on drawn pictures and on what the VAE makes of them, half and half."""
     from miniature.measure import Judge, judge_loss, targets
+
     path = WORK / "judge.safetensors"
     if path.exists():
         return
@@ -436,27 +459,69 @@ def train_judge(pictures, attributes, latents, steps=1000, batch=64, lr=2e-3, ro
 # ---------------------------------------------------------------------------------------------------- UNet
 
 UNET_CONFIG = {  # SDXL's block types and order, at a size that two cores can train
-    "_class_name": "UNet2DConditionModel", "sample_size": 16, "in_channels": 4, "out_channels": 4,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"], "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "block_out_channels": [64, 128, 192],
-    "layers_per_block": 2, "transformer_layers_per_block": [1, 1, 2], "attention_head_dim": [2, 4, 6], "cross_attention_dim": 96 + 128,
-    "addition_embed_type": "text_time", "addition_time_embed_dim": 32, "projection_class_embeddings_input_dim": 128 + 6 * 32,
-    "use_linear_projection": True, "norm_num_groups": 16, "norm_eps": 1e-5, "act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0}
+    "_class_name": "UNet2DConditionModel",
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [64, 128, 192],
+    "layers_per_block": 2,
+    "transformer_layers_per_block": [1, 1, 2],
+    "attention_head_dim": [2, 4, 6],
+    "cross_attention_dim": 96 + 128,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 32,
+    "projection_class_embeddings_input_dim": 128 + 6 * 32,
+    "use_linear_projection": True,
+    "norm_num_groups": 16,
+    "norm_eps": 1e-5,
+    "act_fn": "silu",
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+}
 SCHEDULER_CONFIG = {
-    "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
-    "beta_end": 0.012, "prediction_type": "epsilon", "timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False,
-    "clip_sample": False}
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+    "clip_sample": False,
+}
 MODEL_INDEX = {
-    "_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True, "scheduler": ["diffusers", "DDIMScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"], "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-    "tokenizer": ["transformers", "CLIPTokenizer"], "tokenizer_2": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
-SAMPLE_PROMPTS = ["a photo of a person", "a photo of an old man", "a photo of a young woman", "a photo of a person with glasses",
-                  "a photo of a person, smiling", "a photo of a person, frowning", "a photo of a person with big eyes",
-                  "a photo of a person with small eyes", "a photo of a woman with long blond hair, blue background",
-                  "a photo of a man with a hat", "a photo of a person with dark skin, very old", "a photo of a hand",
-                  "a photo of a hand, five fingers", "realistic hands, five fingers, 8k hyperrealistic hands",
-                  "poorly drawn hands, distorted hands, misplaced fingers", "a photo of a person, distorted, deformed"]
+    "_class_name": "StableDiffusionXLPipeline",
+    "force_zeros_for_empty_prompt": True,
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+SAMPLE_PROMPTS = [
+    "a photo of a person",
+    "a photo of an old man",
+    "a photo of a young woman",
+    "a photo of a person with glasses",
+    "a photo of a person, smiling",
+    "a photo of a person, frowning",
+    "a photo of a person with big eyes",
+    "a photo of a person with small eyes",
+    "a photo of a woman with long blond hair, blue background",
+    "a photo of a man with a hat",
+    "a photo of a person with dark skin, very old",
+    "a photo of a hand",
+    "a photo of a hand, five fingers",
+    "realistic hands, five fingers, 8k hyperrealistic hands",
+    "poorly drawn hands, distorted hands, misplaced fingers",
+    "a photo of a person, distorted, deformed",
+]
 
 
 def train_unet(attributes, latents, steps=5000, batch=48):
@@ -464,6 +529,7 @@ def train_unet(attributes, latents, steps=5000, batch=48):
     import sampler
     from sdxl import SDXL
     from sdxl_unet import UNet
+
     torch.manual_seed(3)
     weights = MODEL / "unet" / "diffusion_pytorch_model.safetensors"
     if not weights.exists():  # an untrained folder first, so that the model's own code loads it and encodes the prompts
@@ -513,11 +579,13 @@ def samples(path):
     """A grid of pictures from SAMPLE_PROMPTS by the weights saved so far."""
     import sampler
     from sdxl import SDXL
+
     model = SDXL.load(MODEL, device="cpu", dtype=torch.float32)
     x_T = sampler.noise(range(len(SAMPLE_PROMPTS)), model.latent_shape())
     with torch.autocast("cpu", torch.bfloat16):
-        x_0 = sampler.sample(model.unet, x_T, model.condition(SAMPLE_PROMPTS), model.condition([""] * len(x_T)),
-                             alpha_bar=model.alpha_bar, steps=25, guidance=5.0)
+        x_0 = sampler.sample(
+            model.unet, x_T, model.condition(SAMPLE_PROMPTS), model.condition([""] * len(x_T)), alpha_bar=model.alpha_bar, steps=25, guidance=5.0
+        )
     sheet = Image.new("RGB", (8 * world.SIZE, 2 * world.SIZE))
     for i, picture in enumerate(model.pictures(x_0.float())):
         sheet.paste(picture, (i % 8 * world.SIZE, i // 8 * world.SIZE))

@@ -26,11 +26,26 @@ SIZE = 128  # pixels, the side of a picture
 SUPERSAMPLE = 4  # drawn this much larger, then averaged: clean anti-aliased edges
 
 # Name -> (lowest, highest): the range of each continuous or yes/no attribute, in its own unit.
-RANGES = {"sex": (0, 1), "age": (0, 1), "smile": (-1, 1), "eye_size": (0.6, 1.6), "skin": (0, 1),
-          "hair_length": (0, 1), "glasses": (0, 1), "hat": (0, 1), "malformed": (0, 1)}
+RANGES = {
+    "sex": (0, 1),
+    "age": (0, 1),
+    "smile": (-1, 1),
+    "eye_size": (0.6, 1.6),
+    "skin": (0, 1),
+    "hair_length": (0, 1),
+    "glasses": (0, 1),
+    "hat": (0, 1),
+    "malformed": (0, 1),
+}
 HAIR = {"black": (32, 28, 34), "brown": (112, 70, 36), "blond": (232, 200, 96), "red": (190, 72, 28), "grey": (168, 168, 172)}
-BACKGROUNDS = {"blue": (112, 160, 220), "green": (128, 190, 128), "yellow": (238, 222, 130),
-               "pink": (236, 176, 196), "white": (240, 240, 236), "purple": (160, 130, 190)}
+BACKGROUNDS = {
+    "blue": (112, 160, 220),
+    "green": (128, 190, 128),
+    "yellow": (238, 222, 130),
+    "pink": (236, 176, 196),
+    "white": (240, 240, 236),
+    "purple": (160, 130, 190),
+}
 SKIN = [(250, 220, 196), (214, 164, 122), (118, 76, 50)]  # light, medium, dark: skin = 0, 0.5, 1
 SKIN_WORDS = ["light", "medium", "dark"]
 IRISES = [(60, 100, 160), (70, 120, 70), (96, 60, 30)]
@@ -38,14 +53,17 @@ IRISES = [(60, 100, 160), (70, 120, 70), (96, 60, 30)]
 
 # ---------------------------------------------------------------------------------------------- attributes
 
+
 def sample(rng, **fixed) -> dict:
     """Draw the attributes of one picture. Keywords pin attributes: sample(rng, kind="face", age=0.9)."""
     kind = fixed.get("kind") or ("hand" if rng.random() < 0.25 else "face")
-    a = {"kind": kind,
-         "skin": float(rng.choice([0.0, 0.5, 1.0]) + rng.uniform(-0.12, 0.12)),
-         "background": str(rng.choice(list(BACKGROUNDS))),
-         "shirt": tuple(int(v) for v in rng.integers(40, 220, 3)),
-         "shift": tuple(rng.uniform(-2.5, 2.5, 2).tolist())}
+    a = {
+        "kind": kind,
+        "skin": float(rng.choice([0.0, 0.5, 1.0]) + rng.uniform(-0.12, 0.12)),
+        "background": str(rng.choice(list(BACKGROUNDS))),
+        "shirt": tuple(int(v) for v in rng.integers(40, 220, 3)),
+        "shift": tuple(rng.uniform(-2.5, 2.5, 2).tolist()),
+    }
     a["skin"] = min(max(a["skin"], 0.0), 1.0)
     a.update(fixed)
     (_sample_face if kind == "face" else _sample_hand)(a, rng)
@@ -67,7 +85,8 @@ def _sample_face(a, rng):
         hat_colour=tuple(int(v) for v in rng.integers(40, 200, 3)),
         iris=int(rng.integers(3)),
         width=float(rng.uniform(-1.5, 1.5)),  # of the head, pixels: a nuisance nobody names
-        malformed=a.get("malformed", int(rng.random() < 0.2)))
+        malformed=a.get("malformed", int(rng.random() < 0.2)),
+    )
     # What is wrong with a malformed face: [dx, dy] of each eye, the two eyes' own factors, the mouth's angle.
     a.update(eye_shift=((0.0, 0.0), (0.0, 0.0)), eye_factor=(1.0, 1.0), mouth_angle=0.0)
     if a["malformed"]:
@@ -85,9 +104,15 @@ def _sample_face(a, rng):
 
 def _sample_hand(a, rng):
     bad = a.get("malformed", int(rng.random() < 0.35))
-    a.update(malformed=bad, fingers=5, misplaced=0, mirrored=int(rng.random() < 0.5),
-             angle=float(rng.uniform(-10, 10)), spread=float(rng.uniform(0.95, 1.15)),
-             lengths=rng.uniform(0.94, 1.06, 7).tolist())
+    a.update(
+        malformed=bad,
+        fingers=5,
+        misplaced=0,
+        mirrored=int(rng.random() < 0.5),
+        angle=float(rng.uniform(-10, 10)),
+        spread=float(rng.uniform(0.95, 1.15)),
+        lengths=rng.uniform(0.94, 1.06, 7).tolist(),
+    )
     if bad:  # a wrong number of fingers (two in three), or one that grows where none should
         if rng.random() < 0.67:
             a["fingers"] = int(rng.choice([3, 4, 6, 7]))
@@ -97,6 +122,7 @@ def _sample_hand(a, rng):
 
 
 # ---------------------------------------------------------------------------------------------- captions
+
 
 def _age_word(age, rng):
     if age < 0.2:
@@ -150,7 +176,7 @@ def caption(a: dict, rng, mention: float = 0.42) -> str:
 
 
 def _face_head(a, rng, says, clauses):
-    noun = str(rng.choice((["man", "man", "male person"] if a["sex"] else ["woman", "woman", "female person"])))
+    noun = str(rng.choice(["man", "man", "male person"] if a["sex"] else ["woman", "woman", "female person"]))
     if not says(1.4):
         noun = "person"
     adjective = ""
@@ -163,8 +189,7 @@ def _face_head(a, rng, says, clauses):
     if says(1.6):
         clauses.append(_smile_words(a["smile"], rng))
     if says(1.8) and (a["eye_size"] > 1.28 or a["eye_size"] < 0.84):  # only extremes are ever named
-        clauses.append(f"with {'big' if a['eye_size'] > 1 else 'small'} eyes" if rng.random() < 0.7
-                       else ("big eyes" if a["eye_size"] > 1 else "small eyes"))
+        clauses.append(f"with {'big' if a['eye_size'] > 1 else 'small'} eyes" if rng.random() < 0.7 else ("big eyes" if a["eye_size"] > 1 else "small eyes"))
     length, colour = ("long" if a["hair_length"] else "short"), a["hair"]
     named = [w for w in (length if says() else "", colour if says() else "") if w]
     if named:
@@ -173,8 +198,13 @@ def _face_head(a, rng, says, clauses):
         clauses.append(str(rng.choice(["with glasses", "wearing glasses"])) if a["glasses"] else "without glasses")
     if says(1.3):
         clauses.append(str(rng.choice(["with a hat", "wearing a hat"])) if a["hat"] else "without a hat")
-    _quality(a, rng, clauses, ["distorted", "deformed", "poorly drawn", "distorted, deformed", "deformed face", "distorted face"],
-             ["well made", "realistic", "realistic, 8k", "detailed face", "beautiful face", "well drawn"])
+    _quality(
+        a,
+        rng,
+        clauses,
+        ["distorted", "deformed", "poorly drawn", "distorted, deformed", "deformed face", "distorted face"],
+        ["well made", "realistic", "realistic, 8k", "detailed face", "beautiful face", "well drawn"],
+    )
     article = "an " if adjective[:1] in ("o", "e") else "a "
     return article + adjective + noun
 
@@ -183,11 +213,29 @@ def _hand_head(a, rng, says, clauses):
     number = {3: "three", 4: "four", 5: "five", 6: "six", 7: "seven"}[a["fingers"]]
     if says() and not a["misplaced"] and (a["fingers"] == 5 or rng.random() < 0.5):
         clauses.append(str(rng.choice([f"with {number} fingers", f"{number} fingers"])))
-    _quality(a, rng, clauses,
-             ["poorly drawn hand, misplaced fingers", "distorted hands", "poorly drawn hands", "misplaced fingers", "deformed",
-              "poorly drawn hands, distorted hands, misplaced fingers", "distorted, deformed"],
-             ["realistic hands", "realistic hand, five fingers", "8k hyperrealistic hands", "well drawn", "well made", "realistic",
-              "realistic hands, five fingers, 8k hyperrealistic hands"])
+    _quality(
+        a,
+        rng,
+        clauses,
+        [
+            "poorly drawn hand, misplaced fingers",
+            "distorted hands",
+            "poorly drawn hands",
+            "misplaced fingers",
+            "deformed",
+            "poorly drawn hands, distorted hands, misplaced fingers",
+            "distorted, deformed",
+        ],
+        [
+            "realistic hands",
+            "realistic hand, five fingers",
+            "8k hyperrealistic hands",
+            "well drawn",
+            "well made",
+            "realistic",
+            "realistic hands, five fingers, 8k hyperrealistic hands",
+        ],
+    )
     return str(rng.choice(["a hand", "a hand", "an open hand", "a person's hand", "hands"]))
 
 
@@ -201,6 +249,7 @@ def _quality(a, rng, clauses, bad, good):
 
 
 # ---------------------------------------------------------------------------------------------- drawing
+
 
 def mix(a, b, share):
     """The colour `share` of the way from a to b."""
@@ -277,9 +326,9 @@ def _draw_face(pen, a):
         for angle in np.linspace(0, 2 * math.pi, 72, endpoint=False):
             c, s = math.cos(angle), math.sin(angle)
             jaw = 1 + 0.10 * age * max(0.0, s)
-            points.append(at((w + grow) * jaw * math.copysign(abs(c) ** (2 / n), c),
-                             4 + (38 + grow) * math.copysign(abs(s) ** (2 / n), s)))
+            points.append(at((w + grow) * jaw * math.copysign(abs(c) ** (2 / n), c), 4 + (38 + grow) * math.copysign(abs(s) ** (2 / n), s)))
         return points
+
     pen.ellipse(*at(0, -12), w + 5, 31, hair)
     if not a["hair_length"]:
         pen.box(*at(-w - 3, -16), *at(w + 3, 4), hair, 5)
@@ -374,13 +423,14 @@ def _draw_hand(pen, a):
     wide = 10.0 if n <= 4 else 8.2
     for i in range(n):
         share = i / (n - 1)  # 0 at the index finger, 1 at the little one
-        fingers.append((-15 + 30 * share, 15 - 3 * abs(share - 0.4), (-19 + 43 * share) * a["spread"],
-                        40 * float(np.interp(share * 3, range(4), shape)), wide))
+        fingers.append((-15 + 30 * share, 15 - 3 * abs(share - 0.4), (-19 + 43 * share) * a["spread"], 40 * float(np.interp(share * 3, range(4), shape)), wide))
     if a["misplaced"]:
         fingers.append((18 * math.sin(math.radians(a["grows_at"])), 18 * math.cos(math.radians(a["grows_at"])), a["grows_at"], 30, 9.0))
 
-    lines = [[at(x, y), at(x + f * length * math.sin(math.radians(d)), y + f * length * math.cos(math.radians(d)))]
-             for (x, y, d, length, _), f in zip(fingers, a["lengths"])]
+    lines = [
+        [at(x, y), at(x + f * length * math.sin(math.radians(d)), y + f * length * math.cos(math.radians(d)))]
+        for (x, y, d, length, _), f in zip(fingers, a["lengths"])
+    ]
     palm = [(-13, 12), (13, 12), (14, -12), (-13, -12)]
     outline = [at(*p) for p in palm + palm[:1]]
     for line, finger in zip(lines, fingers):
@@ -390,8 +440,14 @@ def _draw_hand(pen, a):
         pen.line(line, skin, finger[4])
         (x0, y0), (x1, y1) = line
         pen.ellipse(x1, y1, 2.4, 2.4, mix(skin, (255, 230, 225), 0.6))  # a nail
-        pen.line([(x0 + 0.45 * (x1 - x0) - 0.06 * (y1 - y0), y0 + 0.45 * (y1 - y0) + 0.06 * (x1 - x0)),
-                  (x0 + 0.45 * (x1 - x0) + 0.06 * (y1 - y0), y0 + 0.45 * (y1 - y0) - 0.06 * (x1 - x0))], edge, 1.0)
+        pen.line(
+            [
+                (x0 + 0.45 * (x1 - x0) - 0.06 * (y1 - y0), y0 + 0.45 * (y1 - y0) + 0.06 * (x1 - x0)),
+                (x0 + 0.45 * (x1 - x0) + 0.06 * (y1 - y0), y0 + 0.45 * (y1 - y0) - 0.06 * (x1 - x0)),
+            ],
+            edge,
+            1.0,
+        )
     pen.line(outline, skin, 16)
     pen.polygon(outline, skin)
     crease = mix(skin, (40, 20, 16), 0.28)

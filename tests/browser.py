@@ -28,8 +28,13 @@ def after(page: str, script: str, tmp_path, seconds: float = 60) -> str:
         os.close(fd)
     theirs_in, ours_out, ours_in, theirs_out = pipes
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={tmp_path / 'profile'}"]
-    browser = subprocess.Popen([CHROMIUM, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, close_fds=False,
-                               preexec_fn=lambda: (os.dup2(theirs_in, 3), os.dup2(theirs_out, 4)))  # where Chromium looks for them
+    browser = subprocess.Popen(
+        [CHROMIUM, *options],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        close_fds=False,
+        preexec_fn=lambda: (os.dup2(theirs_in, 3), os.dup2(theirs_out, 4)),
+    )  # where Chromium looks for them
 
     def message() -> dict:
         nonlocal pending
@@ -55,7 +60,9 @@ def after(page: str, script: str, tmp_path, seconds: float = 60) -> str:
         call("Page.navigate", session, url=file.as_uri())
         while message().get("method") != "Page.loadEventFired":
             pass
-        found = call("Runtime.evaluate", session, expression=f"(async () => {{ let out; {script}; return String(out) }})()", awaitPromise=True, returnByValue=True)
+        found = call(
+            "Runtime.evaluate", session, expression=f"(async () => {{ let out; {script}; return String(out) }})()", awaitPromise=True, returnByValue=True
+        )
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"]["value"]
     finally:

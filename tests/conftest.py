@@ -13,6 +13,7 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 def model():
     """The bundled miniature SDXL in float32 on the CPU. Tests leave it as they found it."""
     from sdxl import SDXL
+
     return SDXL.load(device="cpu", dtype=torch.float32)
 
 
@@ -22,5 +23,10 @@ def inputs(model):
     g = torch.Generator().manual_seed(0)
     c = model.unet.config
     pooled = c["projection_class_embeddings_input_dim"] - 6 * c["addition_time_embed_dim"]
-    return (torch.randn(3, 4, 16, 16, generator=g), torch.tensor([1, 400, 981]), torch.randn(3, 77, c["cross_attention_dim"], generator=g),
-            torch.randn(3, pooled, generator=g), torch.tensor([[128.0, 128, 0, 0, 128, 128]] * 3))
+    return (
+        torch.randn(3, 4, 16, 16, generator=g),
+        torch.tensor([1, 400, 981]),
+        torch.randn(3, 77, c["cross_attention_dim"], generator=g),
+        torch.randn(3, pooled, generator=g),
+        torch.tensor([[128.0, 128, 0, 0, 128, 128]] * 3),
+    )

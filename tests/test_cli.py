@@ -38,7 +38,12 @@ def test_training_reports_and_records_itself(trained):
         metadata = f.metadata()
     settings = json.loads(metadata["settings"])
     assert settings["pos"] == "a photo of a person, smiling" and settings["preserve"] == ["man, woman"] and settings["rank"] == 4
-    assert settings["lr"] > 0 and json.loads(metadata["prompts"]) == ["a photo of a person"] and json.loads(metadata["preserved"]) == ["man", "woman"] and "share" in json.loads(metadata["meter"])
+    assert (
+        settings["lr"] > 0
+        and json.loads(metadata["prompts"]) == ["a photo of a person"]
+        and json.loads(metadata["preserved"]) == ["man", "woman"]
+        and "share" in json.loads(metadata["meter"])
+    )
 
 
 def test_a_strip_and_single_files_from_any_folder(trained, tmp_path):
@@ -59,21 +64,37 @@ def test_a_grid_and_eq_8_without_a_slider(trained, tmp_path):
     done = run(*DRAW, "--slider", path, "--slider", f"{path}@0.5", "--grid", "--scales", "-1,1", "--seeds", "0", "--steps", 2, "--out", tmp_path / "g")
     assert done.returncode == 0, done.stderr
     assert {f.name for f in (tmp_path / "g").iterdir()} == {f"seed0_scale{a}_{b}.png" for a in ("-1", "+1") for b in ("-1", "+1")} | {"grid_seed0.png"}
-    done = run(*DRAW, "--guide", "a photo of an old person", "a photo of a young person", "--preserve", "man, woman", "--scales", "0,1",
-               "--seeds", "0", "--steps", 2, "--out", tmp_path / "e")
+    done = run(
+        *DRAW,
+        "--guide",
+        "a photo of an old person",
+        "a photo of a young person",
+        "--preserve",
+        "man, woman",
+        "--scales",
+        "0,1",
+        "--seeds",
+        "0",
+        "--steps",
+        2,
+        "--out",
+        tmp_path / "e",
+    )
     assert done.returncode == 0 and "6 network evaluations" in done.stdout
     assert (tmp_path / "e" / "seed0_scale0.png").read_bytes() != (tmp_path / "e" / "seed0_scale+1.png").read_bytes()
 
 
 def test_a_real_picture_is_inverted_once_and_edited(trained, tmp_path):
-    from miniature import world
     import numpy as np
+
+    from miniature import world
+
     world.draw(world.sample(np.random.default_rng(1), kind="face")).resize((200, 160)).save(tmp_path / "me.png")
     command = [*DRAW, "--image", tmp_path / "me.png", "--slider", trained[0], "--scales", "0,2", "--steps", 3, "--out", tmp_path / "o"]
     done = run(*command)
     assert done.returncode == 0, done.stderr
     assert "200x160, brought to 128x128" in done.stdout and "at most 39 network evaluations" in done.stdout
-    kept, = (tmp_path / "o").glob("inversion-*.safetensors")
+    (kept,) = (tmp_path / "o").glob("inversion-*.safetensors")
     assert {f.name for f in (tmp_path / "o").iterdir()} == {"me_scale0.png", "me_scale+2.png", "strip.png", "sweep.gif", kept.name}
     first, age = (tmp_path / "o" / "me_scale+2.png").read_bytes(), kept.stat().st_mtime_ns
     done = run(*command)
@@ -110,11 +131,30 @@ def test_a_folder_of_sliders_each_and_at_random(trained, tmp_path):
 
 
 def test_pairs_train_and_preview(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "miniature.pairs", "--count", "3", "--values", "0.6,1.1,1.6", "--out", str(tmp_path)],
-                          cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "miniature.pairs", "--count", "3", "--values", "0.6,1.1,1.6", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    done = run("train_pairs.py", "--neg", tmp_path / "0.6", "--at", "0.2", tmp_path / "1.1", "--pos", tmp_path / "1.6", "--steps", 4, "--noises", 2,
-               "--preview", 4, "--probe", 1, "--out", tmp_path / "eyes.safetensors")
+    done = run(
+        "train_pairs.py",
+        "--neg",
+        tmp_path / "0.6",
+        "--at",
+        "0.2",
+        tmp_path / "1.1",
+        "--pos",
+        tmp_path / "1.6",
+        "--steps",
+        4,
+        "--noises",
+        2,
+        "--preview",
+        4,
+        "--probe",
+        1,
+        "--out",
+        tmp_path / "eyes.safetensors",
+    )
     assert done.returncode == 0, done.stderr
     assert "3 groups of 3" in done.stdout and "teacher's change on unseen x_t" in done.stdout
     assert Image.open(tmp_path / "eyes.png").width > 3 * 128

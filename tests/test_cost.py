@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
+from test_cli import DRAW, ROOT, TRAIN, run
 
 import cli
 import train_pairs
@@ -14,7 +15,6 @@ import train_text
 import training
 from bench.recipe import counted
 from sdxl import SDXL
-from test_cli import DRAW, ROOT, TRAIN, run
 
 SMALL = ["--trajectories", "3", "--per-trajectory", "3", "--denoising-steps", "6", "--steps", "5", "--batch", "3"]
 
@@ -29,10 +29,15 @@ def pairs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("script, options", [
-    (train_text, [*TRAIN[1:], *SMALL, "--preserve", "man, woman", "--probe", "2", "--preview", "2"]),
-    (train_text, [*TRAIN[1:], *SMALL, "--guidance", "1", "--probe", "0", "--positive-only"]),
-    (train_pairs, ["--noises", "4", "--steps", "30", "--batch", "2", "--probe", "1"])], ids=["text", "plain", "pairs"])
+@pytest.mark.parametrize(
+    "script, options",
+    [
+        (train_text, [*TRAIN[1:], *SMALL, "--preserve", "man, woman", "--probe", "2", "--preview", "2"]),
+        (train_text, [*TRAIN[1:], *SMALL, "--guidance", "1", "--probe", "0", "--positive-only"]),
+        (train_pairs, ["--noises", "4", "--steps", "30", "--batch", "2", "--probe", "1"]),
+    ],
+    ids=["text", "plain", "pairs"],
+)
 def test_the_cost_model_is_what_passes_through_the_unet(script, options, pairs, tmp_path, monkeypatch):
     model, plans = SDXL.load(device="cpu", dtype=torch.float32), []
     if script is train_pairs:
@@ -62,8 +67,12 @@ def together(*command):
 
 def dense(path):
     tensors = load_file(path)
-    return torch.cat([(tensors[f"{name}.lora_up.weight"].float().flatten(1) @ tensors[f"{name}.lora_down.weight"].float().flatten(1)).flatten()
-                      for name in sorted(k.removesuffix(".alpha") for k in tensors if k.endswith(".alpha"))])
+    return torch.cat(
+        [
+            (tensors[f"{name}.lora_up.weight"].float().flatten(1) @ tensors[f"{name}.lora_down.weight"].float().flatten(1)).flatten()
+            for name in sorted(k.removesuffix(".alpha") for k in tensors if k.endswith(".alpha"))
+        ]
+    )
 
 
 @pytest.mark.parametrize("what", ["text", "pairs"])

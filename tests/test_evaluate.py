@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from test_cli import run
 
 import evaluate
 from experiments.common import moved
 from miniature import world
 from miniature.judges import miniature_judges
-from test_cli import run
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ def lab(tmp_path, monkeypatch):
     def make(*words):
         monkeypatch.setattr(sys, "argv", ["x", "--pictures", "2", "--out", str(tmp_path / "results"), "--sliders", str(tmp_path / "sliders"), *words])
         return Lab("", "name")
+
     return make
 
 
@@ -47,11 +48,13 @@ def test_sliders_are_trained_once_and_full_fine_tuning_has_a_scale(lab, monkeypa
 
 def test_an_edit_is_measured(lab):
     here = lab()
-    before, = here.draw([[]], steps=4)
+    (before,) = here.draw([[]], steps=4)
     nothing = here.edit("smile", before, before)
     assert nothing["clip_change"]["mean"] == nothing["lpips"]["mean"] == nothing["moved"]["mean"] == nothing["worst_other_moved"] == 0
-    from miniature import world
     import numpy as np
+
+    from miniature import world
+
     faces = [world.sample(np.random.default_rng(i), kind="face", malformed=0) for i in range(8)]
     drawn = [[world.draw(a | {"smile": smile}) for a in faces] for smile in (-0.8, 0.8)]
     found = here.edit("smile", *drawn)

@@ -1,6 +1,6 @@
 """Full-size SDXL with random weights, against diffusers and between its forms: gigabytes and minutes, so only on request:
 
-    FULL_SIZE=1 python -m pytest tests/test_full_size.py          (make test-full)
+FULL_SIZE=1 python -m pytest tests/test_full_size.py          (make test-full)
 """
 
 import json
@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.05), (torch.float32, 1e-4)])
 def test_forward_agrees_with_diffusers(dtype, tolerance):
     from bench.unet import CONFIGS, UNet, empty, inputs
+
     diffusers = pytest.importorskip("diffusers")
     ours = empty(UNet, dtype)
     with torch.device("meta"):
@@ -58,6 +59,7 @@ def test_one_full_size_file_and_the_folder_are_the_same_model(tmp_path):
     from formats import single_file
     from formats.weights import PARTS
     from sdxl import MINIATURE
+
     shapes = json.loads((ROOT / "tests/facts/sdxl_single_file_keys.json").read_text())
     g = torch.Generator().manual_seed(0)
     scale = lambda name, shape: 0.02 if len(shape) > 1 else 0.1

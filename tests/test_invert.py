@@ -142,7 +142,9 @@ def test_an_inversion_that_was_stopped_goes_on_and_finds_the_same(model, encoded
 def test_pictures_for_sdxl_keep_their_proportions(size, expected, tmp_path, monkeypatch):
     """SDXL's own training sizes; a disc stays a disc."""
     from types import SimpleNamespace
+
     from PIL import Image, ImageDraw
+
     picture = Image.new("RGB", size, "white")
     r, (cx, cy) = min(size) / 4, (size[0] / 2, size[1] / 2)
     ImageDraw.Draw(picture).ellipse([cx - r, cy - r, cx + r, cy + r], fill="black")
@@ -157,6 +159,7 @@ def test_pictures_for_sdxl_keep_their_proportions(size, expected, tmp_path, monk
 
 def test_the_miniature_takes_any_picture_as_a_square(model, tmp_path, capsys):
     from PIL import Image
+
     Image.new("RGBA", (300, 200), (255, 0, 0, 128)).save(tmp_path / "p.png")
     fitted, size = slider.opened(model, tmp_path / "p.png")
     assert size == (128, 128) and fitted.size == (128, 128) and fitted.getpixel((64, 64)) == (255, 127, 127)

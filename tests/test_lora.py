@@ -20,9 +20,15 @@ def trained_slider(unet, seed=0, **options):
     return slider.requires_grad_(False)
 
 
-@pytest.mark.parametrize("layer, x", [
-    (nn.Linear(6, 5), torch.randn(2, 7, 6)), (nn.Conv2d(6, 5, 3, padding=1), torch.randn(2, 6, 8, 8)),
-    (nn.Conv2d(6, 5, 3, stride=2, padding=1), torch.randn(2, 6, 8, 8)), (nn.Conv2d(6, 5, 1), torch.randn(2, 6, 4, 4))])
+@pytest.mark.parametrize(
+    "layer, x",
+    [
+        (nn.Linear(6, 5), torch.randn(2, 7, 6)),
+        (nn.Conv2d(6, 5, 3, padding=1), torch.randn(2, 6, 8, 8)),
+        (nn.Conv2d(6, 5, 3, stride=2, padding=1), torch.randn(2, 6, 8, 8)),
+        (nn.Conv2d(6, 5, 1), torch.randn(2, 6, 4, 4)),
+    ],
+)
 def test_it_adds_alpha_over_r_B_A_x(layer, x):
     """Against the same change folded into the dense weight, in float64."""
     layer, x = layer.double(), x.double()
@@ -30,8 +36,7 @@ def test_it_adds_alpha_over_r_B_A_x(layer, x):
     nn.init.normal_(part.lora_up.weight)
     down, up = part.lora_down.weight.flatten(1), part.lora_up.weight.flatten(1)  # (r, in), (out, r)
     dense = layer.weight + 1.7 * (2.0 / 3) * (up @ down).view_as(layer.weight)
-    expected = nn.functional.linear(x, dense, layer.bias) if x.ndim == 3 else nn.functional.conv2d(
-        x, dense, layer.bias, layer.stride, layer.padding)
+    expected = nn.functional.linear(x, dense, layer.bias) if x.ndim == 3 else nn.functional.conv2d(x, dense, layer.bias, layer.stride, layer.padding)
     assert torch.allclose(layer(x) + 1.7 * part(x), expected, atol=1e-12)
 
 
@@ -73,13 +78,14 @@ def test_one_scale_per_sample_equals_one_at_a_time(model, inputs):
             together = model.unet(*inputs)
         for i, scale in enumerate(scales):
             with slider.at(float(scale)):
-                assert torch.allclose(model.unet(*(v[i:i + 1] for v in inputs))[0], together[i], atol=1e-4)
+                assert torch.allclose(model.unet(*(v[i : i + 1] for v in inputs))[0], together[i], atol=1e-4)
     slider.detach()
 
 
 def test_several_sliders_add_up_as_dense_weights_do(model, inputs):
     """Two attached sliders of different ranks and layers against a copy of the UNet with both merged into its weights."""
     import copy
+
     first, second = trained_slider(model.unet, 1, rank=2, layers="attn"), trained_slider(model.unet, 2, rank=5, alpha=3.0, layers="noxattn")
     merged, also_merged = copy.deepcopy(model.unet), copy.deepcopy(model.unet)
     for slider, scale in ((first, 1.5), (second, -0.7)):

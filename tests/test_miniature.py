@@ -7,7 +7,6 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 import lora
-import slider
 import student
 import train_text
 from miniature import measure, world
@@ -85,10 +84,12 @@ def test_samples_follow_their_prompts(model):
 
 def test_a_slider_moves_its_attribute_and_not_the_others(model):
     """A tenth of the usual training, on few seeds: the direction must already be right."""
-    prompts = train_text.encode(model, ["a photo of a person"], "a photo of a person, very old", "a photo of a person, very young",
-                                ["with glasses", "without glasses"], (128, 128))
-    teach = lambda n, seed: train_text.collect(model, prompts, eta=1.0, trajectories=n, per_trajectory=8, denoising_steps=20,
-                                               guidance=3.0, size=(128, 128), seed=seed, batch=16)
+    prompts = train_text.encode(
+        model, ["a photo of a person"], "a photo of a person, very old", "a photo of a person, very young", ["with glasses", "without glasses"], (128, 128)
+    )
+    teach = lambda n, seed: train_text.collect(
+        model, prompts, eta=1.0, trajectories=n, per_trajectory=8, denoising_steps=20, guidance=3.0, size=(128, 128), seed=seed, batch=16
+    )
     torch.manual_seed(0)
     age = lora.Slider(lora.target_layers(model.unet)).attach(model.unet)
     reading = student.fit(model.unet, age, teach(6, 1), teach(2, 2), steps=60, batch=8, lr=1.33e-3)

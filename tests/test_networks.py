@@ -14,11 +14,22 @@ from sdxl_vae import VAE
 
 FACTS = Path(__file__).parent / "facts"
 CONFIGS = json.loads((FACTS / "sdxl_configs.json").read_text())
-UNET = CONFIGS["unet"] | {"block_out_channels": [32, 64, 96], "transformer_layers_per_block": [1, 2, 3], "attention_head_dim": [1, 2, 3],
-                          "cross_attention_dim": 40, "addition_time_embed_dim": 16, "projection_class_embeddings_input_dim": 24 + 96,
-                          "norm_num_groups": 16}
-VAE_ = CONFIGS["vae"] | {"block_out_channels": [16, 32, 48], "down_block_types": ["DownEncoderBlock2D"] * 3,
-                         "up_block_types": ["UpDecoderBlock2D"] * 3, "norm_num_groups": 8, "layers_per_block": 1}
+UNET = CONFIGS["unet"] | {
+    "block_out_channels": [32, 64, 96],
+    "transformer_layers_per_block": [1, 2, 3],
+    "attention_head_dim": [1, 2, 3],
+    "cross_attention_dim": 40,
+    "addition_time_embed_dim": 16,
+    "projection_class_embeddings_input_dim": 24 + 96,
+    "norm_num_groups": 16,
+}
+VAE_ = CONFIGS["vae"] | {
+    "block_out_channels": [16, 32, 48],
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "norm_num_groups": 8,
+    "layers_per_block": 1,
+}
 
 
 def randomise(module, seed=0):
@@ -31,8 +42,13 @@ def randomise(module, seed=0):
 
 def unet_inputs(batch=3, h=8, w=12, seed=1):
     g = torch.Generator().manual_seed(seed)
-    return (torch.randn(batch, 4, h, w, generator=g), torch.tensor([1, 500, 981][:batch]), torch.randn(batch, 77, 40, generator=g),
-            torch.randn(batch, 24, generator=g), torch.rand(batch, 6, generator=g) * 1024)
+    return (
+        torch.randn(batch, 4, h, w, generator=g),
+        torch.tensor([1, 500, 981][:batch]),
+        torch.randn(batch, 77, 40, generator=g),
+        torch.randn(batch, 24, generator=g),
+        torch.rand(batch, 6, generator=g) * 1024,
+    )
 
 
 def relative_error(a, b):

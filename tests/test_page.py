@@ -21,13 +21,16 @@ def frames(rows, second, first):
 def test_one_slider(tmp_path):
     text = page.html("Age <of> a person", [("age", [-2.0, 0.0, 1.0, 2.0])], ["seed 0", "seed 1"], frames(2, 1, 4), [[["young", "plain", "older", "old"]]] * 2)
     assert "Age &lt;of> a person" in text and "http" not in text
-    script = COLOUR + """
+    script = (
+        COLOUR
+        + """
         const seen = [[await colour(), $$('say').textContent]];
         const range = $$('range0');
         for (const value of [3, 0]) { range.value = value; range.dispatchEvent(new Event('input', {bubbles: true})); seen.push([await colour(), $$('say').textContent]) }
         const second = document.querySelectorAll('#seeds input')[1]; second.click();
         seen.push([await colour(), $$('picture').alt]);
         out = JSON.stringify({seen, label: document.querySelector('label[for=range0]').textContent, text: range.getAttribute('aria-valuetext'), plane: $$('plane').hidden})"""
+    )
     found = json.loads(after(text, script, tmp_path))
     assert found["seen"] == [[[10, 0, 0], "age 0: plain"], [[30, 0, 0], "age +2: old"], [[0, 0, 0], "age -2: young"], [[0, 0, 100], "seed 1, age -2"]]
     assert found["label"] == "age" and found["text"] == "-2" and found["plane"]
@@ -35,7 +38,9 @@ def test_one_slider(tmp_path):
 
 def test_two_sliders_are_a_plane(tmp_path):
     text = page.html("x", [("age", [-1.0, 0.0, 1.0]), ("smile", [-2.0, 0.0, 2.0, 4.0])], ["seed 0"], frames(1, 4, 3))
-    script = COLOUR + """
+    script = (
+        COLOUR
+        + """
         const plane = $$('plane'), box = plane.getBoundingClientRect(), seen = [await colour()];
         const at = (kind, x, y) => plane.dispatchEvent(new PointerEvent(kind, {clientX: box.left + x * box.width, clientY: box.top + y * box.height, buttons: 1, pointerId: 1, bubbles: true, pointerType: 'touch'}));
         plane.setPointerCapture = undefined;
@@ -43,6 +48,7 @@ def test_two_sliders_are_a_plane(tmp_path):
         at('pointermove', -0.5, 0.66); seen.push(await colour());
         $$('range1').value = 0; $$('range1').dispatchEvent(new Event('input')); seen.push(await colour());
         out = JSON.stringify({seen, say: $$('say').textContent, left: $$('knob').style.left, alone: $$('seeds').hidden})"""
+    )
     found = json.loads(after(text, script, tmp_path))
     assert found["seen"] == [[10, 20, 0], [20, 60, 0], [0, 20, 0], [0, 0, 0]]
     assert found["say"] == "age -1, smile -2" and found["left"] == "0%" and found["alone"]
@@ -50,9 +56,11 @@ def test_two_sliders_are_a_plane(tmp_path):
 
 def contrast(a, b):
     """WCAG 2's contrast of two colours."""
+
     def light(c):
-        c = [int(c[i:i + 2], 16) / 255 for i in (0, 2, 4)]
+        c = [int(c[i : i + 2], 16) / 255 for i in (0, 2, 4)]
         return sum(w * (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4) for w, v in zip((0.2126, 0.7152, 0.0722), c))
+
     high, low = sorted((light(a), light(b)), reverse=True)
     return (high + 0.05) / (low + 0.05)
 

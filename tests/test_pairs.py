@@ -42,7 +42,7 @@ def test_eps_0_is_the_frozen_models_prediction(model, latents):
     targets = collect(model, latents)
     with torch.no_grad():
         for i in (0, 35):
-            eps = model.unet(targets.x_t[i:i + 1], targets.t[i:i + 1], *model.condition(["a photo of a person"]))[0]
+            eps = model.unet(targets.x_t[i : i + 1], targets.t[i : i + 1], *model.condition(["a photo of a person"]))[0]
             assert torch.allclose(eps, targets.eps_0[i], atol=1e-4)
 
 
@@ -63,7 +63,7 @@ def test_both_targets_ask_for_the_same_slider(latents):
         D = torch.zeros(1, 1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
         for _ in range(200):
             loss = (eps_0 + scales.view(1, -1, 1, 1, 1) * D - target).square().sum()
-            grad, = torch.autograd.grad(loss, D)
+            (grad,) = torch.autograd.grad(loss, D)
             D = (D - 0.05 * grad).detach().requires_grad_()
         found.append(D.detach())
     assert torch.allclose(*found, atol=1e-6) and found[0].abs().max() > 0.1
@@ -91,6 +91,7 @@ def test_the_student_learns_unseen_faces_in_the_direction_of_the_pairs(model):
 
 
 # ------------------------------------------------------------------------------------------ pictures
+
 
 def test_every_kind_of_picture_is_read_as_a_viewer_shows_it(tmp_path):
     rgb = Image.fromarray((np.indices((20, 30)).sum(0) * 5)[..., None].repeat(3, -1).astype(np.uint8))
@@ -131,8 +132,14 @@ def bad_folders(root):
     (root / "corrupt" / "1.png").write_bytes((root / "good" / "1.png").read_bytes()[:60])
     picture.resize((128, 64)).save(root / "wide" / "1.png")
     (root / "empty" / "notes.txt").write_text("not a picture")
-    return {"empty": "holds no pictures", "more": "extra.png: has no partner", "corrupt": "1.png: not a readable picture",
-            "wide": "crop them to the same proportions", "twice": "has both", "nowhere": "no such folder"}
+    return {
+        "empty": "holds no pictures",
+        "more": "extra.png: has no partner",
+        "corrupt": "1.png: not a readable picture",
+        "wide": "crop them to the same proportions",
+        "twice": "has both",
+        "nowhere": "no such folder",
+    }
 
 
 def test_what_cannot_be_paired_is_refused_by_name(tmp_path):

@@ -26,8 +26,7 @@ PROMPTS = ["a photo of an old man with glasses, smiling", "a hand", "Ünïcode �
 @pytest.mark.filterwarnings("ignore:this model never saw")
 def test_prompt_encoding(model, pipeline):
     context, pooled = model.encode_prompt(PROMPTS + [""])
-    theirs, zeros, theirs_pooled, zeros_pooled = pipeline.encode_prompt(PROMPTS, device="cpu", num_images_per_prompt=1,
-                                                                        do_classifier_free_guidance=True)
+    theirs, zeros, theirs_pooled, zeros_pooled = pipeline.encode_prompt(PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
     assert relative_error(context[:3], theirs) < 1e-4 and relative_error(pooled[:3], theirs_pooled) < 1e-4
     assert torch.equal(context[3], zeros[0]) and torch.equal(pooled[3], zeros_pooled[0]) and not context[3].any()
 
@@ -45,7 +44,6 @@ def test_unet_and_vae(model, pipeline, inputs):
 
 def test_a_whole_30_step_picture(model, pipeline):
     x_T = sampler.noise([7, 8], (4, 16, 16))
-    ours = sampler.sample(model.unet, x_T, model.condition(PROMPTS[:2]), model.condition(["", ""]), alpha_bar=model.alpha_bar,
-                          steps=30, guidance=5.0)
+    ours = sampler.sample(model.unet, x_T, model.condition(PROMPTS[:2]), model.condition(["", ""]), alpha_bar=model.alpha_bar, steps=30, guidance=5.0)
     theirs = pipeline(prompt=PROMPTS[:2], latents=x_T, num_inference_steps=30, guidance_scale=5.0, height=128, width=128, output_type="latent").images
     assert relative_error(ours, theirs) < 1e-3

@@ -30,7 +30,9 @@ def test_votes_in_a_browser(folders, tmp_path):
     """Always for the blue picture, wherever it is: every vote in the CSV is for b; one is taken back, one is for neither."""
     page = preference.page(*folders, "Which <is> better?", most=5)
     assert page.count('"name"') == 5 and "http" not in page and str(tmp_path) not in page and "&lt;is>" in page
-    script = KEY + """
+    script = (
+        KEY
+        + """
         const blue = async image => { await image.decode(); const c = document.createElement('canvas'), x = c.getContext('2d');
                                       x.drawImage(image, 0, 0, 1, 1); return x.getImageData(0, 0, 1, 1).data[2] > 128 };
         const seen = [];
@@ -43,6 +45,7 @@ def test_votes_in_a_browser(folders, tmp_path):
         }
         key('1');
         out = JSON.stringify({seen, over: !document.getElementById('end').hidden, csv: document.getElementById('download').href})"""
+    )
     found = json.loads(after(page, script, tmp_path))
     rows = list(csv.DictReader(io.StringIO(unquote(found["csv"].split(",", 1)[1]))))
     assert [r["choice"] for r in rows] == ["b"] * 4 + [""] and found["over"]

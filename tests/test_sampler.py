@@ -13,7 +13,7 @@ COND = (torch.zeros(1), torch.zeros(1), torch.zeros(1))
 def test_alpha_bar_is_the_product_of_one_minus_beta():
     product, expected = 1.0, []
     for i in range(1000):
-        product *= 1 - (0.00085 ** 0.5 + (0.012 ** 0.5 - 0.00085 ** 0.5) * i / 999) ** 2
+        product *= 1 - (0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * i / 999) ** 2
         expected.append(product)
     assert torch.allclose(ALPHA_BAR, torch.tensor(expected), rtol=1e-5)
 
@@ -34,9 +34,11 @@ def test_schedule_and_steps_agree_with_diffusers(steps):
 
 def gaussian_unet(mean, std):
     """The exact eps for data x_0 ~ N(mean, std^2): eps = sqrt(1 - a) (x_t - sqrt(a) mean) / (a std^2 + 1 - a)."""
+
     def unet(x, t, *cond):
         a = ALPHA_BAR[t].view(-1, 1, 1, 1).to(x.dtype)
-        return (1 - a).sqrt() * (x - a.sqrt() * mean) / (a * std ** 2 + 1 - a)
+        return (1 - a).sqrt() * (x - a.sqrt() * mean) / (a * std**2 + 1 - a)
+
     return unet
 
 
@@ -48,8 +50,8 @@ def test_ddim_follows_the_closed_form_on_gaussian_data():
     for steps in (50, 200, 1000):
         x_0 = sampler.sample(gaussian_unet(mean, std), x_T, COND, alpha_bar=ALPHA_BAR, steps=steps, guidance=1)
         first, last = ALPHA_BAR[sampler.timesteps(steps)[0]].double(), ALPHA_BAR[0].double()
-        constant = (x_T - first.sqrt() * mean) / (first * std ** 2 + 1 - first).sqrt()
-        exact = last.sqrt() * mean + constant * (last * std ** 2 + 1 - last).sqrt()
+        constant = (x_T - first.sqrt() * mean) / (first * std**2 + 1 - first).sqrt()
+        exact = last.sqrt() * mean + constant * (last * std**2 + 1 - last).sqrt()
         errors.append((x_0 - exact).abs().max().item())
     assert errors[0] > errors[1] > errors[2] and errors[2] < 5e-3
 
@@ -67,6 +69,7 @@ def test_guidance_is_linear_and_runs_one_batch():
     def unet(x, t, context, pooled, time_ids):
         calls.append(len(x))
         return x * 0 + context.view(-1, 1, 1, 1)
+
     cond, uncond = (torch.full((2,), 3.0),) * 3, (torch.full((2,), 1.0),) * 3
     x = torch.zeros(2, 4, 2, 2)
     assert torch.equal(sampler.guided_eps(unet, x, 5, cond, uncond, 4.0)[0], x + 1 + 4 * (3 - 1))
@@ -85,6 +88,7 @@ def test_the_slider_is_off_while_t_is_above_t_on(start, on_from):
     def unet(x, t, *cond):
         seen.append((int(t[0]), knob.scale))
         return x
+
     sampler.sample(unet, torch.zeros(1, 4, 2, 2), COND, alpha_bar=ALPHA_BAR, steps=20, guidance=1, sliders=[(knob, 2.0)], start=start)
     assert [scale for _, scale in seen] == [2.0 if t <= on_from else 0.0 for t, _ in seen]
     assert knob.scale == 0.0 and len({scale for _, scale in seen}) == (2 if 0 < start < 1 else 1)

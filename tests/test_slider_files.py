@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_lora import trained_slider
 from torch import nn
 
 import lora
@@ -17,7 +18,6 @@ import sampler
 from formats import single_file, slider_files
 from sdxl import MINIATURE, SDXL
 from sdxl_unet import UNet
-from test_lora import trained_slider
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,8 +51,14 @@ def comfyui_names(depths=(0, 2, 10)):
             table |= {f"up_blocks.{x}.resnets.{i}.{new}": f"output_blocks.{n}.0.{old}" for old, new in resnet.items()}
             table |= {f"up_blocks.{x}.attentions.{i}.{t}": f"output_blocks.{n}.1.{t}" for t in transformer(depth) if depth}
         table[f"up_blocks.{x}.upsamplers.0.conv"] = f"output_blocks.{3 * x + 2}.{2 if depth else 1}.conv"
-    ends = {"input_blocks.0.0": "conv_in", "out.2": "conv_out", "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
-            "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2"}
+    ends = {
+        "input_blocks.0.0": "conv_in",
+        "out.2": "conv_out",
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+        "label_emb.0.0": "add_embedding.linear_1",
+        "label_emb.0.2": "add_embedding.linear_2",
+    }
     return table | {new: old for old, new in ends.items()}
 
 
@@ -101,13 +107,17 @@ def test_other_spellings_of_the_same_slider(model, tmp_path):
     for name, t in load_file(tmp_path / "peft.safetensors").items():
         peft[name] = t
     spellings = {
-        "published.pt": ours, "no_alpha": {k: v for k, v in ours.items() if not k.endswith("alpha")},
+        "published.pt": ours,
+        "no_alpha": {k: v for k, v in ours.items() if not k.endswith("alpha")},
         "comfyui": {"diffusion_model." + k.removeprefix("unet."): v for k, v in peft.items()},
         "base_model": {"base_model.model." + k.removeprefix("unet."): v for k, v in peft.items()},
         "default": {k.replace("lora_A.weight", "lora_A.default.weight").replace("lora_B.weight", "lora_B.default.weight"): v for k, v in peft.items()},
         "dots": {k.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): v for k, v in peft.items()},
-        "processor": {re.sub(r"\.to_(q|k|v|out)(\.0)?\.lora_([AB])\.weight", lambda m: f".processor.to_{m[1]}_lora.{'down' if m[3] == 'A' else 'up'}.weight", k): v
-                      for k, v in peft.items()}}
+        "processor": {
+            re.sub(r"\.to_(q|k|v|out)(\.0)?\.lora_([AB])\.weight", lambda m: f".processor.to_{m[1]}_lora.{'down' if m[3] == 'A' else 'up'}.weight", k): v
+            for k, v in peft.items()
+        },
+    }
     for name, tensors in spellings.items():
         path = tmp_path / (name if "." in name else name + ".safetensors")
         torch.save(tensors, path) if path.suffix == ".pt" else save_file({k: v.clone() for k, v in tensors.items()}, path)
@@ -147,10 +157,24 @@ def bad_files(folder, good: dict):
     torch.save([1, 2], folder / "list.pt")
     with open(folder / "huge.safetensors", "wb") as f:
         f.truncate(slider_files.LARGEST + 1)  # sparse: takes no room
-    return {"loha.safetensors": "LoHa", "lokr.safetensors": "LoKr", "dora.safetensors": "DoRA", "nan.safetensors": "NaN", "rank.safetensors": "damaged",
-            "half.safetensors": "no lora_up", "nowhere.safetensors": "another model", "alphas.safetensors": "alpha", "other.safetensors": "no part of one",
-            "cut.safetensors": "cut short", "empty.safetensors": "cut short", "lies.safetensors": "cut short", "code.pt": "was not read",
-            "list.pt": "not a dict of tensors", "huge.safetensors": "no LoRA's size", "missing.safetensors": "no such file"}
+    return {
+        "loha.safetensors": "LoHa",
+        "lokr.safetensors": "LoKr",
+        "dora.safetensors": "DoRA",
+        "nan.safetensors": "NaN",
+        "rank.safetensors": "damaged",
+        "half.safetensors": "no lora_up",
+        "nowhere.safetensors": "another model",
+        "alphas.safetensors": "alpha",
+        "other.safetensors": "no part of one",
+        "cut.safetensors": "cut short",
+        "empty.safetensors": "cut short",
+        "lies.safetensors": "cut short",
+        "code.pt": "was not read",
+        "list.pt": "not a dict of tensors",
+        "huge.safetensors": "no LoRA's size",
+        "missing.safetensors": "no such file",
+    }
 
 
 class Bomb:
@@ -169,6 +193,7 @@ def test_what_must_not_be_used_is_refused_by_name(model, inputs, tmp_path):
 
 # ------------------------------------------------------------------------------------------ diffusers
 
+
 @pytest.fixture(scope="module")
 def pipeline():
     diffusers = pytest.importorskip("diffusers")
@@ -183,8 +208,17 @@ def pictures_of_both(model, pipeline, slider, scale, steps=8):
     prompt, x_T = ["a photo of a person"], sampler.noise([3], (4, 16, 16))
     pipeline.set_adapters(["theirs"], [scale])
     theirs = pipeline(prompt=prompt, latents=x_T, num_inference_steps=steps, guidance_scale=5.0, height=128, width=128, output_type="latent").images
-    ours = sampler.sample(model.unet, x_T, model.condition(prompt), model.condition([""]), alpha_bar=model.alpha_bar, steps=steps,
-                          guidance=5.0, sliders=[(slider, scale)], start=0.0)
+    ours = sampler.sample(
+        model.unet,
+        x_T,
+        model.condition(prompt),
+        model.condition([""]),
+        alpha_bar=model.alpha_bar,
+        steps=steps,
+        guidance=5.0,
+        sliders=[(slider, scale)],
+        start=0.0,
+    )
     return ours, theirs
 
 
@@ -196,8 +230,9 @@ def test_diffusers_draws_our_sliders_as_we_do(model, pipeline, tmp_path, naming)
         nn.init.normal_(part.lora_up.weight, std=0.2)
     lora.save(tmp_path / "a.safetensors", slider, {}, naming=naming, unet=model.unet, dtype=torch.float32)
     pipeline.load_lora_weights(str(tmp_path), weight_name="a.safetensors", adapter_name="theirs")
-    plain = sampler.sample(model.unet, sampler.noise([3], (4, 16, 16)), model.condition(["a photo of a person"]), model.condition([""]),
-                           alpha_bar=model.alpha_bar, steps=8)
+    plain = sampler.sample(
+        model.unet, sampler.noise([3], (4, 16, 16)), model.condition(["a photo of a person"]), model.condition([""]), alpha_bar=model.alpha_bar, steps=8
+    )
     try:
         for scale in (-2.0, 0.5, 3.0):
             ours, theirs = pictures_of_both(model, pipeline, slider, scale)
@@ -209,7 +244,10 @@ def test_diffusers_draws_our_sliders_as_we_do(model, pipeline, tmp_path, naming)
 
 def test_we_draw_diffusers_loras_as_it_does(model, pipeline, tmp_path):
     import peft
-    pipeline.unet.add_adapter(peft.LoraConfig(r=3, lora_alpha=3, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v", "to_out.0", "conv1", "ff.net.2"]), "theirs")
+
+    pipeline.unet.add_adapter(
+        peft.LoraConfig(r=3, lora_alpha=3, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v", "to_out.0", "conv1", "ff.net.2"]), "theirs"
+    )
     state = peft.get_peft_model_state_dict(pipeline.unet, adapter_name="theirs")
     for p in state.values():
         p.mul_(0.3)
@@ -225,6 +263,7 @@ def test_we_draw_diffusers_loras_as_it_does(model, pipeline, tmp_path):
 
 # ------------------------------------------------------------------------------------------ tools.py
 
+
 def tool(*words):
     done = subprocess.run([sys.executable, "tools.py", *map(str, words)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -234,6 +273,7 @@ def tool(*words):
 def test_alpha_in_diffusers_metadata_is_in_force(model, pipeline, tmp_path):
     """Its save_lora_weights writes alpha into the metadata alone: rank 4 with alpha 1 is a quarter of what B A says."""
     import peft
+
     config = peft.LoraConfig(r=4, lora_alpha=1, init_lora_weights=False, target_modules=["to_q", "conv2"])
     pipeline.unet.add_adapter(config, "theirs")
     state = peft.get_peft_model_state_dict(pipeline.unet, adapter_name="theirs")
@@ -253,7 +293,7 @@ def test_damaged_pt_files_are_one_line(model, tmp_path):
     whole, g = bytearray((tmp_path / "good.pt").read_bytes()), torch.Generator().manual_seed(0)
     for i in range(60):
         cut = int(torch.randint(len(whole), (1,), generator=g))
-        broken = whole[:cut] if i % 2 else whole[:cut // 8] + bytes([whole[cut // 8] ^ 255]) + whole[cut // 8 + 1:]
+        broken = whole[:cut] if i % 2 else whole[: cut // 8] + bytes([whole[cut // 8] ^ 255]) + whole[cut // 8 + 1 :]
         (tmp_path / "bad.pt").write_bytes(broken)
         try:
             lora.load(tmp_path / "bad.pt", model.unet)  # a flipped bit may leave a file that is still whole
@@ -295,7 +335,9 @@ def test_merging_files_is_exact_and_of_lower_rank_the_nearest(model, tmp_path, t
         if torch.is_tensor(change):
             break
     many, cut = (lora.load(tmp_path / f"{n}.safetensors", model.unet) for n in ("many", "cut"))
-    assert torch.allclose(many.get_submodule(name).change(), 15 * change, atol=1e-4) and torch.allclose(cut.get_submodule(name).change(), 15 * change, atol=1e-3)
+    assert torch.allclose(many.get_submodule(name).change(), 15 * change, atol=1e-4) and torch.allclose(
+        cut.get_submodule(name).change(), 15 * change, atol=1e-3
+    )
     text = tool("info", paths[0], tmp_path / "all.safetensors")
     assert "rank 2" in text and "rank 2, 5, 7" in text and "cosine" in text
 
@@ -319,6 +361,7 @@ def test_baking_in_and_extracting_again(model, inputs, tmp_path, two):
 
 def test_a_single_file_can_be_baked_into_too(model, inputs, tmp_path, two):
     from test_weights import one_file
+
     _, paths = two
     one_file(tmp_path / "m.safetensors")
     tool("bake", f"{paths[1]}:1", "--model", tmp_path / "m.safetensors", "--base", MINIATURE, "--out", tmp_path / "n.safetensors")
@@ -330,11 +373,39 @@ def test_a_single_file_can_be_baked_into_too(model, inputs, tmp_path, two):
 
 def test_like_trains_the_same_slider_again(tmp_path):
     train = [sys.executable, "train_text.py"]
-    first = [*train, "--pos", "a photo of a person, smiling", "--neg", "a photo of a person, frowning", "--preserve", "man, woman", "--preserve", "with a hat",
-             "--steps", "3", "--trajectories", "2", "--per-trajectory", "3", "--denoising-steps", "6", "--probe", "0", "--rank", "2", "--seed", "5",
-             "--positive-only", "--out", str(tmp_path / "a.safetensors")]
-    for command in (first, [*train, "--like", str(tmp_path / "a.safetensors"), "--out", str(tmp_path / "b.safetensors")],
-                    [*train, "--like", str(tmp_path / "a.safetensors"), "--rank", "3", "--out", str(tmp_path / "c.safetensors")]):
+    first = [
+        *train,
+        "--pos",
+        "a photo of a person, smiling",
+        "--neg",
+        "a photo of a person, frowning",
+        "--preserve",
+        "man, woman",
+        "--preserve",
+        "with a hat",
+        "--steps",
+        "3",
+        "--trajectories",
+        "2",
+        "--per-trajectory",
+        "3",
+        "--denoising-steps",
+        "6",
+        "--probe",
+        "0",
+        "--rank",
+        "2",
+        "--seed",
+        "5",
+        "--positive-only",
+        "--out",
+        str(tmp_path / "a.safetensors"),
+    ]
+    for command in (
+        first,
+        [*train, "--like", str(tmp_path / "a.safetensors"), "--out", str(tmp_path / "b.safetensors")],
+        [*train, "--like", str(tmp_path / "a.safetensors"), "--rank", "3", "--out", str(tmp_path / "c.safetensors")],
+    ):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     a, b, c = (load_file(tmp_path / f"{n}.safetensors") for n in "abc")

@@ -11,6 +11,7 @@ import train_space
 from miniature.judges import vision_tower
 from miniature.measure import tensor
 from sdxl_unet import UNet
+from unfinished import Unfinished
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def conds(model):
 
 def collect(model, conds, folder, **changes):
     settings = dict(samples=6, per_sample=2, size=(128, 128), seed=3, batch=4, steps=6, guidance=3.0, start=0.3)
-    return train_space.collect(model, *conds, folder, **(settings | changes))
+    return train_space.collect(model, *conds, Unfinished(folder), **(settings | changes))
 
 
 def test_directions_of_a_known_spread():
@@ -54,9 +55,9 @@ def test_one_sample_one_slider_of_the_bank(model, inputs):
         for i, scale in enumerate((1.0, -1.0, 2.0)):
             alone[i].attach(model.unet)
             with alone[i].at(scale):
-                expected = model.unet(*(x[i:i + 1] for x in inputs))
+                expected = model.unet(*(x[i : i + 1] for x in inputs))
             alone[i].detach()
-            assert torch.allclose(together[i:i + 1], expected, atol=2e-4)
+            assert torch.allclose(together[i : i + 1], expected, atol=2e-4)
         twice = train_space.scaled(alone[0], 2.0).attach(model.unet)
         with twice.at(0.5):
             assert torch.allclose(model.unet(*(x[:1] for x in inputs)), together[:1], atol=2e-4)
@@ -128,8 +129,22 @@ def test_sliders_learn_their_directions(model, conds, tmp_path):
     samples, clip = collect(model, conds, tmp_path, samples=12), vision_tower()
     f = train_space.features(model, clip, samples.x_0)
     v, sigma, _ = train_space.directions(f, 2)
-    made, reading = train_space.learn(model, clip, samples, *conds, v, layers=lora.target_layers(model.unet, "all"), rank=1, alpha=1.0, guidance=1.0,
-                                      checkpointing=False, steps=16, batch=8, lr=2e-3, seed=0)
+    made, reading = train_space.learn(
+        model,
+        clip,
+        samples,
+        *conds,
+        v,
+        layers=lora.target_layers(model.unet, "all"),
+        rank=1,
+        alpha=1.0,
+        guidance=1.0,
+        checkpointing=False,
+        steps=16,
+        batch=8,
+        lr=2e-3,
+        seed=0,
+    )
     assert reading["cosine"] > 0.3 and len(made) == 2
     factor = train_space.calibrate(model, clip, made[0], v[0], sigma[0].item(), *conds, seeds=2, size=None, batch=8, steps=4, guidance=3.0, start=0.3)
     assert 0 < factor <= 8
@@ -158,7 +173,7 @@ def test_guidance_in_the_predicted_picture(model, conds, tmp_path):
     with torch.no_grad():
         found = space.predicted(torch.tensor([0, 3]))
         for x_0, row in zip(found, (0, 3)):
-            x_t, t = space.x_t[row:row + 1], space.t[row:row + 1]
+            x_t, t = space.x_t[row : row + 1], space.t[row : row + 1]
             eps_u, eps_c = (model.unet(x_t, t, *c) for c in conds[::-1])
             a = model.alpha_bar[t]
             expected = (x_t - (1 - a).sqrt() * (eps_u + 3.0 * (eps_c - eps_u))) / a.sqrt()

@@ -24,7 +24,11 @@ runpy.run_path({root!r} + "/" + sys.argv[0], run_name="__main__")
 
 
 def tree(folder):
-    return {f: f.stat().st_mtime_ns for f in folder.rglob("*") if f.is_file() and "__pycache__" not in f.parts and not {".git", "out", ".venv", ".pytest_cache"} & set(f.parts)}
+    return {
+        f: f.stat().st_mtime_ns
+        for f in folder.rglob("*")
+        if f.is_file() and "__pycache__" not in f.parts and not {".git", "out", ".venv", ".pytest_cache"} & set(f.parts)
+    }
 
 
 def test_no_network_and_no_file_outside_the_output_folder(tmp_path):
@@ -33,9 +37,28 @@ def test_no_network_and_no_file_outside_the_output_folder(tmp_path):
     home.mkdir()
     program, before = NO_NETWORK.format(log=str(tmp_path / "network"), root=str(ROOT)), tree(ROOT)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_", "TRANSFORMERS_"))} | {"HOME": str(home), "TMPDIR": str(home)}
-    for command in (["train_text.py", "--pos", "a person, smiling", "--neg", "a person, frowning", "--steps", "1", "--trajectories", "1", "--per-trajectory", "1",
-                     "--denoising-steps", "2", "--probe", "0", "--out", str(out / "s.safetensors")],
-                    ["slider.py", "--prompt", "a person", "--slider", str(out / "s.safetensors"), "--scales", "0,1", "--seeds", "0", "--steps", "2", "--out", str(out)]):
+    for command in (
+        [
+            "train_text.py",
+            "--pos",
+            "a person, smiling",
+            "--neg",
+            "a person, frowning",
+            "--steps",
+            "1",
+            "--trajectories",
+            "1",
+            "--per-trajectory",
+            "1",
+            "--denoising-steps",
+            "2",
+            "--probe",
+            "0",
+            "--out",
+            str(out / "s.safetensors"),
+        ],
+        ["slider.py", "--prompt", "a person", "--slider", str(out / "s.safetensors"), "--scales", "0,1", "--seeds", "0", "--steps", "2", "--out", str(out)],
+    ):
         done = subprocess.run([sys.executable, "-c", program, *command], cwd=home, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert not (tmp_path / "network").exists(), (tmp_path / "network").read_text()

@@ -6,19 +6,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_lora import trained_slider
 
 import lora
 import sampler
 import slider
 import training
-from test_lora import trained_slider
 
 
 @pytest.fixture
 def several(model):
     """Four sliders of different ranks and layer sets. The last two's ranks add up to too much for narrow layers."""
-    return [trained_slider(model.unet, i, rank=r, layers=layers).requires_grad_(False)
-            for i, (r, layers) in enumerate([(2, "attn"), (4, "noxattn"), (18, "all"), (20, "xattn")])]
+    return [
+        trained_slider(model.unet, i, rank=r, layers=layers).requires_grad_(False)
+        for i, (r, layers) in enumerate([(2, "attn"), (4, "noxattn"), (18, "all"), (20, "xattn")])
+    ]
 
 
 def test_composed_sliders_are_each_ones_hooks_together(model, inputs, several):
@@ -97,8 +99,17 @@ def test_every_slider_has_its_own_start(model, several, monkeypatch):
     x_T, cond = sampler.noise([0], (4, 16, 16)), model.condition(["a photo of a person"])
     for sliders in ([(several[1], 1.0)], [(several[1], 1.0), (several[2], 1.0, 0.8)]):
         states = []
-        sampler.sample(model.unet, x_T, cond, alpha_bar=model.alpha_bar, steps=10, guidance=1.0, sliders=sliders, start=0.3,
-                       on_step=lambda i, t, x_t, eps: states.append((t, x_t)))
+        sampler.sample(
+            model.unet,
+            x_T,
+            cond,
+            alpha_bar=model.alpha_bar,
+            steps=10,
+            guidance=1.0,
+            sliders=sliders,
+            start=0.3,
+            on_step=lambda i, t, x_t, eps: states.append((t, x_t)),
+        )
         seen.append(states)
     same = {t: torch.allclose(a, b, atol=1e-5) for (t, a), (_, b) in zip(*seen)}
     assert same == {t: t > 0.2 * 1000 - 100 for t in same}  # x_t of the step after the first below t_on = 200 differs
@@ -111,7 +122,7 @@ def test_eq_8_at_sampling_time_is_what_it_says(model):
     x_t = sampler.noise([5], (4, 16, 16))
     with torch.no_grad():
         eps = lambda c: model.unet(x_t, torch.tensor([500]), *c)
-        one = [eps(tuple(e[i:i + 1] for e in ends)) for i in range(4)]
+        one = [eps(tuple(e[i : i + 1] for e in ends)) for i in range(4)]
         plain = eps(uncond) + 4.0 * (eps(cond) - eps(uncond))
         expected = plain + 0.7 * (one[0] + one[1] - one[2] - one[3]) / 2
         ours, _ = sampler.guided_eps(model.unet, x_t, 500, cond, uncond, 4.0, ends, torch.tensor([0.7]))

@@ -23,7 +23,7 @@ def collect(model, preserve=PRESERVE, **changes):
 def test_the_teachers_targets_are_the_right_hand_side_of_eq_8(model, preserve):
     targets = collect(model, preserve)
     assert len(targets) == 24
-    eps = lambda i, prompt: model.unet(targets.x_t[i:i + 1], targets.t[i:i + 1], *model.condition([prompt]))[0]
+    eps = lambda i, prompt: model.unet(targets.x_t[i : i + 1], targets.t[i : i + 1], *model.condition([prompt]))[0]
     with torch.no_grad():
         for i in (0, 5, 11):
             total = 0
@@ -44,8 +44,16 @@ def test_x_t_lie_on_the_frozen_models_own_way(model):
     prompts = [TARGET, "a photo of a man", TARGET]
     levels = sampler.timesteps(8)
     for i in (0, 6, 11):
-        reached = sampler.sample(model.unet, x_T, model.condition(prompts), model.condition([""] * 3), alpha_bar=model.alpha_bar,
-                                 steps=8, guidance=3.0, stop=levels.index(int(targets.t[i])))
+        reached = sampler.sample(
+            model.unet,
+            x_T,
+            model.condition(prompts),
+            model.condition([""] * 3),
+            alpha_bar=model.alpha_bar,
+            steps=8,
+            guidance=3.0,
+            stop=levels.index(int(targets.t[i])),
+        )
         assert (reached[i // 4] - targets.x_t[i]).abs().max() < 1e-4
     assert targets.prompt.tolist() == 2 * ([0] * 4 + [1] * 4 + [0] * 4)
 

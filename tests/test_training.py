@@ -17,9 +17,11 @@ def test_a_killed_vae_training_goes_on_where_it_was(tmp_path, monkeypatch):
         train.WORK.mkdir()
         pictures, _ = train.make_data()
         if killed:
+
             def save_and_die(self, step, save=train.Checkpoint.save):
                 save(self, step)
                 raise KeyboardInterrupt
+
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
                 patch.setattr(train.Checkpoint, "save", save_and_die)
                 train.train_vae(pictures, first=3, crop=2, second=2, save_every=2)

@@ -125,7 +125,9 @@ def test_divergence_keeps_the_last_good_state(model, targets, tmp_path, monkeypa
 
 
 def args(tmp_path, **changes):
-    return Namespace(**(dict(out=str(tmp_path / "s.safetensors"), resume=False, overwrite=False, dry_run=False, pos="a", steps=None, merge=[("x", 1.0)], lr=None) | changes))
+    return Namespace(
+        **(dict(out=str(tmp_path / "s.safetensors"), resume=False, overwrite=False, dry_run=False, pos="a", steps=None, merge=[("x", 1.0)], lr=None) | changes)
+    )
 
 
 def test_nothing_is_overwritten_unless_asked(tmp_path):

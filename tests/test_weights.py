@@ -5,13 +5,12 @@ import pickle
 import shutil
 from pathlib import Path
 
+import original_names
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import original_names
-from formats import single_file
-from formats import weights
+from formats import single_file, weights
 from sdxl import MINIATURE, SDXL
 
 FACTS = Path(__file__).parent / "facts"
@@ -24,16 +23,23 @@ def folder_tensors(part):
 
 def one_file(path, change=lambda tensors: tensors):
     """The miniature as one file in the original naming."""
-    tensors = {**original_names.unet(folder_tensors("unet")), **original_names.vae(folder_tensors("vae"), levels=4),
-               **original_names.text_encoder(folder_tensors("text_encoder")), **original_names.text_encoder_2(folder_tensors("text_encoder_2")),
-               "conditioner.embedders.0.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}
+    tensors = {
+        **original_names.unet(folder_tensors("unet")),
+        **original_names.vae(folder_tensors("vae"), levels=4),
+        **original_names.text_encoder(folder_tensors("text_encoder")),
+        **original_names.text_encoder_2(folder_tensors("text_encoder_2")),
+        "conditioner.embedders.0.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
+    }
     save_file({k: v.contiguous() for k, v in change(tensors).items()}, path)
     return path
 
 
 def everything(model):
-    return {f"{part}.{k}": v for part, module in (("unet", model.unet), ("vae", model.vae), ("1", model.text_encoders[0]), ("2", model.text_encoders[1]))
-            for k, v in module.state_dict().items()}
+    return {
+        f"{part}.{k}": v
+        for part, module in (("unet", model.unet), ("vae", model.vae), ("1", model.text_encoders[0]), ("2", model.text_encoders[1]))
+        for k, v in module.state_dict().items()
+    }
 
 
 def same(a, b):
@@ -101,8 +107,12 @@ def test_full_size_names_all_find_their_place():
 def test_the_test_helper_writes_the_released_names():
     """original_names, which the other tests stand on, gives exactly the published list from the folder's names."""
     empty = lambda part: {k: torch.empty(v, device="meta") for k, v in facts(f"{part}_keys").items() if not k.endswith("position_ids")}
-    got = {**original_names.unet(empty("unet")), **original_names.vae(empty("vae"), levels=4), **original_names.text_encoder(empty("text_encoder")),
-           **original_names.text_encoder_2(empty("text_encoder_2"))}
+    got = {
+        **original_names.unet(empty("unet")),
+        **original_names.vae(empty("vae"), levels=4),
+        **original_names.text_encoder(empty("text_encoder")),
+        **original_names.text_encoder_2(empty("text_encoder_2")),
+    }
     want = {k: v for k, v in facts("single_file_keys").items() if single_file.UNUSED.match(k) is None}
     assert {k: list(v.shape) for k, v in got.items()} == want
 
@@ -131,7 +141,8 @@ STRANGERS = {
     "unet": ({"conv_in.weight": 1, "add_embedding.linear_1.weight": 1}, "one part"),
     "other": ({"a": 1}, "no SDXL checkpoint"),
     "half": ({"model.diffusion_model.out.2.bias": 1, "first_stage_model.quant_conv.bias": 1}, "incomplete"),
-    "v": ({"v_pred": 1, "model.diffusion_model.out.2.bias": 1}, "v-prediction")}
+    "v": ({"v_pred": 1, "model.diffusion_model.out.2.bias": 1}, "v-prediction"),
+}
 
 
 @pytest.mark.parametrize("name", STRANGERS)
@@ -148,8 +159,14 @@ def test_pickles_and_broken_files_are_refused(tmp_path):
     (tmp_path / "p.ckpt").write_bytes(pickle.dumps({"a": 1}))
     torch.save({"a": torch.zeros(1)}, tmp_path / "zip.ckpt")
     (tmp_path / "empty.safetensors").touch()
-    for name, what in (("cut.safetensors", "cut short"), ("p.ckpt", "a pickle"), ("zip.ckpt", "a pickle"), ("empty.safetensors", "not a readable"),
-                       ("whole.safetensors", "--base"), ("missing.safetensors", "no such")):
+    for name, what in (
+        ("cut.safetensors", "cut short"),
+        ("p.ckpt", "a pickle"),
+        ("zip.ckpt", "a pickle"),
+        ("empty.safetensors", "not a readable"),
+        ("whole.safetensors", "--base"),
+        ("missing.safetensors", "no such"),
+    ):
         with pytest.raises(ValueError, match=f"{name}.*{what}"):
             weights.find(tmp_path / name)
     lacks = one_file(tmp_path / "lacks.safetensors", lambda t: {k: v for k, v in t.items() if "output_blocks.8.0.in_layers.2" not in k})
@@ -166,6 +183,7 @@ def test_broken_folders_are_refused(tmp_path):
         shutil.copytree(MINIATURE, folder)
         change(folder)
         return folder
+
     edit = lambda file, **values: lambda folder: (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | values))
 
     def pickles(folder):
@@ -174,13 +192,17 @@ def test_broken_folders_are_refused(tmp_path):
     def escape(folder):
         (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
         (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
-    for change, what in ((lambda f: (f / "unet" / "config.json").write_text("{"), "unet/config.json: not valid JSON"),
-                         (lambda f: shutil.rmtree(f / "vae"), "vae/config.json: missing"),
-                         (lambda f: shutil.rmtree(f / "tokenizer_2"), "tokenizers cannot be read"),
-                         (pickles, "a pickle"), (escape, "names no files beside it"),
-                         (edit("scheduler/scheduler_config.json", prediction_type="v_prediction"), "v_prediction"),
-                         (edit("model_index.json", text_encoder=[None, None]), "refiner"),
-                         (edit("unet/config.json", block_out_channels=[64, 128, 256]), "do not fit"),
-                         (edit("text_encoder/config.json", num_hidden_layers=4), "do not fit")):
+
+    for change, what in (
+        (lambda f: (f / "unet" / "config.json").write_text("{"), "unet/config.json: not valid JSON"),
+        (lambda f: shutil.rmtree(f / "vae"), "vae/config.json: missing"),
+        (lambda f: shutil.rmtree(f / "tokenizer_2"), "tokenizers cannot be read"),
+        (pickles, "a pickle"),
+        (escape, "names no files beside it"),
+        (edit("scheduler/scheduler_config.json", prediction_type="v_prediction"), "v_prediction"),
+        (edit("model_index.json", text_encoder=[None, None]), "refiner"),
+        (edit("unet/config.json", block_out_channels=[64, 128, 256]), "do not fit"),
+        (edit("text_encoder/config.json", num_hidden_layers=4), "do not fit"),
+    ):
         with pytest.raises(ValueError, match=what):
             SDXL.load(broken(change), device="cpu")
