@@ -88,13 +88,35 @@ def features(model, clip, x_0, checkpointing: bool = False):
     return torch.utils.checkpoint.checkpoint(look, x_0, use_reentrant=False) if checkpointing else look(x_0)
 
 
-def directions(f, k: int):
-    """Principal directions of features f (n, d): v (k, d), unit length; their standard deviations (k,); their shares of the
-    whole variance (k,). Each points where its skewness is positive, so that a rerun has no other signs."""
+def directions(f, k: int, independent: bool = False):
+    """Directions in which features f (n, d) spread: v (k, d), unit length; their standard deviations (k,); their shares of the
+    whole variance (k,). Each points where its skewness is positive, so that a rerun has no other signs.
+
+    The k principal directions, as the paper has it; with `independent` they are turned, within their span, to the ones along which
+    the pictures vary independently (`turned`)."""
     centred = (f - f.mean(0)).double()
     _, S, Vh = torch.linalg.svd(centred, full_matrices=False)
-    v = Vh[:k] * torch.sign((centred @ Vh[:k].T).pow(3).sum(0))[:, None]
-    return v.float(), (S[:k] / (len(f) - 1) ** 0.5).float(), (S.square() / S.square().sum())[:k].float()
+    along = S[:k, None] / (len(f) - 1) ** 0.5 * Vh[:k]  # (k, d): each direction as long as its standard deviation
+    if independent:
+        along = turned(centred @ torch.linalg.pinv(along)) @ along
+        along = along[along.norm(dim=1).argsort(descending=True)]
+    along = along * torch.sign((centred @ torch.linalg.pinv(along)).pow(3).sum(0))[:, None]
+    sigma = along.norm(dim=1)
+    return (along / sigma[:, None]).float(), sigma.float(), (sigma.square() * (len(f) - 1) / S.square().sum()).float()
+
+
+def turned(z, rounds: int = 200):
+    """The rotation R (k, k) that makes the columns of z R^T as unlike a normal distribution as it can be, each on its own, z (n, k)
+    being of unit variance and uncorrelated: independent component analysis (FastICA with the kurtosis, Hyvarinen 1999, eq. (20)).
+
+    Why: PCA can't tell apart directions of like variance, and returns any mixture of them: "smiling with dark skin". A mixture of
+    independent causes is nearer to normal than the causes are: what is least normal is one cause alone."""
+    R, _ = torch.linalg.qr(torch.randn(z.shape[1], z.shape[1], generator=torch.Generator().manual_seed(0), dtype=z.dtype))
+    for _ in range(rounds):
+        steps = ((z @ R.T) ** 3).T @ z / len(z) - 3 * R  # each row towards a larger kurtosis, or a smaller one
+        U, _, Vh = torch.linalg.svd(steps)
+        R = U @ Vh  # the nearest rotation
+    return R
 
 
 # ---------------------------------------------------------------------------------------------- student
@@ -274,6 +296,7 @@ def parse_args():
     p.add_argument("--train-samples", type=int, default=128, help="of them, pictures whose x_t are trained on (default: %(default)s)")
     p.add_argument("--per-sample", type=int, default=4, help="x_t kept from each (default: %(default)s)")
     p.add_argument("--clip", help="CLIP, a folder or Hub id (default: the miniature's own, for the miniature)")
+    p.add_argument("--principal", action="store_true", help="principal directions as they are, as the paper has it, not turned to independent ones")
     p.add_argument("--words", help="file of words, one a line, to name directions with (default: the miniature's words; a short list)")
     p.add_argument(
         "--denoising-steps", type=cli.steps, default=20, help="their number (default: %(default)s), or the levels of a distilled model: 999,749,499,249"
@@ -328,7 +351,7 @@ def main():
     )
     with torch.no_grad():
         f = torch.cat([features(model, clip, z) for z in tqdm(samples.x_0.split(batch), unit="batch", desc="features")])
-    v, sigma, share = directions(f, args.sliders)
+    v, sigma, share = directions(f, args.sliders, not args.principal)
     hints = names(encode, args.prompt[0], words, v)
     print(f"{args.sliders} directions hold {share.sum():.0%} of the variance of {args.samples} pictures' features")
 

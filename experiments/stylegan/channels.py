@@ -1,0 +1,98 @@
+"""Which style channel moves what?  python -m experiments.stylegan.channels   (some minutes)
+
+Every channel of the style space, one at a time, is moved by --by standard deviations either way in a few faces, and the measuring stick
+reads the pictures. The channels that move one attribute alone are looked at again with faces of their own, so that what is reported
+is not what happened to look best, and written to experiments/results/stylegan_channels.json.
+
+Beside the measuring stick's attributes stands the colour of the shirt, which no caption of the drawn world has a word for.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import cli
+from experiments.common import RESULTS
+from experiments.stylegan.generator import Generator, Z
+from experiments.stylegan.train import enlarged, load
+from miniature import effect, world
+
+SHIRT = (40, 220)  # the range of each of its colours (world.sample)
+
+
+def read(drawn) -> dict[str, np.ndarray]:
+    """The measuring stick's attributes, and the mean red, green and blue of the shirt: {attribute: array (N,)}."""
+    shirt = np.stack([np.asarray(p)[120:, 48:80].reshape(-1, 3).mean(0) for p in drawn])
+    return effect.attributes(drawn) | {f"shirt {colour}": shirt[:, i] for i, colour in enumerate(("red", "green", "blue"))}
+
+
+def span(name: str) -> float:
+    low, high = SHIRT if name.startswith("shirt") else world.RANGES.get(name, (0, 1))
+    return high - low
+
+
+class Faces:
+    """count faces of G, their styles and noise held fixed, drawn again with a channel moved."""
+
+    def __init__(self, G: Generator, count: int, seed: int, truncation: float = 0.7):
+        random = torch.Generator().manual_seed(seed)
+        self.G, self.styles = G, G.styles(G.w(torch.randn(count, Z, generator=random), truncation))
+        self.noise = G.noise(count, random)
+        many = G.styles(G.w(torch.randn(4096, Z, generator=random)))
+        self.sigma = [s.std(0) for s in many]  # of each channel of each layer
+
+    @torch.no_grad()
+    def drawn(self, layer: int = 0, channel: int = 0, by: float = 0.0, rows=slice(None)):
+        """Pictures with that channel moved by `by` standard deviations."""
+        styles = [s[rows].clone() for s in self.styles]
+        styles[layer][:, channel] += by * self.sigma[layer][channel]
+        return enlarged(self.G.synthesis(styles, [n[rows] for n in self.noise]))
+
+
+def moves(faces: Faces, layer: int, channel: int, by: float) -> dict[str, float]:
+    """{attribute: its mean change from -by to +by standard deviations, as a share of its range}."""
+    low, high = (read(faces.drawn(layer, channel, sign * by)) for sign in (-1, 1))
+    return {name: float((high[name] - low[name]).mean()) / span(name) for name in low}
+
+
+def related(one: str, other: str) -> bool:
+    """Words of one attribute: red hair takes from black hair."""
+    return " " in one and " " in other and one.split()[0] == other.split()[0]
+
+
+def summary(found: dict[str, float]) -> dict:
+    """What moves most, and what else does: {"attribute", "moved" (signed), "other", "other_moved"}."""
+    most = max(found, key=lambda name: abs(found[name]))
+    others = {name: abs(v) for name, v in found.items() if name != most and not related(name, most)}
+    other = max(others, key=others.get)
+    return {"attribute": most, "moved": found[most], "other": other, "other_moved": others[other]}
+
+
+def main():
+    p = cli.plain_parser(__doc__)
+    p.add_argument("--by", type=float, default=5.0, help="standard deviations, either way (default: %(default)s)")
+    p.add_argument("--faces", type=int, default=12, help="faces that every channel is tried on (default: %(default)s)")
+    p.add_argument("--again", type=int, default=48, help="other faces for the best channels (default: %(default)s)")
+    p.add_argument("--best", type=int, default=40, help="channels looked at again (default: %(default)s)")
+    p.add_argument("--out", default=str(RESULTS / "stylegan_channels.json"), help="default: %(default)s")
+    args = p.parse_args()
+    G, out = load(), Path(args.out)
+    faces, others = Faces(G, args.faces, seed=10), Faces(G, args.again, seed=11)
+    every = [(layer, channel) for layer, s in enumerate(faces.styles) for channel in range(s.shape[1])]
+    found = [summary(moves(faces, layer, channel, args.by)) | {"layer": layer, "channel": channel} for layer, channel in tqdm(every, unit="channel")]
+    alone = lambda row: abs(row["moved"]) - 2 * row["other_moved"]
+    best = sorted(found, key=alone, reverse=True)[: args.best]
+    best = [summary(moves(others, row["layer"], row["channel"], args.by)) | {k: row[k] for k in ("layer", "channel")} for row in tqdm(best, unit="channel")]
+    best.sort(key=alone, reverse=True)
+    cli.write_text(out, json.dumps({"by": args.by, "channels": len(every), "best": best}, indent=1))
+    for row in best:
+        print(
+            f"layer {row['layer']:2} channel {row['channel']:3}  {row['attribute']:16} {row['moved']:+6.0%}   then {row['other']:16} {row['other_moved']:5.0%}"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)

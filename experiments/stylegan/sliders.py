@@ -1,0 +1,101 @@
+"""From a StyleGAN neuron to a slider (the paper's Figure 5):  python -m experiments.stylegan.sliders   (some minutes a channel)
+
+A style channel that moves one thing in the generator's faces is moved either way in --count of them; the pairs so drawn train a
+visual slider by the command that anybody would use, train_pairs.py; and the slider is measured on the miniature SDXL with seeds and
+prompts of its own. By default the best channel of each attribute that channels.py found, two attributes of most effect and the shirt.
+
+    python -m experiments.stylegan.sliders --channel 5.12 --attribute eye_size        another one
+    python -m experiments.stylegan.sliders --channel 5.12 --attribute eye_size --only-pairs pairs       only draw the pairs
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import cli
+import lora
+import pictures
+from experiments.common import RESULTS, Lab
+from experiments.stylegan.channels import Faces, read, related, span
+from experiments.stylegan.train import load
+from miniature import effect
+
+SCALES = [-3, -2, -1, 0, 1, 2, 3]
+ROOT = Path(__file__).parent.parent.parent
+
+
+def draw_pairs(layer: int, channel: int, by: float, count: int, folder: Path):
+    """folder/neg and folder/pos: `count` faces of the generator with the channel moved by -by and by +by standard deviations."""
+    faces = Faces(load(), count, seed=20)
+    for name, sign in (("neg", -1), ("pos", 1)):
+        for i, picture in enumerate(faces.drawn(layer, channel, sign * by)):
+            pictures.save(picture, folder / name / f"{i:03}.png")
+
+
+def measured(tables, attribute: str) -> dict:
+    """tables: what `read` says of the pictures at each scale."""
+    means = {name: np.array([t[name].mean() for t in tables]) for name in tables[0]}
+    moved = {name: float(np.ptp(m)) / span(name) for name, m in means.items()}
+    others = {name: v for name, v in moved.items() if name != attribute and not related(name, attribute)}
+    other = max(others, key=others.get)
+    steps = np.diff(means[attribute])
+    return {
+        "means": means[attribute].round(3).tolist(),
+        "moved": moved[attribute],
+        "monotonic": bool((steps > 0).all() or (steps < 0).all()),
+        "other": other,
+        "other_moved": others[other],
+    }
+
+
+def main():
+    def options(p):
+        p.add_argument("--channel", action="append", default=[], metavar="LAYER.CHANNEL", help="may be repeated, each with its --attribute")
+        p.add_argument("--attribute", action="append", default=[], help="what it moves, as channels.py calls it")
+        p.add_argument("--by", type=float, default=5.0, help="standard deviations, either way (default: %(default)s)")
+        p.add_argument("--count", type=int, default=24, help="pairs (default: %(default)s)")
+        p.add_argument("--only-pairs", metavar="DIR", help="draw the pairs of one channel there, and train nothing")
+
+    lab = Lab(__doc__, "stylegan", options, count=64)
+    args = lab.args
+    if len(args.channel) != len(args.attribute):
+        raise ValueError("--attribute is needed for each --channel: what it moves, as channels.py calls it")
+    chosen = [(*map(int, c.split(".")), a) for c, a in zip(args.channel, args.attribute)]
+    if not chosen:
+        best = {}
+        for row in json.loads((RESULTS / "stylegan_channels.json").read_text())["best"]:
+            best.setdefault(row["attribute"], row)
+        shirt = [r for name, r in best.items() if name.startswith("shirt")][:1]
+        chosen = [(r["layer"], r["channel"], r["attribute"]) for r in [r for name, r in best.items() if not name.startswith("shirt")][:2] + shirt]
+    if args.only_pairs:
+        return draw_pairs(*chosen[0][:2], args.by, args.count, Path(args.only_pairs))
+    rows, names = [], []
+    for layer, channel, attribute in chosen:
+        name = f"{attribute}: layer {layer}, channel {channel}"
+        pairs = Path(args.sliders) / f"stylegan_{layer}.{channel}"
+        file = pairs.with_suffix(f".{channel}.safetensors")
+        if not file.exists():
+            draw_pairs(layer, channel, args.by, args.count, pairs)
+            command = ["train_pairs.py", "--neg", pairs / "neg", "--pos", pairs / "pos", "--prompt", "a photo of a person", "--out", file, "--seed", lab.seed]
+            print(" ".join(map(str, command)), flush=True)
+            subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
+        slider = lora.load(file, lab.model.unet)
+
+        def measure():
+            tables = [read(column) for column in lab.draw([[(slider, s)] for s in SCALES])]
+            faces = Faces(load(), len(SCALES), seed=21)
+            gan = [read(faces.drawn(layer, channel, args.by * s / 3)) for s in SCALES]
+            return {"slider": measured(tables, attribute), "generator": measured(gan, attribute), "prompts": effect.PROMPTS}
+
+        lab.once(name, measure)
+        faces = Faces(load(), 1, seed=22)
+        rows += [[faces.drawn(layer, channel, args.by * s / 3)[0] for s in SCALES], [column[0] for column in lab.draw([[(slider, s)] for s in SCALES])]]
+        names += [f"channel {layer}.{channel}", attribute.replace("_", " ")]
+    pictures.save(pictures.sheet(rows, [pictures.label(s) for s in SCALES], names), lab.path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    cli.run(main)

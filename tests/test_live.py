@@ -1,0 +1,60 @@
+"""The page that draws while one drags: what it answers, to whom, and what it refuses."""
+
+import io
+import threading
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import live
+import lora
+import slider
+
+
+@pytest.fixture(scope="module")
+def served(model):
+    one = lora.Slider(lora.target_layers(model.unet, "xattn")).requires_grad_(False)
+    for name, p in one.named_parameters():
+        p.data.normal_(std=0.3) if "lora_up" in name else None
+    serving = live.server(model, {"one": one}, "a person", 0, steps=2, guidance=1.0)
+    threading.Thread(target=serving.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{serving.server_port}", one
+    serving.shutdown()
+
+
+def get(address, **headers):
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    return opener.open(urllib.request.Request(address, headers=headers), timeout=60)
+
+
+def test_what_is_asked_for_is_drawn(model, served):
+    address, one = served
+    for scale, prompt in ((0.0, "a person"), (2.0, "a hat")):
+        answer = get(f"{address}/picture?seed=3&s0={scale}&prompt={prompt.replace(' ', '%20')}")
+        seen = np.asarray(Image.open(io.BytesIO(answer.read())))
+        expected = slider.generate(model, prompt, [3], [(one, scale)], steps=2, guidance=1.0)[0]
+        assert np.array_equal(seen, np.asarray(expected))
+    assert not one.handles  # the model is left as it was
+
+
+def test_the_page_names_the_sliders(served):
+    text = get(served[0]).read().decode()
+    assert '"names": ["one"]' in text and "http" not in text.split("<script>")[1]
+
+
+@pytest.mark.parametrize("path, status", [("/picture?seed=-1", 400), ("/picture?s0=x", 400), ("/picture?s0=nan", 400), ("/etc/passwd", 404)])
+def test_nonsense_is_answered_and_the_server_goes_on(served, path, status):
+    with pytest.raises(urllib.error.HTTPError) as error:
+        get(served[0] + path)
+    assert error.value.code == status
+    assert get(served[0]).status == 200
+
+
+def test_pages_elsewhere_cannot_ask(served):
+    """A name of somebody else's that leads to this machine."""
+    with pytest.raises(urllib.error.HTTPError) as error:
+        get(served[0], Host="evil.example:8000")
+    assert error.value.code == 403
