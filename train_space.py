@@ -32,7 +32,7 @@ import unfinished
 from unfinished import Unfinished
 
 SCALES = [-2.0, -1.0, 0.0, 1.0, 2.0]
-HELD_OUT = 8  # x_t that only the meter sees
+HELD_OUT = 8  # pictures whose x_t only the meter sees
 
 
 # ---------------------------------------------------------------------------------------------- teacher
@@ -124,19 +124,20 @@ def turned(z, rounds: int = 200):
 
 class Space:
     """k sliders of rank r as one lora.Slider of rank k r, and what they are trained on: row number -> (x_t, direction, sign). The last
-    HELD_OUT x_t are the meter's alone."""
+    HELD_OUT pictures' x_t are the meter's alone."""
 
     def __init__(self, model, clip, samples: Samples, cond, uncond, v, *, rank: int, guidance: float, checkpointing: bool, batch: int):
         self.model, self.clip, self.cond, self.uncond, self.v, self.rank, self.guidance = model, clip, cond, uncond, v, rank, guidance
         self.x_t, self.t = samples.x_t.flatten(0, 1), samples.t.flatten(0, 1)  # (N, 4, h, w), (N,)
         self.prompt = samples.prompt.repeat_interleave(samples.x_t.shape[1])
-        self.checkpointing, self.k = checkpointing, len(v)
+        self.checkpointing, self.k, self.m = checkpointing, len(v), samples.x_t.shape[1]
+        self.n = len(self.x_t) - HELD_OUT * self.m  # x_t to train on
         with torch.no_grad():
             every = torch.arange(len(self.x_t)).split(batch)
             self.f_0 = torch.cat([features(model, clip, self.predicted(rows)) for rows in tqdm(every, unit="batch", desc="teacher")])  # (N, d)
 
     def __len__(self):
-        return 2 * self.k * (len(self.x_t) - HELD_OUT)  # every x_t with every direction, either way
+        return 2 * self.k * self.n  # every x_t with every direction, either way
 
     def predicted(self, rows):
         """The latents x_0 (b, 4, h, w) that the UNet, as it is now, predicts from x_t[rows]."""
@@ -155,15 +156,15 @@ class Space:
         return f - self.f_0[x], sign.to(f)[:, None] * self.v[i]
 
     def loss(self, slider, rows):
-        n = len(self.x_t) - HELD_OUT
-        return 1 - F.cosine_similarity(*self.change(slider, rows % n, rows // n % self.k, 1.0 - 2.0 * (rows // n // self.k)), dim=-1)
+        x, i, way = rows % self.n, rows // self.n % self.k, rows // self.n // self.k
+        return 1 - F.cosine_similarity(*self.change(slider, x, i, 1.0 - 2.0 * way), dim=-1)
 
     @torch.no_grad()
     def meter(self, slider, batch: int) -> dict:
         """On the x_t held out: the mean cosine of each slider's change with its direction; share: the mean way along it, in units
         of the features' own length."""
-        n = len(self.x_t)
-        every = torch.cartesian_prod(torch.tensor([1, -1]), torch.arange(self.k), torch.arange(n - HELD_OUT, n))  # (2 k HELD_OUT, 3)
+        x = torch.tensor([self.n + i * self.m + i % self.m for i in range(HELD_OUT)])  # one x_t of each picture, of all levels alike
+        every = torch.cartesian_prod(torch.tensor([1, -1]), torch.arange(self.k), x)  # (2 k HELD_OUT, 3)
         with slider.at(0.0):
             change, goal = (torch.cat(part) for part in zip(*(self.change(slider, x, i, sign) for sign, i, x in (part.T for part in every.split(batch)))))
         cosine = F.cosine_similarity(change, goal, dim=-1).view(2, self.k, HELD_OUT).mean((0, 2))
@@ -318,8 +319,8 @@ def parse_args():
 def main():
     args = parse_args()
     training.check_numbers(args, "sliders", "samples", "train_samples", "per_sample", "guidance", "train_guidance")
-    if min(args.samples, args.train_samples) * args.per_sample <= HELD_OUT:
-        raise ValueError(f"--train-samples {args.train_samples}: more than {HELD_OUT} x_t are needed, {HELD_OUT} of them for the meter alone")
+    if min(args.samples, args.train_samples) <= HELD_OUT:
+        raise ValueError(f"--train-samples {min(args.samples, args.train_samples)}: more than {HELD_OUT} are needed, {HELD_OUT} of them for the meter alone")
     if args.samples <= args.sliders:
         raise ValueError(f"--samples {args.samples}: more pictures than --sliders {args.sliders} are needed")
     out, started = Path(args.out), time.time()

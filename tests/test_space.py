@@ -37,6 +37,21 @@ def test_directions_of_a_known_spread():
     assert share.sum() == pytest.approx((spread[:3].square().sum() / spread.square().sum()).item(), abs=0.01)
 
 
+def test_independent_directions_are_the_causes_and_principal_ones_mixtures():
+    """Four causes of like strength, on and off or evenly spread, along axes of their own: only the independent directions find these."""
+    g = torch.Generator().manual_seed(1)
+    axes, _ = torch.linalg.qr(torch.randn(10, 10, generator=g))
+    causes = torch.cat([(torch.rand(20_000, 2, generator=g) < 0.3).float() / 0.21**0.5, torch.rand(20_000, 2, generator=g) * 12**0.5], 1)
+    f = causes * torch.tensor([1.02, 1.01, 1.0, 0.99]) @ axes[:4] + 0.1 * torch.randn(20_000, 10, generator=g)
+    best = lambda v: (v @ axes[:4].T).abs().max(1)
+    v, sigma, share = train_space.directions(f, 4, independent=True)
+    assert best(v)[0].min() > 0.99 and best(v)[1].sort()[0].tolist() == [0, 1, 2, 3]
+    assert best(train_space.directions(f, 4)[0])[0].min() < 0.95
+    assert torch.allclose(sigma, torch.tensor([1.02, 1.01, 1.0, 0.99]), rtol=0.05) and 0.9 < share.sum() < 1
+    v_again, _, _ = train_space.directions(f, 4, independent=True)
+    assert torch.equal(v, v_again)
+
+
 def test_one_sample_one_slider_of_the_bank(model, inputs):
     """Each row of a batch with another of three sliders of rank 2, forwards and backwards: as with that slider alone."""
     layers = lora.target_layers(model.unet, "all")
@@ -91,7 +106,7 @@ def test_samples_survive_a_stop_and_x_t_lie_on_the_way(model, conds, tmp_path, m
 
 
 def test_the_gradient_through_unet_vae_and_clip_agrees_with_finite_differences(model, conds, tmp_path):
-    samples = collect(model, conds, tmp_path, samples=6)
+    samples = collect(model, conds, tmp_path, samples=10)
     unet = UNet(model.unet.config).double().requires_grad_(False)
     unet.load_state_dict(model.unet.state_dict())
     twin = copy(model)
@@ -168,7 +183,7 @@ def test_words_that_lie_along_a_direction_are_named(model):
 
 def test_guidance_in_the_predicted_picture(model, conds, tmp_path):
     """x_0 from eps_u + g (eps_c - eps_u), each sample at a level of its own, against the two predictions made one by one."""
-    samples = collect(model, conds, tmp_path)
+    samples = collect(model, conds, tmp_path, samples=10)
     space = train_space.Space(model, vision_tower(), samples, *conds, torch.eye(128)[:2], rank=1, guidance=3.0, checkpointing=False, batch=4)
     with torch.no_grad():
         found = space.predicted(torch.tensor([0, 3]))
