@@ -4,6 +4,7 @@
 # make coverage   all tests once more, with what they leave out of the core
 # make test-full  the checks on full-size SDXL with random weights (20 GB of memory and of disk, some minutes)
 # make test-oldest  loading and prompts with the oldest supported transformers
+# make docs-check  run the commands and the exercises that README and docs give (a quarter of an hour)
 # make bench      timings and memory against diffusers, peft and the published training loop (an hour or so)
 # make experiments  the experiments of the paper (two hours at most; what is done is kept)
 # make miniature  train the miniature again from nothing (hours), resumable
@@ -12,7 +13,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test lint coverage test-full test-oldest bench experiments miniature clean
+.PHONY: demo test lint coverage docs-check test-full test-oldest bench experiments miniature clean
 
 $(VENV)/run.stamp: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +38,9 @@ lint: $(VENV)/test.stamp
 coverage: $(VENV)/test.stamp
 	$(PY) -m coverage run -m pytest -q tests
 	$(PY) -m coverage report
+
+docs-check: $(VENV)/test.stamp
+	$(PY) tests/docs_check.py
 
 test-full: $(VENV)/test.stamp
 	FULL_SIZE=1 $(PY) -m pytest -q -s tests/test_full_size.py

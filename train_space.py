@@ -224,8 +224,8 @@ def learn(
 @torch.no_grad()
 def calibrate(model, clip, slider, v, sigma: float, cond, uncond, *, seeds: int, size, batch: int, **settings) -> float:
     """The factor for the slider's alpha with which scale 1 moves drawn pictures by one standard deviation sigma along v: what the
-    loss leaves open is how far. Found between scales that are drawn; at most 8."""
-    tried = [0.0, 1.0, 2.0, 4.0, 8.0]
+    loss leaves open is how far. Found between scales that are drawn; at most 16."""
+    tried = [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0]
     x_T = sampler.noise(range(seeds), model.latent_shape(size), model.device, model.dtype)
     scales = [-s for s in tried[:0:-1]] + tried
     drawn = dict(sampler.sweep(model.unet, x_T, cond, uncond, [[(slider, s)] for s in scales], alpha_bar=model.alpha_bar, batch=batch, **settings))

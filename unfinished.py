@@ -103,7 +103,9 @@ def same(folder: Path, settings: dict) -> Unfinished:
         return Unfinished(folder, settings)
     before = json.loads((folder / "settings.json").read_text())
     if other := [k for k in settings if json.loads(json.dumps(settings[k])) != before.get(k)]:
-        raise ValueError(f"{folder}: was begun with --{other[0].replace('_', '-')} {before.get(other[0])}, not {settings[other[0]]}")
+        raise ValueError(
+            f"{folder}: was begun with --{other[0].replace('_', '-')} {before.get(other[0])}, not {settings[other[0]]}: delete it, or name another --out"
+        )
     return Unfinished(folder)
 
 

@@ -2,8 +2,10 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -223,16 +225,49 @@ BAD = [
 
 
 @pytest.mark.parametrize("command, names", BAD, ids=[" ".join(c[-2:]) for c, _ in BAD])
-def test_bad_input_is_one_clear_line(command, names):
+def test_bad_input_is_one_clear_line(command, names, monkeypatch, capsys):
+    """In this process, which has everything imported already."""
     before = {f: f.stat().st_mtime_ns for f in ROOT.glob("*.*")}
-    done = run(*command)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert names in last and "error: " in last, done.stderr
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # cli.run sets it: put back
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(command[0], run_name="__main__")
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2 and names in last and "error: " in last, last
     assert {f: f.stat().st_mtime_ns for f in ROOT.glob("*.*")} == before
 
 
-@pytest.mark.parametrize("script", ["train_text.py", "train_pairs.py", "slider.py"])
-def test_help(script):
-    done = run(script, "--help")
-    assert done.returncode == 0 and "--model" in done.stdout and "default" in done.stdout
+@pytest.mark.parametrize(
+    "command, names", [([*TRAIN, "--frobnicate"], "--frobnicate"), ([*DRAW, "--slider", "README.md"], "README.md"), (PAIRS, "two folders")]
+)
+def test_nor_is_there_a_traceback(command, names):
+    done = run(*command)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and names in done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("script", ["train_text.py", "train_pairs.py", "train_space.py", "slider.py", "live.py"])
+def test_help(script, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(script, run_name="__main__")
+    out = capsys.readouterr().out
+    assert stopped.value.code == 0 and "--model" in out and "default" in out and "None)" not in out
+
+
+def test_a_space_of_sliders(tmp_path):
+    """Discovered, written with what they are, refused where they would replace others, goes on with --resume, and used as a folder."""
+    command = ["train_space.py", "--prompt", "a photo of a person", "--sliders", 2, "--samples", 12, "--train-samples", 10, "--per-sample", 2,
+               "--denoising-steps", 4, "--steps", 2, "--out", tmp_path / "space"]  # fmt: skip
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert {f.name for f in (tmp_path / "space").iterdir()} == {"1.safetensors", "2.safetensors", "space.json", "sheet.png", "samples"}
+    with safe_open(tmp_path / "space" / "1.safetensors", "pt") as f:
+        assert f.metadata()["kind"] == "space slider" and len(json.loads(f.metadata()["v"])) == 128 and "words" in f.metadata()
+    again = run(*command)
+    assert again.returncode == 2 and "space.json: is there already: --overwrite replaces it" in again.stderr
+    other = run(*command, "--overwrite", "--seed", 1)
+    assert other.returncode == 2 and "samples: was begun with --seed 0, not 1" in other.stderr
+    drawn = run(*DRAW, "--slider", tmp_path / "space", "--each", "--scales", "-1,1", "--seeds", 0, "--steps", 3, "--out", tmp_path / "drawn")
+    assert drawn.returncode == 0 and (tmp_path / "drawn" / "each_seed0.png").exists(), drawn.stderr

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 Z, W = 64, 128
-CHANNELS = {4: 128, 8: 128, 16: 64, 32: 32, 64: 16}  # side of the feature map -> its channels, as many in the discriminator
+CHANNELS = {4: 128, 8: 128, 16: 64, 32: 32, 64: 16}  # side of the feature map -> its channels
 SIZE = max(CHANNELS)
 
 
@@ -28,18 +28,6 @@ class Linear(nn.Module):
 
     def forward(self, x):
         return F.linear(x, self.weight * self.gain, self.bias * self.rate)
-
-
-class Conv(nn.Module):
-    """Convolution with equalised learning rate, for the discriminator."""
-
-    def __init__(self, c_in: int, c_out: int, kernel: int, bias: bool = True):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(c_out, c_in, kernel, kernel)), nn.Parameter(torch.zeros(c_out)) if bias else None
-        self.gain = 1 / math.sqrt(c_in * kernel * kernel)
-
-    def forward(self, x):
-        return F.conv2d(x, self.weight * self.gain, self.bias, padding=self.weight.shape[-1] // 2)
 
 
 class ModulatedConv(nn.Module):
@@ -107,10 +95,9 @@ class Generator(nn.Module):
         """Everything that has a style: the convolutions, then the ones to RGB, each from coarse to fine."""
         return [c.conv for c in self.convs] + list(self.to_rgb)
 
-    def styles(self, w, other=None, crossover: int = 0) -> list[torch.Tensor]:
-        """w (B, 128) -> the style of each layer, (B, c_in). Style mixing: layers as fine as convolution `crossover` and finer take `other`."""
-        place = list(range(len(self.convs))) + [2 * i for i in range(len(self.to_rgb))]  # a layer to RGB is as fine as the convolution before it
-        return [layer.affine(w if other is None or at < crossover else other) for layer, at in zip(self.layers, place)]
+    def styles(self, w) -> list[torch.Tensor]:
+        """w (B, 128) -> the style of each layer, (B, c_in)."""
+        return [layer.affine(w) for layer in self.layers]
 
     def noise(self, count: int, generator=None) -> list[torch.Tensor]:
         """A noise picture for each convolution."""
@@ -133,23 +120,15 @@ class Generator(nn.Module):
         return self.synthesis(self.styles(self.w(z)), noise or self.noise(len(z)))
 
 
-class Discriminator(nn.Module):
-    """Residual, downwards through the same resolutions; pictures (B, 3, 64, 64) -> (B,)."""
+class Encoder(nn.Module):
+    """Pictures (B, 3, 64, 64) -> mean and log variance of z, (B, 64) each. Only training needs it."""
 
     def __init__(self):
         super().__init__()
-        c = list(CHANNELS.values())[::-1]
-        self.from_rgb = Conv(3, c[0], 1)
-        self.blocks = nn.ModuleList([nn.ModuleList([Conv(a, a, 3), Conv(a, b, 3), Conv(a, b, 1, bias=False)]) for a, b in zip(c, c[1:])])
-        self.last, self.hidden, self.out = Conv(c[-1] + 1, c[-1], 3), Linear(c[-1] * 16, c[-1]), Linear(c[-1], 1)
+        sizes = [3, 32, 64, 96, 128]
+        self.layers = nn.Sequential(
+            *[part for a, b in zip(sizes, sizes[1:]) for part in (nn.Conv2d(a, b, 4, 2, 1), nn.LeakyReLU(0.2))], nn.Flatten(), nn.Linear(128 * 16, 2 * Z)
+        )
 
     def forward(self, x):
-        act = lambda y: F.leaky_relu(y, 0.2) * math.sqrt(2)
-        x = act(self.from_rgb(x))
-        for first, second, skip in self.blocks:
-            x = (F.avg_pool2d(act(second(act(first(x)))), 2) + skip(F.avg_pool2d(x, 2))) / math.sqrt(2)
-        # Minibatch standard deviation: how much the pictures of a group of 4 differ is one more channel, so that copies show.
-        groups = x.view(-1, 4, *x.shape[1:]) if len(x) % 4 == 0 else x[None]
-        spread = (groups.var(1, correction=0) + 1e-8).sqrt().mean((1, 2, 3)).repeat_interleave(groups.shape[1])
-        x = torch.cat([x, spread.to(x.dtype).view(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])], 1)
-        return self.out(act(self.hidden(act(self.last(x)).flatten(1))))[:, 0].float()
+        return self.layers(x).float().chunk(2, 1)
