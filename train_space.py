@@ -32,6 +32,8 @@ import unfinished
 from unfinished import Unfinished
 
 SCALES = [-2.0, -1.0, 0.0, 1.0, 2.0]
+START = 0.1  # share of the denoising after which the sliders are on: much of what varies is decided early, the background first of all
+LAYERS, ALPHA = "noxattn", 4.0
 HELD_OUT = 8  # pictures whose x_t only the meter sees
 
 
@@ -46,6 +48,9 @@ class Samples:
     x_t: torch.Tensor  # (n, m, 4, h, w)
     t: torch.Tensor  # (n, m)
     prompt: torch.Tensor  # (n,): row of the prompts
+
+    def first(self, n: int) -> "Samples":
+        return Samples(self.x_0[:n], self.x_t[:n], self.t[:n], self.prompt[:n])
 
 
 @torch.no_grad()
@@ -222,25 +227,20 @@ def learn(
 
 
 @torch.no_grad()
-def calibrate(model, clip, slider, v, sigma: float, cond, uncond, *, seeds: int, size, batch: int, **settings) -> float:
-    """The factor for the slider's alpha with which scale 1 moves drawn pictures by one standard deviation sigma along v: what the
-    loss leaves open is how far. Found between scales that are drawn; at most 16."""
-    tried = [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0]
+def calibrate(model, clip, slider, v, sigma: float, cond, uncond, *, size, batch: int, seeds: int = 4, **settings):
+    """Make the slider so strong that scale 2 moves drawn pictures by one standard deviation sigma along v (at most 16 times stronger):
+    what the loss leaves open is how far."""
+    tried = [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
     x_T = sampler.noise(range(seeds), model.latent_shape(size), model.device, model.dtype)
     scales = [-s for s in tried[:0:-1]] + tried
     drawn = dict(sampler.sweep(model.unet, x_T, cond, uncond, [[(slider, s)] for s in scales], alpha_bar=model.alpha_bar, batch=batch, **settings))
     at = [(features(model, clip, drawn[i]) @ v).mean().item() for i in range(len(scales))]
     middle = len(tried) - 1
     reach = [(at[middle + j] - at[middle - j]) / 2 for j in range(len(tried))]  # the mean way to either end
-    return float(np.interp(sigma, np.maximum.accumulate(reach), tried))
-
-
-def scaled(slider: lora.Slider, factor: float) -> lora.Slider:
-    """The same slider, stronger by the factor at every scale."""
+    factor = float(np.interp(sigma, np.maximum.accumulate(reach), tried)) / 2
     for _, part in slider.named_children():
         part.alpha *= factor
         part.factor *= factor
-    return slider
 
 
 # ---------------------------------------------------------------------------------------------- what was found
@@ -286,7 +286,7 @@ WORDS = (
 
 
 # Defaults: what was measured to work on the miniature; of SDXL's size the published recipe's (rank 1, cross-attention alone).
-SMALL, LARGE = dict(lr=2e-3, batch=8, steps=250), dict(lr=2e-3, batch=3, steps=3000)
+SMALL, LARGE = dict(lr=2e-3, batch=8, steps=150), dict(lr=2e-3, batch=3, steps=3000)
 
 
 def parse_args():
@@ -307,12 +307,12 @@ def parse_args():
     p.add_argument(
         "--start",
         type=float,
-        default=0.3,
+        default=START,
         help="share of the denoising after which the sliders are on, in training too; 0 for a distilled model (default: %(default)s)",
     )
-    p.add_argument("--raw-scale", action="store_true", help="leave the sliders as strong as they come: scale 1 is then no standard deviation")
+    p.add_argument("--raw-scale", action="store_true", help="leave the sliders as strong as they come: scale 2 is then no standard deviation")
     training.add_options(p, SMALL, LARGE, out="space", what="folder to write")
-    p.set_defaults(layers="xattn", rank=1, dry_run=False)
+    p.set_defaults(layers=LAYERS, rank=1, alpha=ALPHA, dry_run=False)
     return p.parse_args()
 
 
@@ -358,7 +358,7 @@ def main():
 
     few = min(args.train_samples, args.samples)
     model.release(vae=False)
-    part = Samples(*(x[:few] for x in (samples.x_0, samples.x_t, samples.t, samples.prompt)))
+    part = samples.first(few)
     layers = lora.target_layers(model.unet, args.layers, not args.no_conv)
     made, reading = learn(
         model,
@@ -383,9 +383,7 @@ def main():
     found = []
     for i, slider in enumerate(made):
         if not args.raw_scale:
-            scaled(
-                slider, calibrate(model, clip, slider, v[i], sigma[i].item(), tuple(c[:1] for c in cond), uncond, seeds=4, size=size, batch=batch, **settings)
-            )
+            calibrate(model, clip, slider, v[i], sigma[i].item(), tuple(c[:1] for c in cond), uncond, size=size, batch=batch, **settings)
         about = {
             "kind": "space slider",
             "prompt": args.prompt,

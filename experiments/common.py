@@ -141,10 +141,7 @@ def moved(before, after, attribute: str) -> dict:
     a, b = effect.attributes(before), effect.attributes(after)
     span = lambda name: (lambda low_high: low_high[1] - low_high[0])(world.RANGES.get(name, (0, 1)))
     change = {name: (b[name] - a[name]) / span(name) for name in a}
-    group = attribute.split()[0] + " "  # "hair red" takes from the other colours: they are not others
-    others = {
-        name: abs(float(c.mean())) for name, c in change.items() if name not in (attribute, "malformed") and not (" " in attribute and name.startswith(group))
-    }
+    others = {name: abs(float(c.mean())) for name, c in change.items() if name not in (attribute, "malformed") and not effect.related(attribute, name)}
     worst = max(others, key=others.get)
     return {
         "moved": evaluate.interval(change[attribute]),

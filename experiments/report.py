@@ -144,6 +144,62 @@ def inversion(results: dict) -> str:
     return drawn + "\n\n" + edited
 
 
+def space(results: dict) -> str:
+    readable = lambda name: name.replace("_", " ")
+    sets = {kind: r for kind, r in results.items() if "sliders" in r}
+    alone = lambda r: sum(row["moved"] >= 2 * row["next_moved"] for row in r["sliders"])
+    in_short = table(
+        ["directions", "cosine with their own (lowest)", "between sliders", "in order over -2 ... 2", "move one attribute at least twice as far as any other"],
+        (
+            [
+                kind,
+                f"{r['mean_cosine']:.2f} ({min(row['cosine'] for row in r['sliders']):.2f})",
+                f"{r['between']:.2f}",
+                f"{sum(row['monotonic'] for row in r['sliders'])} of {len(r['sliders'])}",
+                f"{alone(r)} of {len(r['sliders'])}",
+            ]
+            for kind, r in sets.items()
+        ),
+    )
+    each = table(
+        ["", "variance", "words, as a hint", "moves most", "then", "cosine", "along its direction, -2 ... 2"],
+        (
+            [
+                i + 1,
+                f"{row['share']:.0%}",
+                "; ".join(row["words"]),
+                f"{readable(row['attribute'])} {row['moved']:.0%}",
+                f"{readable(row['next'])} {row['next_moved']:.0%}",
+                f"{row['cosine']:.2f}",
+                ", ".join(f"{a:.2f}" for a in row["along"]),
+            ]
+            for i, row in enumerate(sets["independent"]["sliders"])
+        ),
+    )
+    variety = table(
+        ["", "mean distance between two", "malformed"], ([key, f"{r['distance']:.2f}", f"{r['malformed']:.0%}"] for key, r in results["diversity"].items())
+    )
+    return "\n\n".join([in_short, "The independent ones:", each, "With all eight at random scales between -2 and 2:", variety])
+
+
+def stylegan(results: dict) -> str:
+    return table(
+        ["channel", "", "its mean, scales -3 ... 3", "moved", "in order", "most moved other"],
+        (
+            [
+                key if who == "generator" else "",
+                who,
+                ", ".join(f"{m:.{0 if 'shirt' in key else 2}f}" for m in r[who]["means"]),
+                f"{r[who]['moved']:.0%}",
+                "yes" if r[who]["monotonic"] else "no",
+                f"{r[who]['other'].replace('_', ' ')} {r[who]['other_moved']:.0%}",
+            ]
+            for key, r in results.items()
+            for who in ("generator", "slider")
+        ),
+    )
+
+
 def numbers(result, path=()) -> dict:
     """Every number of a result but the bounds of intervals: {("lpips", "mean"): 0.2, ...}."""
     if isinstance(result, dict):
@@ -185,6 +241,8 @@ def spearman(x, y) -> float:
 
 
 KINDS = {
+    "space": space,
+    "stylegan": stylegan,
     "repair": repair,
     "inversion": inversion,
     "seeds": seeds,

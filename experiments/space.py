@@ -1,10 +1,12 @@
 """SliderSpace: eight sliders from "a photo of a person", what they move, and directions at random as a control.  python -m experiments.space
 
+Three sets of directions in the same span: principal ones, as in the paper; the same turned to independent ones (train_space.turned);
+and the same turned at random, as a control.
+
 * Effect: the features of held-out seeds at scales -2 to 2, along each slider's own direction; the effect of a slider is the mean
   change of the features from -2 to 2. Its cosine with its own direction, and between the effects of different sliders.
-* Attributes (the miniature): which one each slider moves most, and by how much more than any other.
-* Diversity: mean distance of pictures, each with all sliders at random scales, against plain ones; malformed faces in both.
-* Control: directions drawn at random in the space of the same principal components.
+* Attributes (the miniature): which one each slider moves most, and the next.
+* Diversity: mean distance of pictures, each with all independent sliders at random scales, against plain ones; malformed faces in both.
 """
 
 import functools
@@ -26,12 +28,10 @@ from miniature import effect
 from unfinished import Unfinished
 
 PROMPT = "a photo of a person"
-SCALES = [-2.0, -1.0, 0.0, 1.0, 2.0]
 K, SAMPLES, TRAIN_SAMPLES = 8, 512, 128
-DRAWING = dict(steps=20, guidance=5.0, start=0.3)
 
 
-def random_directions(v, sigma, seed: int):
+def turned_at_random(v, sigma, seed: int):
     """As many directions in the span of v (k, d), drawn at random and orthogonal, and the features' standard deviation along each."""
     Q, _ = torch.linalg.qr(torch.randn(len(v), len(v), generator=torch.Generator().manual_seed(seed)))
     return Q @ v, (Q.square() @ sigma.square()).sqrt()
@@ -43,100 +43,93 @@ def mean_distance(f) -> float:
 
 
 def main():
-    lab = Lab(__doc__, "space", lambda p: p.add_argument("--clip", help="as in train_space.py"))
+    lab = Lab(__doc__, "space", lambda p: p.add_argument("--clip", help="as in train_space.py"), count=16, dtype="float32")
     model = lab.model
     clip, encode = train_space.towers(lab.args, model)
     cond, uncond = model.condition([PROMPT], lab.size), model.condition([""], lab.size)
     recipe = training.recipe(model.unet, train_space.SMALL, train_space.LARGE)
-    layers = lora.target_layers(model.unet, "xattn")
+    drawing = dict(steps=20, guidance=5.0, start=train_space.START)
+    draw = lambda seeds, columns: slider.sweep(model, PROMPT, seeds, columns, size=lab.size, **drawing)
 
     @functools.cache
-    def found():
-        """Samples, directions, their spread, hints in words."""
-        samples = train_space.collect(
-            model,
-            cond,
-            uncond,
-            Unfinished(Path(lab.args.sliders) / f"space_samples_seed{lab.seed}"),
-            samples=SAMPLES,
-            per_sample=4,
-            size=lab.size,
-            seed=lab.seed,
-            batch=32,
-            **DRAWING,
-        )
+    def samples():
+        """All of them, and their features."""
+        kept = Unfinished(Path(lab.args.sliders) / f"space_samples_seed{lab.seed}")
+        drawn = train_space.collect(model, cond, uncond, kept, samples=SAMPLES, per_sample=4, size=lab.size, seed=lab.seed, batch=32, **drawing)
         with torch.no_grad():
-            f = torch.cat([train_space.features(model, clip, z) for z in samples.x_0.split(32)])
-        v, sigma, share = train_space.directions(f, K)
-        part = train_space.Samples(*(x[:TRAIN_SAMPLES] for x in (samples.x_0, samples.x_t, samples.t, samples.prompt)))
-        words = sorted(model.known_words) if model.known_words else train_space.WORDS
-        return part, v, sigma, share, train_space.names(encode, PROMPT, words, v)
+            return drawn, torch.cat([train_space.features(model, clip, z) for z in drawn.x_0.split(32)])
 
-    def sliders_for(name, v, sigma):
-        paths = [Path(lab.args.sliders) / f"space_{name}_seed{lab.seed}_{i + 1}.safetensors" for i in range(K)]
+    def directions(kind):
+        v, sigma, share = train_space.directions(samples()[1], K, independent=kind == "independent")
+        return (*turned_at_random(v, sigma, lab.seed), None) if kind == "random" else (v, sigma, share)
+
+    def sliders_for(kind):
+        paths = [Path(lab.args.sliders) / f"space_{kind}_seed{lab.seed}_{i + 1}.safetensors" for i in range(K)]
         if not all(p.exists() for p in paths):
-            made, _ = train_space.learn(
-                model, clip, found()[0], cond, uncond, v, layers=layers, rank=1, alpha=1.0, guidance=1.0, checkpointing=False, seed=lab.seed, **recipe
-            )
-            for i, one in enumerate(made):
-                factor = train_space.calibrate(model, clip, one, v[i], sigma[i].item(), cond, uncond, seeds=4, size=lab.size, batch=32, **DRAWING)
-                lora.save(paths[i], train_space.scaled(one, factor), {"kind": "space slider"})
+            v, sigma, _ = directions(kind)
+            part = samples()[0].first(TRAIN_SAMPLES)
+            layers = lora.target_layers(model.unet, train_space.LAYERS)
+            settings = dict(layers=layers, rank=1, alpha=train_space.ALPHA, guidance=1.0, checkpointing=False, seed=lab.seed)
+            made, _ = train_space.learn(model, clip, part, cond, uncond, v, **settings, **recipe)
+            for path, one, direction, s in zip(paths, made, v, sigma):
+                train_space.calibrate(model, clip, one, direction, s.item(), cond, uncond, size=lab.size, batch=32, **drawing)
+                lora.save(path, one, {"kind": "space slider"})
         return [lora.load(p, model.unet) for p in paths]
 
+    @torch.no_grad()
     def look(drawn):
         """Features of N pictures, (N, d)."""
-        with torch.no_grad():
-            x = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1).float() / 127.5 - 1 for p in drawn])
-            return F.normalize(torch.cat([clip(part.to(model.device)).float().cpu() for part in x.split(32)]), dim=-1)
+        x = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1).float() / 127.5 - 1 for p in drawn])
+        return F.normalize(torch.cat([clip(part.to(model.device)).float().cpu() for part in x.split(32)]), dim=-1)
 
-    def measure(name):
+    def measure(kind):
         started = time.time()
-        _, v, sigma, share, hints = found()
-        if name == "random":
-            v, sigma = random_directions(v, sigma, lab.seed)
-        sliders, v, rows, effects = sliders_for(name, v, sigma), v.cpu(), [], []
+        v, _, share = directions(kind)
+        sliders, v, rows, effects = sliders_for(kind), v.cpu(), [], []
         seconds = time.time() - started
+        words = sorted(model.known_words) if model.known_words else train_space.WORDS
+        hints = train_space.names(encode, PROMPT, words, v)
         for i, one in enumerate(sliders):
-            drawn = slider.sweep(model, PROMPT, lab.seeds, [[(one, s)] for s in SCALES], size=lab.size)
+            drawn = draw(lab.seeds, [[(one, s)] for s in train_space.SCALES])
             f = [look(column) for column in drawn]
             effects.append((f[-1] - f[0]).mean(0))
             along = [float((x @ v[i]).mean()) for x in f]
-            row = {"along": along, "monotonic": bool((np.diff(along) > 0).all()), "cosine": float(F.cosine_similarity(effects[i], v[i], dim=0))}
-            if name == "found":
-                row |= {"share": float(share[i]), "words": hints[i]}
+            row = {
+                "along": along,
+                "monotonic": bool((np.diff(along) > 0).all()),
+                "cosine": float(F.cosine_similarity(effects[i], v[i], dim=0)),
+                "words": hints[i],
+            }
+            if share is not None:
+                row["share"] = float(share[i])
             if lab.small:
                 moves = {name: effect.moved(rows_of, name) for name, rows_of in effect.table(drawn).items()}
-                first, second = sorted(moves, key=moves.get, reverse=True)[:2]
+                first = max(moves, key=moves.get)
+                second = max((name for name in moves if name != first and not effect.related(first, name)), key=moves.get)
                 row |= {"attribute": first, "moved": moves[first], "next": second, "next_moved": moves[second]}
             rows.append(row)
-        cosines = F.normalize(torch.stack(effects), dim=-1) @ F.normalize(torch.stack(effects), dim=-1).T
-        other = cosines[~torch.eye(K, dtype=bool)].abs()
-        return {"sliders": rows, "mean_cosine": float(np.mean([r["cosine"] for r in rows])), "between": float(other.mean()), "seconds": seconds}
+        unit = F.normalize(torch.stack(effects), dim=-1)
+        between = (unit @ unit.T)[~torch.eye(K, dtype=bool)].abs().mean()
+        return {"sliders": rows, "mean_cosine": float(np.mean([r["cosine"] for r in rows])), "between": float(between), "seconds": seconds}
 
-    results = {name: lab.once(name, lambda: measure(name)) for name in ("found", "random")}
+    found = {kind: lab.once(kind, lambda: measure(kind)) for kind in ("independent", "principal", "random")}
 
     def diversity():
-        _, v, sigma, _, _ = found()
-        sliders, rng, plain, varied = sliders_for("found", v, sigma), np.random.default_rng(lab.seed), [], []
+        sliders, rng, varied = sliders_for("independent"), np.random.default_rng(lab.seed), []
         seeds = range(lab.seeds[0], lab.seeds[0] + 4 * len(lab.seeds))
-        plain = slider.sweep(model, PROMPT, seeds, [[]], size=lab.size)[0]
+        plain = draw(seeds, [[]])[0]
         for s in seeds:
-            varied += slider.sweep(model, PROMPT, [s], [[(one, float(rng.uniform(-2, 2))) for one in sliders]], size=lab.size)[0]
-        judged = lambda drawn: mean_distance(lab.judges.inception(drawn))
-        malformed = lambda drawn: float((effect.attributes(drawn)["malformed"] > 0.5).mean()) if lab.small else None
+            varied += draw([s], [[(one, float(rng.uniform(-2, 2))) for one in sliders]])[0]
         pictures.save(pictures.sheet([plain[:8], varied[:8]], [""] * 8, ["plain", "random"]), lab.path.with_name(lab.path.stem + "_diversity.png"))
-        return {name: {"distance": judged(drawn), "malformed": malformed(drawn)} for name, drawn in (("plain", plain), ("random sliders", varied))}
+        distance = lambda drawn: float(torch.pdist(lab.judges.inception(drawn)).mean())
+        malformed = lambda drawn: float((effect.attributes(drawn)["malformed"] > 0.5).mean()) if lab.small else None
+        return {name: {"distance": distance(drawn), "malformed": malformed(drawn)} for name, drawn in (("plain", plain), ("random sliders", varied))}
 
     lab.once("diversity", diversity)
-    _, v, sigma, _, _ = found()
-    sheet = [
-        [column[0] for column in slider.sweep(model, PROMPT, lab.seeds[:1], [[(one, s)] for s in SCALES], size=lab.size)]
-        for one in sliders_for("found", v, sigma)
-    ]
-    pictures.save(
-        pictures.sheet(sheet, [pictures.label(s) for s in SCALES], [r.get("attribute", str(i + 1)) for i, r in enumerate(results["found"]["sliders"])]),
-        lab.path.with_suffix(".png"),
-    )
+    for kind, results in found.items():
+        sheet = [[column[0] for column in draw(lab.seeds[:1], [[(one, s)] for s in train_space.SCALES])] for one in sliders_for(kind)]
+        names = [r.get("attribute", str(i + 1)).replace("_", " ") for i, r in enumerate(results["sliders"])]
+        pictures.save(pictures.sheet(sheet, [pictures.label(s) for s in train_space.SCALES], names), lab.path.with_name(f"{lab.path.stem}_{kind}.png"))
 
 
 if __name__ == "__main__":

@@ -74,6 +74,11 @@ def moved(rows, name) -> float:
     return float((means.max() - means.min()) / (high - low))
 
 
+def related(one: str, other: str) -> bool:
+    """Words of one attribute: what becomes red hair was hair of another colour."""
+    return " " in one and one.split()[0] == other.split()[0]
+
+
 def summary(table, attribute, scales=SCALES) -> dict:
     means = table[attribute].mean(1)
     others = {name: moved(rows, name) for name, rows in table.items() if name != attribute}

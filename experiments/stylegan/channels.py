@@ -58,15 +58,10 @@ def moves(faces: Faces, layer: int, channel: int, by: float) -> dict[str, float]
     return {name: float((high[name] - low[name]).mean()) / span(name) for name in low}
 
 
-def related(one: str, other: str) -> bool:
-    """Words of one attribute: red hair takes from black hair."""
-    return " " in one and " " in other and one.split()[0] == other.split()[0]
-
-
 def summary(found: dict[str, float]) -> dict:
     """What moves most, and what else does: {"attribute", "moved" (signed), "other", "other_moved"}."""
     most = max(found, key=lambda name: abs(found[name]))
-    others = {name: abs(v) for name, v in found.items() if name != most and not related(name, most)}
+    others = {name: abs(v) for name, v in found.items() if name != most and not effect.related(most, name)}
     other = max(others, key=others.get)
     return {"attribute": most, "moved": found[most], "other": other, "other_moved": others[other]}
 

@@ -19,7 +19,7 @@ import cli
 import lora
 import pictures
 from experiments.common import RESULTS, Lab
-from experiments.stylegan.channels import Faces, read, related, span
+from experiments.stylegan.channels import Faces, read, span
 from experiments.stylegan.train import load
 from miniature import effect
 
@@ -39,7 +39,7 @@ def measured(tables, attribute: str) -> dict:
     """tables: what `read` says of the pictures at each scale."""
     means = {name: np.array([t[name].mean() for t in tables]) for name in tables[0]}
     moved = {name: float(np.ptp(m)) / span(name) for name, m in means.items()}
-    others = {name: v for name, v in moved.items() if name != attribute and not related(name, attribute)}
+    others = {name: v for name, v in moved.items() if name != attribute and not effect.related(attribute, name)}
     other = max(others, key=others.get)
     steps = np.diff(means[attribute])
     return {
