@@ -3,7 +3,7 @@
 # make lint       ruff (lint and format) and mypy on the core
 # make coverage   all tests once more, with what they leave out of the core
 # make test-full  the checks on full-size SDXL with random weights (20 GB of memory and of disk, some minutes)
-# make test-oldest  loading and prompts with the oldest supported transformers
+# make test-oldest  loading, prompts, sampling, sliders, resuming with the oldest supported torch and transformers (a large download)
 # make docs-check  run the commands and the exercises that README and docs give (a quarter of an hour)
 # make bench      timings and memory against diffusers, peft and the published training loop (an hour or so)
 # make experiments  the experiments of the paper (two hours at most; what is done is kept)
@@ -47,9 +47,9 @@ test-full: $(VENV)/test.stamp
 
 test-oldest: requirements.txt
 	$(PYTHON) -m venv $(VENV)-oldest
-	sed 's/^transformers==.*/transformers==4.56.2/' requirements.txt > $(VENV)-oldest/requirements.txt
+	sed 's/^torch==.*/torch==2.6.0/; s/^transformers==.*/transformers==4.56.2/' requirements.txt > $(VENV)-oldest/requirements.txt
 	$(VENV)-oldest/bin/pip install --quiet --disable-pip-version-check -r $(VENV)-oldest/requirements.txt pytest==9.2.0
-	$(VENV)-oldest/bin/python -m pytest -q tests/test_weights.py tests/test_text.py
+	$(VENV)-oldest/bin/python -m pytest -q tests/test_weights.py tests/test_text.py tests/test_sampler.py tests/test_lora.py tests/test_unfinished.py
 
 bench: $(VENV)/test.stamp
 	$(PY) -m bench.many

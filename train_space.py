@@ -33,7 +33,6 @@ from unfinished import Unfinished
 
 SCALES = [-2.0, -1.0, 0.0, 1.0, 2.0]
 START = 0.1  # share of the denoising after which the sliders are on: much of what varies is decided early, the background first of all
-LAYERS, ALPHA = "noxattn", 4.0
 HELD_OUT = 8  # pictures whose x_t only the meter sees
 
 
@@ -286,7 +285,8 @@ WORDS = (
 
 
 # Defaults: what was measured to work on the miniature; of SDXL's size the published recipe's (rank 1, cross-attention alone).
-SMALL, LARGE = dict(lr=2e-3, batch=8, steps=150), dict(lr=2e-3, batch=3, steps=3000)
+SMALL = dict(layers="noxattn", rank=1, alpha=4.0, lr=2e-3, batch=8, steps=150)
+LARGE = dict(layers="xattn", rank=1, alpha=1.0, lr=2e-3, batch=3, steps=3000)
 
 
 def parse_args():
@@ -312,7 +312,7 @@ def parse_args():
     )
     p.add_argument("--raw-scale", action="store_true", help="leave the sliders as strong as they come: scale 2 is then no standard deviation")
     training.add_options(p, SMALL, LARGE, out="space", what="folder to write")
-    p.set_defaults(layers=LAYERS, rank=1, alpha=ALPHA, dry_run=False)
+    p.set_defaults(dry_run=False)
     return p.parse_args()
 
 

@@ -39,15 +39,20 @@ def recipe(unet, small=SMALL, large=LARGE) -> dict:
 
 def add_options(p, small=SMALL, large=LARGE, out="slider.safetensors", what="slider file to write"):
     """The options of every trainer. small, large: what `recipe` is given."""
-    by_size = lambda name: f"(default: {small[name]:g}; for a UNet of SDXL's size {large[name]:g})"
+
+    def option(name, what, fixed=None, **more):
+        """With a default of its own, or one that small and large hold."""
+        default = f"{small[name]}; for a UNet of SDXL's size {large[name]}" if name in small else fixed
+        p.add_argument(f"--{name}", default=None if name in small else fixed, help=f"{what} (default: {default})", **more)
+
     p.add_argument("--out", default=out, help=f"{what} (default: %(default)s)")
-    p.add_argument("--layers", choices=lora.LAYERS, default="noxattn", help="which layers the slider changes (default: %(default)s)")
+    option("layers", "which layers the slider changes", "noxattn", choices=lora.LAYERS)
     p.add_argument("--no-conv", action="store_true", help="leave convolutions out")
-    p.add_argument("--rank", type=int, default=4, help="default: %(default)s")
-    p.add_argument("--alpha", type=float, default=1.0, help="the LoRA's constant alpha (default: %(default)s)")
-    p.add_argument("--steps", type=int, help=f"optimiser steps {by_size('steps')}")
-    p.add_argument("--batch", type=int, help=f"samples in a step, of all processes together {by_size('batch')}")
-    p.add_argument("--lr", type=float, help=f"learning rate {by_size('lr')}")
+    option("rank", "of each slider", 4, type=int)
+    option("alpha", "the LoRA's constant alpha", 1.0, type=float)
+    option("steps", "optimiser steps", type=int)
+    option("batch", "samples in a step, of all processes together", type=int)
+    option("lr", "learning rate", type=float)
     p.add_argument("--checkpointing", action="store_true", help="less memory, more time: compute parts of the UNet again on the way back")
     p.add_argument("--resume", action="store_true", help="go on with a training of the same command that was stopped")
     p.add_argument("--overwrite", action="store_true", help="replace --out, or what is left of an unfinished training")

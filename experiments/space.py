@@ -68,9 +68,9 @@ def main():
         if not all(p.exists() for p in paths):
             v, sigma, _ = directions(kind)
             part = samples()[0].first(TRAIN_SAMPLES)
-            layers = lora.target_layers(model.unet, train_space.LAYERS)
-            settings = dict(layers=layers, rank=1, alpha=train_space.ALPHA, guidance=1.0, checkpointing=False, seed=lab.seed)
-            made, _ = train_space.learn(model, clip, part, cond, uncond, v, **settings, **recipe)
+            layers = lora.target_layers(model.unet, recipe["layers"])
+            settings = recipe | dict(layers=layers, guidance=1.0, checkpointing=False, seed=lab.seed)
+            made, _ = train_space.learn(model, clip, part, cond, uncond, v, **settings)
             for path, one, direction, s in zip(paths, made, v, sigma):
                 train_space.calibrate(model, clip, one, direction, s.item(), cond, uncond, size=lab.size, batch=32, **drawing)
                 lora.save(path, one, {"kind": "space slider"})

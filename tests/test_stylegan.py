@@ -1,0 +1,94 @@
+"""The style-based generator: its parts against their equations, its pictures by the measuring stick, the walk through its channels."""
+
+import contextlib
+import json
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from experiments.common import RESULTS
+from experiments.stylegan import train
+from experiments.stylegan.channels import Faces, moves, summary
+from experiments.stylegan.generator import CHANNELS, Generator, Linear, ModulatedConv, W, Z, doubled
+from miniature import effect
+
+
+@pytest.mark.parametrize("demodulate", [True, False])
+def test_scaling_channels_is_modulating_and_demodulating_weights(demodulate):
+    """StyleGAN2, eqs. (1) and (3), as they are written: a convolution of its own for each sample."""
+    torch.manual_seed(0)
+    conv = ModulatedConv(6, 5, 3, demodulate).double()
+    x, s = torch.randn(3, 6, 7, 7, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+    y = conv(x, s.float().double())
+    for b in range(3):
+        w = s[b].float().double()[None, :, None, None] * conv.weight * conv.gain
+        if demodulate:
+            w = w / (w.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
+        assert torch.allclose(y[b : b + 1], F.conv2d(x[b : b + 1], w, padding=1), atol=1e-5)
+
+
+def test_doubling_is_inserting_zeros_and_filtering():
+    x = torch.randn(1, 2, 6, 6)
+    k = torch.tensor([1.0, 3, 3, 1]) / 4
+    apart = torch.zeros(1, 2, 12, 12)
+    apart[..., ::2, ::2] = x
+    filtered = F.conv2d(F.pad(apart, (2, 1, 2, 1)), (k[:, None] * k).expand(2, 1, 4, 4), groups=2)
+    assert torch.allclose(doubled(x)[..., 2:-2, 2:-2], filtered[..., 2:-2, 2:-2], atol=1e-5)
+
+
+def test_equalised_learning_rate_and_sizes():
+    torch.manual_seed(0)
+    assert Linear(400, 500)(torch.randn(64, 400)).std().item() == pytest.approx(1, rel=0.05)
+    G = Generator()
+    w = G.w(torch.randn(5, Z) * 7)
+    assert w.shape == (5, W) and G.w(torch.randn(5, Z), truncation=0.0).sub(G.w_mean).abs().max() == 0
+    assert torch.allclose(G.w(torch.ones(1, Z)), G.w(3 * torch.ones(1, Z)), atol=1e-4)  # z is brought to unit length
+    picture = G.synthesis(G.styles(w), G.noise(5))
+    assert picture.shape == (5, 3, max(CHANNELS), max(CHANNELS))
+
+
+def test_its_faces_are_faces():
+    drawn = train.drawn(train.load(), 64, seed=5)
+    read = effect.attributes(drawn)
+    assert read["face"].mean() > 0.95 and all(read[name].std() > 0.1 for name in ("skin", "hat", "glasses", "hair_length"))
+
+
+def test_a_channel_moves_what_it_is_said_to_move():
+    """The best one of the committed list, on faces that chose neither it nor its figure."""
+    found = json.loads((RESULTS / "stylegan_channels.json").read_text())
+    best = found["best"][0]
+    here = summary(moves(Faces(train.load(), 16, seed=77), best["layer"], best["channel"], found["by"]))
+    assert here["attribute"] == best["attribute"] and here["moved"] == pytest.approx(best["moved"], abs=0.15)
+
+
+def test_training_goes_on_where_it_was(tmp_path, monkeypatch):
+    """Stopped in its second step of four, and started again: the same bytes as without a break."""
+    real_faces, real_loss, calls = train.faces, train.loss_of, []
+    monkeypatch.setattr(train, "faces", lambda count, seed: real_faces(min(count, 16), seed))
+    monkeypatch.setattr(train, "drawn", lambda *_: [])
+    monkeypatch.setattr(train.pictures, "sheet", lambda *_: Image.new("RGB", (1, 1)))
+    monkeypatch.setattr(train.evaluate, "fid", lambda *_: 0.0)
+
+    @contextlib.contextmanager
+    def stoppable():
+        yield lambda: len(calls) == 6  # four steps of the whole training, and two
+
+    def loss(*args):
+        calls.append(1)
+        return real_loss(*args)
+
+    monkeypatch.setattr(train, "stoppable", stoppable)
+    monkeypatch.setattr(train, "loss_of", loss)
+    results = []
+    for name in ("whole", "part"):
+        command = ["train", "--faces", "16", "--batch", "4", "--steps", "4", "--work", str(tmp_path / name), "--out", str(tmp_path / f"{name}.safetensors")]
+        monkeypatch.setattr(sys, "argv", command)
+        if name == "part":
+            with pytest.raises(KeyboardInterrupt, match="stopped after step 2"):
+                train.main()
+        train.main()
+        results.append(train.load(tmp_path / f"{name}.safetensors").state_dict())
+    assert len(calls) == 8 and all(torch.equal(a, b) for a, b in zip(*(r.values() for r in results)))
