@@ -32,7 +32,7 @@ import unfinished
 from unfinished import Unfinished
 
 SCALES = [-2.0, -1.0, 0.0, 1.0, 2.0]
-START = 0.1  # share of the denoising after which the sliders are on: much of what varies is decided early, the background first of all
+START = 0.0  # share of the denoising after which the sliders are on: much of what varies is decided early, the background first of all
 HELD_OUT = 8  # pictures whose x_t only the meter sees
 
 
@@ -59,7 +59,7 @@ def collect(
     """Draw `samples` pictures, the prompts (rows of cond) in turn, keeping `per_sample` x_t of each, evenly spread over the steps
     in which sliders are on. Each batch is kept in `kept` once it is done: a run that was stopped goes on."""
     first, count = sampler.steps_before(start, steps), len(sampler.timesteps(steps))
-    keep = [first + int((i + 0.5) * (count - first) / per_sample) for i in range(per_sample)]
+    keep = [first + int(i * (count - first) / per_sample) for i in range(per_sample)]  # the first of them too: backgrounds are decided there
     if len(set(keep)) < per_sample:
         raise ValueError(f"--per-sample {per_sample}: sliders are on in only {count - first} of the {count} denoising steps")
 
@@ -295,7 +295,7 @@ def parse_args():
     p.add_argument("--sliders", type=int, default=8, help="directions, a slider each (default: %(default)s)")
     p.add_argument("--samples", type=int, default=512, help="pictures whose spread is looked at (default: %(default)s)")
     p.add_argument("--train-samples", type=int, default=128, help="of them, pictures whose x_t are trained on (default: %(default)s)")
-    p.add_argument("--per-sample", type=int, default=4, help="x_t kept from each (default: %(default)s)")
+    p.add_argument("--per-sample", type=int, default=5, help="x_t kept from each (default: %(default)s)")
     p.add_argument("--clip", help="CLIP, a folder or Hub id (default: the miniature's own, for the miniature)")
     p.add_argument("--principal", action="store_true", help="principal directions as they are, as the paper has it, not turned to independent ones")
     p.add_argument("--words", help="file of words, one a line, to name directions with (default: the miniature's words; a short list)")
@@ -400,7 +400,10 @@ def main():
     cli.write_text(out / "space.json", json.dumps(found, indent=1))
     kept.remove()
     drawn_sheet(model, out, cond, uncond, size, args, batch, settings)
-    print(f"{out}: {args.sliders} sliders and sheet.png, after {time.time() - started:.0f} s; peak memory {training.peak_memory(model.device) / 2**30:.1f} GiB")
+    print(
+        f"{out}: {args.sliders} sliders and sheet.png, after {time.time() - started:.0f} s; peak memory {training.peak_memory(model.device) / 2**30:.1f} GiB; "
+        f"slider.py --slider {out} --each --start {args.start:g} draws with them"
+    )
 
 
 def drawn_sheet(model, out: Path, cond, uncond, size, args, batch, settings):

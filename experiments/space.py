@@ -55,7 +55,7 @@ def main():
     def samples():
         """All of them, and their features."""
         kept = Unfinished(Path(lab.args.sliders) / f"space_samples_seed{lab.seed}")
-        drawn = train_space.collect(model, cond, uncond, kept, samples=SAMPLES, per_sample=4, size=lab.size, seed=lab.seed, batch=32, **drawing)
+        drawn = train_space.collect(model, cond, uncond, kept, samples=SAMPLES, per_sample=5, size=lab.size, seed=lab.seed, batch=32, **drawing)
         with torch.no_grad():
             return drawn, torch.cat([train_space.features(model, clip, z) for z in drawn.x_0.split(32)])
 

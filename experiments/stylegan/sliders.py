@@ -2,10 +2,10 @@
 
 A style channel that moves one thing in the generator's faces is moved either way in --count of them; the pairs so drawn train a
 visual slider by the command that anybody would use, train_pairs.py; and the slider is measured on the miniature SDXL with seeds and
-prompts of its own. By default the best channel of each attribute that channels.py found, two attributes of most effect and the shirt.
+prompts of its own. By default the best channels that channels.py found for a hat, the size of the eyes, and the shirt.
 
-    python -m experiments.stylegan.sliders --channel 5.12 --attribute eye_size        another one
-    python -m experiments.stylegan.sliders --channel 5.12 --attribute eye_size --only-pairs pairs       only draw the pairs
+    python -m experiments.stylegan.sliders --channel 7.17 --attribute eye_size --by 3                       another one
+    python -m experiments.stylegan.sliders --channel 7.17 --attribute eye_size --by 3 --only-pairs pairs    only draw the pairs
 """
 
 import json
@@ -24,6 +24,7 @@ from experiments.stylegan.train import load
 from miniature import effect
 
 SCALES = [-3, -2, -1, 0, 1, 2, 3]
+CHOSEN = {"hat": 8.0, "eye_size": 3.0, "shirt red": 8.0}  # and how far each is moved: eyes vanish beyond
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -55,44 +56,58 @@ def main():
     def options(p):
         p.add_argument("--channel", action="append", default=[], metavar="LAYER.CHANNEL", help="may be repeated, each with its --attribute")
         p.add_argument("--attribute", action="append", default=[], help="what it moves, as channels.py calls it")
-        p.add_argument("--by", type=float, default=5.0, help="standard deviations, either way (default: %(default)s)")
+        p.add_argument("--by", type=float, default=5.0, help="with --channel: standard deviations, either way (default: %(default)s)")
         p.add_argument("--count", type=int, default=24, help="pairs (default: %(default)s)")
         p.add_argument("--only-pairs", metavar="DIR", help="draw the pairs of one channel there, and train nothing")
 
-    lab = Lab(__doc__, "stylegan", options, count=64)
+    lab = Lab(__doc__, "stylegan", options)
     args = lab.args
     if len(args.channel) != len(args.attribute):
         raise ValueError("--attribute is needed for each --channel: what it moves, as channels.py calls it")
-    chosen = [(*map(int, c.split(".")), a) for c, a in zip(args.channel, args.attribute)]
+    chosen = [(*map(int, c.split(".")), a, args.by) for c, a in zip(args.channel, args.attribute)]
     if not chosen:
         best = {}
         for row in json.loads((RESULTS / "stylegan_channels.json").read_text())["best"]:
             best.setdefault(row["attribute"], row)
-        shirt = [r for name, r in best.items() if name.startswith("shirt")][:1]
-        chosen = [(r["layer"], r["channel"], r["attribute"]) for r in [r for name, r in best.items() if not name.startswith("shirt")][:2] + shirt]
+        chosen = [(best[name]["layer"], best[name]["channel"], name, by) for name, by in CHOSEN.items()]
     if args.only_pairs:
-        return draw_pairs(*chosen[0][:2], args.by, args.count, Path(args.only_pairs))
+        layer, channel, _, by = chosen[0]
+        return draw_pairs(layer, channel, by, args.count, Path(args.only_pairs))
     rows, names = [], []
-    for layer, channel, attribute in chosen:
-        name = f"{attribute}: layer {layer}, channel {channel}"
+    for layer, channel, attribute, by in chosen:
+        name = f"{attribute.replace('_', ' ')}: layer {layer}, channel {channel}"
         pairs = Path(args.sliders) / f"stylegan_{layer}.{channel}"
-        file = pairs.with_suffix(f".{channel}.safetensors")
+        file = pairs.with_name(f"stylegan_{layer}.{channel}.safetensors")
         if not file.exists():
-            draw_pairs(layer, channel, args.by, args.count, pairs)
-            command = ["train_pairs.py", "--neg", pairs / "neg", "--pos", pairs / "pos", "--prompt", "a photo of a person", "--out", file, "--seed", lab.seed]
+            draw_pairs(layer, channel, by, args.count, pairs)
+            command = [
+                "train_pairs.py",
+                "--neg",
+                pairs / "neg",
+                "--pos",
+                pairs / "pos",
+                "--prompt",
+                "a photo of a person",
+                "--out",
+                file,
+                "--seed",
+                lab.seed,
+                "--probe",
+                0,
+            ]
             print(" ".join(map(str, command)), flush=True)
             subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
         slider = lora.load(file, lab.model.unet)
 
         def measure():
             tables = [read(column) for column in lab.draw([[(slider, s)] for s in SCALES])]
-            faces = Faces(load(), len(SCALES), seed=21)
-            gan = [read(faces.drawn(layer, channel, args.by * s / 3)) for s in SCALES]
+            faces = Faces(load(), args.pictures, seed=21)
+            gan = [read(faces.drawn(layer, channel, by * s / 3)) for s in SCALES]
             return {"slider": measured(tables, attribute), "generator": measured(gan, attribute), "prompts": effect.PROMPTS}
 
         lab.once(name, measure)
-        faces = Faces(load(), 1, seed=22)
-        rows += [[faces.drawn(layer, channel, args.by * s / 3)[0] for s in SCALES], [column[0] for column in lab.draw([[(slider, s)] for s in SCALES])]]
+        faces = Faces(load(), 1, seed=20)
+        rows += [[faces.drawn(layer, channel, by * s / 3)[0] for s in SCALES], [column[0] for column in lab.draw([[(slider, s)] for s in SCALES])]]
         names += [f"channel {layer}.{channel}", attribute.replace("_", " ")]
     pictures.save(pictures.sheet(rows, [pictures.label(s) for s in SCALES], names), lab.path.with_suffix(".png"))
 

@@ -1,4 +1,4 @@
-"""Train the generator on the drawn world's faces:  python -m experiments.stylegan.train   (three quarters of an hour on one core)
+"""Train the generator on the drawn world's faces:  python -m experiments.stylegan.train   (half an hour on one core)
 
 As the decoder of a variational autoencoder (Kingma and Welling 2014):
 
