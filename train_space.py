@@ -226,20 +226,26 @@ def learn(
 
 
 @torch.no_grad()
-def calibrate(model, clip, slider, v, sigma: float, cond, uncond, *, size, batch: int, seeds: int = 4, **settings):
-    """Make the slider so strong that scale 2 moves drawn pictures by one standard deviation sigma along v (at most 16 times stronger):
-    what the loss leaves open is how far."""
-    tried = [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
+def calibrate(model, clip, slider, v, sigma: float, cond, uncond, *, size, batch: int, seeds: int = 4, **settings) -> bool:
+    """Make the slider so strong that scale 2 moves drawn pictures by one standard deviation sigma along v, or as far as it goes along v at
+    all: what the loss leaves open is how far. False, and the slider as it was, if drawn pictures do not move along v at any scale."""
+    tried = [0.5, 1.0, 2.0, 4.0, 8.0, 16.0]
     x_T = sampler.noise(range(seeds), model.latent_shape(size), model.device, model.dtype)
-    scales = [-s for s in tried[:0:-1]] + tried
-    drawn = dict(sampler.sweep(model.unet, x_T, cond, uncond, [[(slider, s)] for s in scales], alpha_bar=model.alpha_bar, batch=batch, **settings))
-    at = [(features(model, clip, drawn[i]) @ v).mean().item() for i in range(len(scales))]
-    middle = len(tried) - 1
-    reach = [(at[middle + j] - at[middle - j]) / 2 for j in range(len(tried))]  # the mean way to either end
-    factor = float(np.interp(sigma, np.maximum.accumulate(reach), tried)) / 2
+    columns = [[(slider, sign * s)] for sign in (-1, 1) for s in tried]
+    drawn = dict(sampler.sweep(model.unet, x_T, cond, uncond, columns, alpha_bar=model.alpha_bar, batch=batch, **settings))
+    f = torch.stack([features(model, clip, drawn[i]).mean(0) for i in range(len(columns))]).view(2, len(tried), -1)
+    change = f[1] - f[0]  # (scales, d), from one end to the other
+    along = F.cosine_similarity(change, v[None], dim=1) > 0.3  # beyond, pictures break down
+    way = [0.0, *torch.where(along, (change @ v) / 2, 0.0).tolist()]
+    if max(way) == 0:
+        return False
+    factor = float(np.interp(sigma, np.maximum.accumulate(way), [0.0, *tried])) / 2
+    if max(way) < sigma:
+        factor = tried[way.index(max(way)) - 1] / 2
     for _, part in slider.named_children():
         part.alpha *= factor
         part.factor *= factor
+    return True
 
 
 # ---------------------------------------------------------------------------------------------- what was found
@@ -382,14 +388,15 @@ def main():
         return
     found = []
     for i, slider in enumerate(made):
-        if not args.raw_scale:
-            calibrate(model, clip, slider, v[i], sigma[i].item(), tuple(c[:1] for c in cond), uncond, size=size, batch=batch, **settings)
+        sigma_i, one_prompt = sigma[i].item(), tuple(c[:1] for c in cond)
+        if not args.raw_scale and not calibrate(model, clip, slider, v[i], sigma_i, one_prompt, uncond, size=size, batch=batch, **settings):
+            print(f"WARNING: {i + 1}: drawn pictures do not move along this direction, at no scale. What it stands for may be decided before --start.")
         about = {
             "kind": "space slider",
             "prompt": args.prompt,
             "direction": i + 1,
             "share": share[i].item(),
-            "sigma": sigma[i].item(),
+            "sigma": sigma_i,
             "cosine": reading["cosines"][i],
             "words": hints[i],
             "settings": training.settings(args),

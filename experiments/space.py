@@ -43,7 +43,7 @@ def mean_distance(f) -> float:
 
 
 def main():
-    lab = Lab(__doc__, "space", lambda p: p.add_argument("--clip", help="as in train_space.py"), count=16, dtype="float32")
+    lab = Lab(__doc__, "space", lambda p: p.add_argument("--clip", help="as in train_space.py"), count=12, dtype="float32")
     model = lab.model
     clip, encode = train_space.towers(lab.args, model)
     cond, uncond = model.condition([PROMPT], lab.size), model.condition([""], lab.size)

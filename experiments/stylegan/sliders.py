@@ -1,7 +1,9 @@
 """From a StyleGAN neuron to a slider (the paper's Figure 5):  python -m experiments.stylegan.sliders   (some minutes a channel)
 
-A style channel that moves one thing in the generator's faces is moved either way in --count of them; the pairs so drawn train a
-visual slider by the command that anybody would use, train_pairs.py; and the slider is measured on the miniature SDXL with seeds and
+A style channel that moves one thing in the generator's faces is moved either way in a hundred of them. The miniature SDXL draws each picture
+again from half-way down its noise (SDEdit), both of a pair with the same noise: what the generator blurs it draws as it is used to, and the
+difference stays. Pairs in which the measuring stick sees anything else change are left out, as somebody who looks at them would; the first
+--count of the rest train a visual slider by the command that anybody would use, train_pairs.py, and the slider is measured on seeds and
 prompts of its own. By default the best channels that channels.py found for a hat, the size of the eyes, and the shirt.
 
     python -m experiments.stylegan.sliders --channel 7.17 --attribute eye_size --by 3                       another one
@@ -14,26 +16,53 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import cli
 import lora
 import pictures
+import sampler
+import slider
 from experiments.common import RESULTS, Lab
 from experiments.stylegan.channels import Faces, read, span
 from experiments.stylegan.train import load
 from miniature import effect
 
 SCALES = [-3, -2, -1, 0, 1, 2, 3]
-CHOSEN = {"hat": 8.0, "eye_size": 3.0, "shirt red": 8.0}  # and how far each is moved: eyes vanish beyond
+CHOSEN = {"hat": 8.0, "eye_size": 4.0, "shirt red": 8.0}  # and how far each is moved: eyes vanish beyond
+PROMPT, START = "a photo of a person", 0.1  # of the denoising: hats and colours are decided early
 ROOT = Path(__file__).parent.parent.parent
 
 
-def draw_pairs(layer: int, channel: int, by: float, count: int, folder: Path):
-    """folder/neg and folder/pos: `count` faces of the generator with the channel moved by -by and by +by standard deviations."""
-    faces = Faces(load(), count, seed=20)
-    for name, sign in (("neg", -1), ("pos", 1)):
-        for i, picture in enumerate(faces.drawn(layer, channel, sign * by)):
-            pictures.save(picture, folder / name / f"{i:03}.png")
+def draw_pairs(model, layer: int, channel: int, by: float, attribute: str, count: int, folder: Path, candidates: int = 96, strength: float = 0.5):
+    """folder/neg and folder/pos: at most `count` faces of the generator with the channel moved by -by and by +by standard deviations."""
+    faces = Faces(load(), candidates, seed=20)
+    ends = [faces.drawn(layer, channel, sign * by) for sign in (-1, 1)]
+    ts = sampler.timesteps(20)
+    skip = len(ts) - round(strength * len(ts))
+
+    def again(drawn):
+        """start_from of slider.sweep: the latents of pictures number `some`, noised."""
+
+        def noised(some):
+            z = model.latents([drawn[i] for i in some])
+            t = torch.full((len(z),), ts[skip], device=model.device)
+            return sampler.add_noise(z, sampler.noise(some, z.shape[1:], model.device, model.dtype), t, model.alpha_bar)
+
+        return slider.sweep(model, PROMPT, range(candidates), [[]], start_from=noised, skip=skip, steps=len(ts), guidance=3.0)[0]
+
+    ends = [again(drawn) for drawn in ends]
+    low, high = map(read, ends)
+    change = {name: np.abs(high[name] - low[name]) / span(name) for name in low}
+    alone = change[attribute] > 0.2
+    for name, c in change.items():
+        if name != attribute and not effect.related(attribute, name):
+            alone &= c < 0.25
+    good = np.flatnonzero(alone)[:count]
+    print(f"{attribute}: in {alone.sum()} of {candidates} pairs nothing else changes; {len(good)} are used", flush=True)
+    for name, drawn in zip(("neg", "pos"), ends):
+        for i in good:
+            pictures.save(drawn[i], folder / name / f"{i:03}.png")
 
 
 def measured(tables, attribute: str) -> dict:
@@ -71,15 +100,15 @@ def main():
             best.setdefault(row["attribute"], row)
         chosen = [(best[name]["layer"], best[name]["channel"], name, by) for name, by in CHOSEN.items()]
     if args.only_pairs:
-        layer, channel, _, by = chosen[0]
-        return draw_pairs(layer, channel, by, args.count, Path(args.only_pairs))
+        layer, channel, attribute, by = chosen[0]
+        return draw_pairs(lab.model, layer, channel, by, attribute, args.count, Path(args.only_pairs))
     rows, names = [], []
     for layer, channel, attribute, by in chosen:
         name = f"{attribute.replace('_', ' ')}: layer {layer}, channel {channel}"
         pairs = Path(args.sliders) / f"stylegan_{layer}.{channel}"
         file = pairs.with_name(f"stylegan_{layer}.{channel}.safetensors")
         if not file.exists():
-            draw_pairs(layer, channel, by, args.count, pairs)
+            draw_pairs(lab.model, layer, channel, by, attribute, args.count, pairs)
             command = [
                 "train_pairs.py",
                 "--neg",
@@ -97,17 +126,17 @@ def main():
             ]
             print(" ".join(map(str, command)), flush=True)
             subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
-        slider = lora.load(file, lab.model.unet)
+        one = lora.load(file, lab.model.unet)
 
         def measure():
-            tables = [read(column) for column in lab.draw([[(slider, s)] for s in SCALES])]
+            tables = [read(column) for column in lab.draw([[(one, s)] for s in SCALES], start=START)]
             faces = Faces(load(), args.pictures, seed=21)
             gan = [read(faces.drawn(layer, channel, by * s / 3)) for s in SCALES]
             return {"slider": measured(tables, attribute), "generator": measured(gan, attribute), "prompts": effect.PROMPTS}
 
         lab.once(name, measure)
         faces = Faces(load(), 1, seed=20)
-        rows += [[faces.drawn(layer, channel, by * s / 3)[0] for s in SCALES], [column[0] for column in lab.draw([[(slider, s)] for s in SCALES])]]
+        rows += [[faces.drawn(layer, channel, by * s / 3)[0] for s in SCALES], [column[0] for column in lab.draw([[(one, s)] for s in SCALES], start=START)]]
         names += [f"channel {layer}.{channel}", attribute.replace("_", " ")]
     pictures.save(pictures.sheet(rows, [pictures.label(s) for s in SCALES], names), lab.path.with_suffix(".png"))
 
