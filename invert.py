@@ -110,7 +110,7 @@ def kept(path: Path, make) -> Inversion:
     a stop, and its result written there. ValueError, naming the file, if it is damaged."""
     if path.exists():
         stored, _ = slider_files.raw(path)
-        if not {"x_T", "context", "pooled", "time_ids"} <= stored.keys():
+        if not {"x_T", "context", "pooled", "time_ids"} <= stored.keys() or len({len(stored[part]) for part in ("context", "pooled", "time_ids")}) > 1:
             raise ValueError(f"{path}: holds no inversion: delete it, and it is made again")
         steps = len(stored["context"])
         return Inversion(stored["x_T"], [tuple(stored[part][i] for part in ("context", "pooled", "time_ids")) for i in range(steps)])

@@ -21,8 +21,11 @@ def make_alpha_bar(config: dict) -> torch.Tensor:
         raise ValueError(f"scheduler: beta_schedule {config.get('beta_schedule')!r} is not SDXL's 'scaled_linear'")
     if config.get("prediction_type", "epsilon") != "epsilon":
         raise ValueError(f"scheduler: prediction_type {config['prediction_type']!r}: only 'epsilon' models are supported")
-    T = config["num_train_timesteps"]
-    beta = torch.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, T, dtype=torch.float64) ** 2
+    try:
+        T, start, end = config["num_train_timesteps"], config["beta_start"] ** 0.5, config["beta_end"] ** 0.5
+        beta = torch.linspace(start, end, T, dtype=torch.float64) ** 2
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"scheduler: missing or odd numbers ({error})") from None
     return torch.cumprod(1 - beta, 0).float()  # (T,)
 
 

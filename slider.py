@@ -20,7 +20,6 @@ From Python:
 """
 
 import itertools
-import json
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +35,7 @@ import pictures
 import sampler
 import train_text
 import training
+from formats import slider_files
 from sdxl import MINIATURE
 
 
@@ -114,7 +114,7 @@ def begin_with(model, args, picture, size) -> dict:
 def useful_scales(sliders) -> list[float]:
     """Seven scales, 0 in the middle, over the range in which every one of `sliders` is useful, as their files say
     (training.probe); -3 to 3 where they do not."""
-    ranges = [json.loads(s.metadata["probe"])["range"] for s in sliders if "probe" in s.metadata]
+    ranges = [probed for s in sliders if (probed := slider_files.useful_range(s.metadata))]
     low, high = max([r[0] for r in ranges], default=-3.0), min([r[1] for r in ranges], default=3.0)
     return [round(float(s), 2) for s in (*np.linspace(low, 0, 4), *np.linspace(0, high, 4)[1:])]
 

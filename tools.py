@@ -7,7 +7,6 @@ python tools.py extract tuned.safetensors --rank 16 --out tuned_lora.safetensors
 python tools.py bake age.safetensors:1.5 --out older_model                            --model with the sliders in its weights
 """
 
-import json
 import shutil
 from pathlib import Path
 
@@ -82,8 +81,8 @@ def info(args, unet):
         if "settings" in file.metadata:
             settings = slider_files.json_of(file.metadata["settings"], path)
             print("  settings: " + ", ".join(f"{k} {v}" for k, v in settings.items() if v is not None and v is not False and v != []))
-        if "probe" in file.metadata:
-            print("  useful from scale {:+g} to {:+g}".format(*json.loads(file.metadata["probe"])["range"]))
+        if useful := slider_files.useful_range(file.metadata, path):
+            print("  useful from scale {:+g} to {:+g}".format(*useful))
     for i, (path, file) in enumerate(zip(args.files, files)):
         for other, another in list(zip(args.files, files))[i + 1 :]:
             lengths = (inner(file.parts, file.parts) * inner(another.parts, another.parts)) ** 0.5

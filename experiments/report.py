@@ -147,9 +147,15 @@ def inversion(results: dict) -> str:
 def space(results: dict) -> str:
     readable = lambda name: name.replace("_", " ")
     sets = {kind: r for kind, r in results.items() if "sliders" in r}
-    alone = lambda r: sum(row["moved"] >= 2 * row["next_moved"] for row in r["sliders"])
+    alone = lambda r: sum(row["moved"] >= 1.5 * row["next_moved"] for row in r["sliders"])
     in_short = table(
-        ["directions", "cosine with their own (lowest)", "between sliders", "in order over -2 ... 2", "move one attribute at least twice as far as any other"],
+        [
+            "directions",
+            "cosine with their own (lowest)",
+            "between sliders",
+            "in order over -2 ... 2",
+            "move one attribute at least 1.5 times as far as any other",
+        ],
         (
             [
                 kind,

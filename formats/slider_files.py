@@ -172,6 +172,16 @@ def json_of(text: str, path) -> dict:
     return value
 
 
+def useful_range(metadata: dict[str, str], path="the slider file") -> tuple[float, float] | None:
+    """Lowest and highest scale that are of use (training.probe), if the file's metadata says. ValueError if it says nonsense."""
+    if "probe" not in metadata:
+        return None
+    found = json_of(metadata["probe"], path).get("range")
+    if not (isinstance(found, list) and len(found) == 2 and all(isinstance(x, int | float) and abs(x) < 1e6 for x in found)):
+        raise ValueError(f"{path}: damaged: its useful range is {str(found)[:50]}")
+    return found[0], found[1]
+
+
 def adapter_alpha(adapter: dict, layer: str, part: Part) -> float:
     """alpha of a layer from diffusers' metadata ("unet.lora_alpha", and by layer "unet.alpha_pattern"); else as it was."""
     alpha = adapter.get("unet.lora_alpha")
@@ -259,7 +269,7 @@ def save(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None
 
 def tool_metadata(parts: dict[str, Part], metadata: dict[str, str]) -> dict[str, str]:
     """What ComfyUI, A1111 and model browsers display, in their keys: kohya's ss_..., and Stability's modelspec."""
-    settings = json.loads(metadata.get("settings", "{}"))
+    settings = json_of(metadata.get("settings", "{}"), "the slider file")
     rank = max((len(part.down) for part in parts.values()), default=0)
     alpha = max((part.alpha for part in parts.values()), default=0.0)
     said = {

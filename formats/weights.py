@@ -62,7 +62,7 @@ def in_folder(root: Path) -> Files:
     if not (root / "model_index.json").exists():
         raise ValueError(f"{root}: not an SDXL folder: it has no model_index.json")
     index = read_json(root / "model_index.json")
-    if "Refiner" in str(index.get("_class_name")) or index.get("text_encoder", [1])[0] is None:
+    if "Refiner" in str(index.get("_class_name")) or index.get("text_encoder", "") in (None, [None, None]):
         raise ValueError(f"{root}: the SDXL refiner, which has one text encoder; sliders need the base model")
     if "text_encoder_2" not in index:
         raise ValueError(f"{root}: holds a {index.get('_class_name', 'model')} without a second text encoder; only SDXL is supported")
@@ -231,8 +231,8 @@ def pour_text_encoder(kind, config: dict, where: dict, device, dtype, part: str)
     state = {name: t for some in tensors(where, "cpu", dtype) for name, t in some.items()}
     try:
         module, info = kind.from_pretrained(None, config=settings, state_dict=state, dtype=dtype, output_loading_info=True)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise ValueError(f"{part}: the weights do not fit config.json: {str(error).splitlines()[-1].strip()}") from None
+    except Exception as error:  # a config that its checks let pass can still raise anything
+        raise ValueError(f"{part}: the weights do not fit config.json: {(str(error).splitlines() or [type(error).__name__])[-1].strip()}") from None
     lacking = [n for n in info["missing_keys"] if not n.endswith("position_ids")]
     if lacking or info["unexpected_keys"] or info["mismatched_keys"]:
         raise ValueError(f"{part}: the weights do not fit config.json: {[*lacking, *info['unexpected_keys'], *info['mismatched_keys']][0]}")

@@ -30,7 +30,7 @@ from miniature import effect
 
 SCALES = [-3, -2, -1, 0, 1, 2, 3]
 CHOSEN = {"hat": 8.0, "eye_size": 4.0, "shirt red": 8.0}  # and how far each is moved: eyes vanish beyond
-PROMPT, START = "a photo of a person", 0.1  # of the denoising: hats and colours are decided early
+PROMPT, START = "a photo of a person", 0.2  # of the denoising: hats and colours are decided early
 ROOT = Path(__file__).parent.parent.parent
 
 
