@@ -47,7 +47,7 @@ class ModulatedConv(nn.Module):
         weight = self.weight * self.gain
         x = F.conv2d(x * s[:, :, None, None].to(x.dtype), weight.to(x.dtype), padding=weight.shape[-1] // 2)
         if self.demodulate:
-            d = (s.float().square() @ weight.square().sum((2, 3)).T + 1e-8).rsqrt()  # (B, c_out)
+            d = (s.to(weight.dtype).square() @ weight.square().sum((2, 3)).T + 1e-8).rsqrt()  # (B, c_out)
             x = x * d[:, :, None, None].to(x.dtype)
         return x
 
