@@ -136,7 +136,10 @@ def main():
 
         lab.once(name, measure)
         faces = Faces(load(), 1, seed=20)
-        rows += [[faces.drawn(layer, channel, by * s / 3)[0] for s in SCALES], [column[0] for column in lab.draw([[(one, s)] for s in SCALES], start=START)]]
+        rows += [
+            [faces.drawn(layer, channel, by * s / 3)[0] for s in SCALES],
+            [column[0] for column in slider.sweep(lab.model, effect.PROMPTS[5], lab.seeds[5:6], [[(one, s)] for s in SCALES], start=START)],
+        ]
         names += [f"channel {layer}.{channel}", attribute.replace("_", " ")]
     pictures.save(pictures.sheet(rows, [pictures.label(s) for s in SCALES], names), lab.path.with_suffix(".png"))
 
