@@ -183,7 +183,8 @@ def space(results: dict) -> str:
         ),
     )
     variety = table(
-        ["", "mean distance between two", "malformed"], ([key, f"{r['distance']:.2f}", f"{r['malformed']:.0%}"] for key, r in results["diversity"].items())
+        ["", "mean distance between two", "malformed"],
+        ([key, f"{r['distance']:.2f}", f"{r['malformed']:.0%}"] for key, r in results.get("diversity", {}).items()),
     )
     return "\n\n".join([in_short, "The independent ones:", each, "With all eight at random scales between -2 and 2:", variety])
 
