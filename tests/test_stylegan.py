@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from experiments.common import RESULTS
 from experiments.stylegan import train
-from experiments.stylegan.channels import Faces, moves, summary
+from experiments.stylegan.channels import FOUND, Faces, moves, summary
 from experiments.stylegan.generator import CHANNELS, Generator, Linear, ModulatedConv, W, Z, doubled
 from miniature import effect
 
@@ -58,7 +57,7 @@ def test_its_faces_are_faces():
 
 def test_a_channel_moves_what_it_is_said_to_move():
     """The best one of the committed list, on faces that chose neither it nor its figure."""
-    found = json.loads((RESULTS / "stylegan_channels.json").read_text())
+    found = json.loads(FOUND.read_text())
     best = found["best"][0]
     here = summary(moves(Faces(train.load(), 16, seed=77), best["layer"], best["channel"], found["by"]))
     assert here["attribute"] == best["attribute"] and here["moved"] == pytest.approx(best["moved"], abs=0.15)

@@ -2,7 +2,7 @@
 
 Every channel of the style space, one at a time, is moved by --by standard deviations either way in a few faces, and the measuring stick
 reads the pictures. The channels that move one attribute alone are looked at again with faces of their own, so that what is reported
-is not what happened to look best, and written to experiments/results/stylegan_channels.json.
+is not what happened to look best, and written to experiments/stylegan/channels.json.
 
 Beside the measuring stick's attributes stands the colour of the shirt, which no caption of the drawn world has a word for.
 """
@@ -15,11 +15,11 @@ import torch
 from tqdm import tqdm
 
 import cli
-from experiments.common import RESULTS
 from experiments.stylegan.generator import Generator, Z
 from experiments.stylegan.train import enlarged, load
 from miniature import effect, world
 
+FOUND = Path(__file__).parent / "channels.json"
 SHIRT = (40, 220)  # the range of each of its colours (world.sample)
 
 
@@ -72,7 +72,7 @@ def main():
     p.add_argument("--faces", type=int, default=12, help="faces that every channel is tried on (default: %(default)s)")
     p.add_argument("--again", type=int, default=48, help="other faces for the best channels (default: %(default)s)")
     p.add_argument("--best", type=int, default=40, help="channels looked at again (default: %(default)s)")
-    p.add_argument("--out", default=str(RESULTS / "stylegan_channels.json"), help="default: %(default)s")
+    p.add_argument("--out", default=str(FOUND), help="default: %(default)s")
     args = p.parse_args()
     G, out = load(), Path(args.out)
     faces, others = Faces(G, args.faces, seed=10), Faces(G, args.again, seed=11)

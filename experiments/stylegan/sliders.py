@@ -23,8 +23,8 @@ import lora
 import pictures
 import sampler
 import slider
-from experiments.common import RESULTS, Lab
-from experiments.stylegan.channels import Faces, read, span
+from experiments.common import Lab
+from experiments.stylegan.channels import FOUND, Faces, read, span
 from experiments.stylegan.train import load
 from miniature import effect
 
@@ -96,7 +96,7 @@ def main():
     chosen = [(*map(int, c.split(".")), a, args.by) for c, a in zip(args.channel, args.attribute)]
     if not chosen:
         best = {}
-        for row in json.loads((RESULTS / "stylegan_channels.json").read_text())["best"]:
+        for row in json.loads(FOUND.read_text())["best"]:
             best.setdefault(row["attribute"], row)
         chosen = [(best[name]["layer"], best[name]["channel"], name, by) for name, by in CHOSEN.items()]
     if args.only_pairs:
