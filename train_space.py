@@ -362,14 +362,12 @@ def main():
     hints = names(encode, args.prompt[0], words, v)
     print(f"{args.sliders} directions hold {share.sum():.0%} of the variance of {args.samples} pictures' features")
 
-    few = min(args.train_samples, args.samples)
     model.release(vae=False)
-    part = samples.first(few)
     layers = lora.target_layers(model.unet, args.layers, not args.no_conv)
     made, reading = learn(
         model,
         clip,
-        part,
+        samples.first(args.train_samples),
         cond,
         uncond,
         v,
@@ -386,9 +384,9 @@ def main():
     )
     if not parallel.is_first():
         return
-    found = []
+    found, one_prompt = [], tuple(c[:1] for c in cond)
     for i, slider in enumerate(made):
-        sigma_i, one_prompt = sigma[i].item(), tuple(c[:1] for c in cond)
+        sigma_i = sigma[i].item()
         if not args.raw_scale and not calibrate(model, clip, slider, v[i], sigma_i, one_prompt, uncond, size=size, batch=batch, **settings):
             print(f"WARNING: {i + 1}: drawn pictures do not move along this direction, at no scale. What it stands for may be decided before --start.")
         about = {
@@ -406,7 +404,7 @@ def main():
         print(f"{i + 1}: {share[i]:.1%} of the variance, cosine {reading['cosines'][i]:.2f}; words, as a hint: {'; '.join(hints[i])}")
     cli.write_text(out / "space.json", json.dumps(found, indent=1))
     kept.remove()
-    drawn_sheet(model, out, cond, uncond, size, args, batch, settings)
+    drawn_sheet(model, out, one_prompt, uncond, size, args, batch, settings)
     print(
         f"{out}: {args.sliders} sliders and sheet.png, after {time.time() - started:.0f} s; peak memory {training.peak_memory(model.device) / 2**30:.1f} GiB; "
         f"slider.py --slider {out} --each --start {args.start:g} draws with them"
@@ -419,9 +417,7 @@ def drawn_sheet(model, out: Path, cond, uncond, size, args, batch, settings):
     rows = []
     for i in range(args.sliders):
         one = lora.load(out / f"{i + 1}.safetensors", model.unet)
-        columns = dict(
-            sampler.sweep(model.unet, x_T, tuple(c[:1] for c in cond), uncond, [[(one, s)] for s in SCALES], alpha_bar=model.alpha_bar, batch=batch, **settings)
-        )
+        columns = dict(sampler.sweep(model.unet, x_T, cond, uncond, [[(one, s)] for s in SCALES], alpha_bar=model.alpha_bar, batch=batch, **settings))
         rows.append([model.pictures(columns[j])[0] for j in range(len(SCALES))])
     pictures.save(pictures.sheet(rows, [pictures.label(s) for s in SCALES], [str(i + 1) for i in range(args.sliders)]), out / "sheet.png")
 

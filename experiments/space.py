@@ -37,11 +37,6 @@ def turned_at_random(v, sigma, seed: int):
     return Q @ v, (Q.square() @ sigma.square()).sqrt()
 
 
-def mean_distance(f) -> float:
-    """The mean distance between two of features (n, d)."""
-    return float(torch.pdist(f).mean())
-
-
 def main():
     lab = Lab(__doc__, "space", lambda p: p.add_argument("--clip", help="as in train_space.py"), count=12, dtype="float32")
     model = lab.model

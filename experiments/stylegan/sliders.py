@@ -109,21 +109,7 @@ def main():
         file = pairs.with_name(f"stylegan_{layer}.{channel}.safetensors")
         if not file.exists():
             draw_pairs(lab.model, layer, channel, by, attribute, args.count, pairs)
-            command = [
-                "train_pairs.py",
-                "--neg",
-                pairs / "neg",
-                "--pos",
-                pairs / "pos",
-                "--prompt",
-                "a photo of a person",
-                "--out",
-                file,
-                "--seed",
-                lab.seed,
-                "--probe",
-                0,
-            ]
+            command = ["train_pairs.py", "--neg", pairs / "neg", "--pos", pairs / "pos", "--prompt", PROMPT, "--out", file, "--seed", lab.seed, "--probe", 0]
             print(" ".join(map(str, command)), flush=True)
             subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
         one = lora.load(file, lab.model.unet)
