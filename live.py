@@ -16,21 +16,9 @@ import page
 import slider
 from unfinished import stoppable
 
-TEMPLATE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>TITLE</title>
-<style>
-  :root { color-scheme: light dark; font: 17px/1.5 system-ui, sans-serif }
-  body { max-width: 34rem; margin: 0 auto; padding: 1rem }
-  img { width: 100%; max-width: 24rem; display: block; margin: 0 auto; border-radius: .4rem }
-  label { display: block; font-weight: 600 }
-  input { width: 100%; font: inherit; box-sizing: border-box }
-  input:focus-visible { outline: 3px solid #5b8dff; outline-offset: 2px }
-</style>
-<h1>TITLE</h1>
-<img id="picture" alt="">
+TEMPLATE = (
+    page.HEAD
+    + """<img id="picture" alt="">
 <p><output id="say" aria-live="polite"></output></p>
 <div id="controls"></div>
 <script>
@@ -67,6 +55,7 @@ draw();
 </script>
 </html>
 """
+)
 
 
 def server(model, sliders: dict, prompt: str, port: int, **settings) -> http.server.ThreadingHTTPServer:

@@ -5,7 +5,7 @@ import io
 import json
 import re
 
-TEMPLATE = """<!doctype html>
+HEAD = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -18,8 +18,10 @@ TEMPLATE = """<!doctype html>
   figure { margin: 0 }
   #picture { width: 100%; max-width: 32rem; display: block; margin: 0 auto; border-radius: .4rem; image-rendering: auto }
   label, legend { font-weight: 600 }
+  label { display: block }
   input[type=range] { width: 100%; height: 2rem; accent-color: var(--accent) }
-  input[type=range]:focus-visible, #plane:focus-visible, fieldset input:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
+  input[type=text], input[type=number] { width: 100%; font: inherit; box-sizing: border-box }
+  input:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
   fieldset { border: 0; padding: 0; margin: 1rem 0; display: flex; flex-wrap: wrap; gap: .3rem 1rem }
   fieldset label { font-weight: 400; padding: .3rem }
   #plane { position: relative; width: 100%; max-width: 16rem; aspect-ratio: 1; margin: 1rem auto; border: 2px solid currentColor; border-radius: .4rem; touch-action: none; cursor: crosshair }
@@ -27,7 +29,11 @@ TEMPLATE = """<!doctype html>
   output { font-variant-numeric: tabular-nums }
 </style>
 <h1>TITLE</h1>
-<figure>
+"""
+
+TEMPLATE = (
+    HEAD
+    + """<figure>
   <img id="picture" alt="">
   <figcaption aria-live="polite"><output id="say"></output></figcaption>
 </figure>
@@ -86,6 +92,7 @@ show();
 </script>
 </html>
 """
+)
 
 
 def html(title: str, sliders: list[tuple[str, list[float]]], rows: list[str], frames, says=None) -> str:

@@ -17,17 +17,20 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 def after(page: str, script: str, tmp_path, seconds: float = 60) -> str:
-    """The text that `script` (JavaScript, may await) leaves in the variable `out`, run on `page` (HTML), opened from a file."""
+    """The text that `script` (JavaScript, may await) leaves in the variable `out`, run on `page`: an address, or HTML that is opened from a
+    file."""
     if CHROMIUM is None:
         pytest.skip("needs Chromium")
     file, until, number, pending = tmp_path / "page.html", time.time() + seconds, 0, b""
-    file.write_text(page, encoding="utf-8")
+    if not page.startswith("http://"):
+        file.write_text(page, encoding="utf-8")
+        page = file.as_uri()
     low = (*os.pipe(), *os.pipe())  # theirs to read, ours to write; ours to read, theirs to write
     pipes = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 20) for fd in low]  # away from 3 and 4
     for fd in low:
         os.close(fd)
     theirs_in, ours_out, ours_in, theirs_out = pipes
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={tmp_path / 'profile'}"]
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-proxy-server", f"--user-data-dir={tmp_path / 'profile'}"]
     browser = subprocess.Popen(
         [CHROMIUM, *options],
         stdout=subprocess.DEVNULL,
@@ -57,7 +60,7 @@ def after(page: str, script: str, tmp_path, seconds: float = 60) -> str:
         target = call("Target.createTarget", url="about:blank")["targetId"]
         session = call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         call("Page.enable", session)
-        call("Page.navigate", session, url=file.as_uri())
+        call("Page.navigate", session, url=page)
         while message().get("method") != "Page.loadEventFired":
             pass
         found = call(

@@ -1,12 +1,14 @@
 """The page that draws while one drags: what it answers, to whom, and what it refuses."""
 
 import io
+import json
 import threading
 import urllib.error
 import urllib.request
 
 import numpy as np
 import pytest
+from browser import after
 from PIL import Image
 
 import live
@@ -43,6 +45,24 @@ def test_what_is_asked_for_is_drawn(model, served):
 def test_the_page_names_the_sliders(served):
     text = get(served[0]).read().decode()
     assert '"names": ["one"]' in text and "http" not in text.split("<script>")[1]
+
+
+def test_dragging_draws(model, served, tmp_path):
+    """In a real browser: the slider dragged to 2 by its keys or the mouse, the picture that is then shown is the slider's at 2."""
+    script = """
+        const say = document.getElementById("say"), picture = document.getElementById("picture"), range = document.querySelector("input[type=range]");
+        const drawn = async () => { while (say.textContent.startsWith("drawing") || !picture.naturalWidth) await new Promise(r => setTimeout(r, 20)); await picture.decode() };
+        await drawn();
+        const before = say.textContent;
+        for (const value of [0.5, 1, 2]) { range.value = value; range.dispatchEvent(new Event("input", {bubbles: true})) }
+        await drawn();
+        const c = document.createElement("canvas"), x = c.getContext("2d");
+        c.width = picture.naturalWidth; c.height = picture.naturalHeight; x.drawImage(picture, 0, 0);
+        out = JSON.stringify({before, after: say.textContent, label: range.closest("label").textContent, pixels: [...x.getImageData(0, 0, c.width, c.height).data]})"""
+    seen = json.loads(after(served[0], script, tmp_path))
+    expected = np.asarray(slider.generate(model, "a person", [0], [(served[1], 2.0)], steps=2, guidance=1.0)[0].convert("RGBA"))
+    assert (seen["before"], seen["after"], seen["label"]) == ("one 0", "one 2", "one")
+    assert np.array_equal(np.reshape(seen["pixels"], expected.shape), expected)
 
 
 @pytest.mark.parametrize("path, status", [("/picture?seed=-1", 400), ("/picture?s0=x", 400), ("/picture?s0=nan", 400), ("/etc/passwd", 404)])
