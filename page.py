@@ -20,7 +20,7 @@ HEAD = """<!doctype html>
   label, legend { font-weight: 600 }
   label { display: block }
   input[type=range] { width: 100%; height: 2rem; accent-color: var(--accent) }
-  input[type=text], input[type=number] { width: 100%; font: inherit; box-sizing: border-box }
+  input[type=text], input[type=number] { width: 100%; font: inherit; font-weight: 400; box-sizing: border-box }
   input:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
   fieldset { border: 0; padding: 0; margin: 1rem 0; display: flex; flex-wrap: wrap; gap: .3rem 1rem }
   fieldset label { font-weight: 400; padding: .3rem }

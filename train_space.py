@@ -26,6 +26,7 @@ import lora
 import parallel
 import pictures
 import sampler
+import spread
 import student
 import training
 import unfinished
@@ -85,44 +86,6 @@ def collect(
     return Samples(*(torch.cat([p[name] for p in parts]).to(model.device) for name in ("x_0", "x_t", "t", "prompt")))
 
 
-def features(model, clip, x_0, checkpointing: bool = False):
-    """Unit-length CLIP features (b, d), float32, of latents x_0 (b, 4, h, w). checkpointing: compute decoder and CLIP again on
-    the way back instead of keeping what they hold."""
-    look = lambda z: F.normalize(clip(sampler.precise(model.vae.decode(z.to(next(model.vae.parameters()).dtype)))), dim=-1)
-    return torch.utils.checkpoint.checkpoint(look, x_0, use_reentrant=False) if checkpointing else look(x_0)
-
-
-def directions(f, k: int, independent: bool = False):
-    """Directions in which features f (n, d) spread: v (k, d), unit length; their standard deviations (k,); their shares of the
-    whole variance (k,). Each points where its skewness is positive, so that a rerun has no other signs.
-
-    The k principal directions, as the paper has it; with `independent` they are turned, within their span, to the ones along which
-    the pictures vary independently (`turned`)."""
-    centred = (f - f.mean(0)).double()
-    _, S, Vh = torch.linalg.svd(centred, full_matrices=False)
-    along = S[:k, None] / (len(f) - 1) ** 0.5 * Vh[:k]  # (k, d): each direction as long as its standard deviation
-    if independent:
-        along = turned(centred @ torch.linalg.pinv(along)) @ along
-        along = along[along.norm(dim=1).argsort(descending=True)]
-    along = along * torch.sign((centred @ torch.linalg.pinv(along)).pow(3).sum(0))[:, None]
-    sigma = along.norm(dim=1)
-    return (along / sigma[:, None]).float(), sigma.float(), (sigma.square() * (len(f) - 1) / S.square().sum()).float()
-
-
-def turned(z, rounds: int = 200):
-    """The rotation R (k, k) that makes the columns of z R^T as unlike a normal distribution as it can be, each on its own, z (n, k)
-    being of unit variance and uncorrelated: independent component analysis (FastICA with the kurtosis, Hyvarinen 1999, eq. (20)).
-
-    Why: PCA can't tell apart directions of like variance, and returns any mixture of them: "smiling with dark skin". A mixture of
-    independent causes is nearer to normal than the causes are: what is least normal is one cause alone."""
-    R, _ = torch.linalg.qr(torch.randn(z.shape[1], z.shape[1], generator=torch.Generator().manual_seed(0), dtype=z.dtype))
-    for _ in range(rounds):
-        steps = ((z @ R.T) ** 3).T @ z / len(z) - 3 * R  # each row towards a larger kurtosis, or a smaller one
-        U, _, Vh = torch.linalg.svd(steps)
-        R = U @ Vh  # the nearest rotation
-    return R
-
-
 # ---------------------------------------------------------------------------------------------- student
 
 
@@ -138,7 +101,7 @@ class Space:
         self.n = len(self.x_t) - HELD_OUT * self.m  # x_t to train on
         with torch.no_grad():
             every = torch.arange(len(self.x_t)).split(batch)
-            self.f_0 = torch.cat([features(model, clip, self.predicted(rows)) for rows in tqdm(every, unit="batch", desc="teacher")])  # (N, d)
+            self.f_0 = torch.cat([spread.features(model, clip, self.predicted(rows)) for rows in tqdm(every, unit="batch", desc="teacher")])  # (N, d)
 
     def __len__(self):
         return 2 * self.k * self.n  # every x_t with every direction, either way
@@ -156,7 +119,7 @@ class Space:
         each[torch.arange(len(x)), i] = sign.to(each)
         each = each.repeat_interleave(self.rank, 1)
         slider.scale = each if self.guidance == 1 else torch.cat([each, each])
-        f = features(self.model, self.clip, self.predicted(x), self.checkpointing)
+        f = spread.features(self.model, self.clip, self.predicted(x), self.checkpointing)
         return f - self.f_0[x], sign.to(f)[:, None] * self.v[i]
 
     def loss(self, slider, rows):
@@ -233,7 +196,7 @@ def calibrate(model, clip, slider, v, sigma: float, cond, uncond, *, size, batch
     x_T = sampler.noise(range(seeds), model.latent_shape(size), model.device, model.dtype)
     columns = [[(slider, sign * s)] for sign in (-1, 1) for s in tried]
     drawn = dict(sampler.sweep(model.unet, x_T, cond, uncond, columns, alpha_bar=model.alpha_bar, batch=batch, **settings))
-    f = torch.stack([features(model, clip, drawn[i]).mean(0) for i in range(len(columns))]).view(2, len(tried), -1)
+    f = torch.stack([spread.features(model, clip, drawn[i]).mean(0) for i in range(len(columns))]).view(2, len(tried), -1)
     change = f[1] - f[0]  # (scales, d), from one end to the other
     along = F.cosine_similarity(change, v[None], dim=1) > 0.3  # beyond, pictures break down
     way = [0.0, *torch.where(along, (change @ v) / 2, 0.0).tolist()]
@@ -248,46 +211,7 @@ def calibrate(model, clip, slider, v, sigma: float, cond, uncond, *, size, batch
     return True
 
 
-# ---------------------------------------------------------------------------------------------- what was found
-
-
-@torch.no_grad()
-def names(encode, prompt: str, words: list[str], v) -> list[list[str]]:
-    """For each direction the words whose addition to the prompt moves CLIP's text feature most along it and most against it:
-    ["+ hat, old, grey", "- young, ..."]. A hint, no more: pictures and words lie apart in CLIP's space. encode: prompts -> (n, d)."""
-    f = F.normalize(encode([prompt] + [f"{prompt}, {w}" for w in words]).float(), dim=-1)
-    along = F.normalize(f[1:] - f[0], dim=-1) @ v.cpu().T  # (words, k)
-    top = lambda values: ", ".join(words[j] for j in values.argsort(descending=True)[:3])
-    return [[f"+ {top(a)}", f"- {top(-a)}"] for a in along.T]
-
-
-def towers(args, model):
-    """CLIP's two halves: pictures (b, 3, H, W) in [-1, 1] -> (b, d), with gradients; prompts -> (b, d)."""
-    if args.clip is None:
-        if not training.is_small(model.unet):
-            raise ValueError("--clip is needed: a CLIP model, folder or Hub id, such as openai/clip-vit-large-patch14")
-        from miniature.judges import vision_tower  # the miniature has a CLIP of its own
-
-        return vision_tower(), lambda prompts: model.encode_prompt(prompts)[1].cpu()
-    from transformers import CLIPModel, CLIPTokenizer
-
-    clip = CLIPModel.from_pretrained(args.clip).eval().requires_grad_(False).to(model.device)
-    tokenizer = CLIPTokenizer.from_pretrained(args.clip)
-    side = clip.config.vision_config.image_size
-    mean, std = (torch.tensor(c, device=model.device).view(1, 3, 1, 1) for c in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))
-    of = lambda out: out if torch.is_tensor(out) else out.pooler_output  # transformers 5 wraps what transformers 4 returned bare
-
-    def see(x):  # average-pooled to CLIP's size: cheap, smooth, and what the paper's code does
-        return of(clip.get_image_features(pixel_values=(F.adaptive_avg_pool2d((x + 1) / 2, side) - mean) / std))
-
-    return see, lambda prompts: of(clip.get_text_features(**tokenizer(prompts, return_tensors="pt", padding=True, truncation=True).to(model.device))).cpu()
-
-
-WORDS = (
-    "old young child smiling serious dark bright colorful gray red green blue yellow white black indoors outdoors night day winter summer close-up distant "
-    "man woman crowd alone modern ancient luxury poor city nature forest beach mountain painting photograph drawing cartoon statue blurry detailed simple "
-    "big small hat glasses beard long-hair short-hair uniform casual elegant happy sad angry"
-).split()
+# ---------------------------------------------------------------------------------------------- command line
 
 
 # Defaults: what was measured to work on the miniature; of SDXL's size the published recipe's (rank 1, cross-attention alone).
@@ -334,11 +258,15 @@ def main():
         raise ValueError(f"{out}: is a file; --out names a folder")
     kept = unfinished.begin(args, cli.output(out / "space.json"))
     model = cli.load_model(args)
-    clip, encode = towers(args, model)
+    clip, encode = spread.towers(args, model)
     size, _ = training.start(args, model, training.recipe(model.unet, SMALL, LARGE))
     cond, uncond = model.condition(args.prompt, size), model.condition([""], size)
     words = (
-        [w.strip() for w in Path(args.words).read_text().splitlines() if w.strip()] if args.words else sorted(model.known_words) if model.known_words else WORDS
+        [w.strip() for w in Path(args.words).read_text().splitlines() if w.strip()]
+        if args.words
+        else sorted(model.known_words)
+        if model.known_words
+        else spread.WORDS
     )
     batch = 4 * args.batch
 
@@ -357,9 +285,9 @@ def main():
         **settings,
     )
     with torch.no_grad():
-        f = torch.cat([features(model, clip, z) for z in tqdm(samples.x_0.split(batch), unit="batch", desc="features")])
-    v, sigma, share = directions(f, args.sliders, not args.principal)
-    hints = names(encode, args.prompt[0], words, v)
+        f = torch.cat([spread.features(model, clip, z) for z in tqdm(samples.x_0.split(batch), unit="batch", desc="features")])
+    v, sigma, share = spread.directions(f, args.sliders, not args.principal)
+    hints = spread.names(encode, args.prompt[0], words, v)
     print(f"{args.sliders} directions hold {share.sum():.0%} of the variance of {args.samples} pictures' features")
 
     model.release(vae=False)

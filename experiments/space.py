@@ -1,6 +1,6 @@
 """SliderSpace: eight sliders from "a photo of a person", what they move, and directions at random as a control.  python -m experiments.space
 
-Three sets of directions in the same span: principal ones, as in the paper; the same turned to independent ones (train_space.turned);
+Three sets of directions in the same span: principal ones, as in the paper; the same turned to independent ones (spread.turned);
 and the same turned at random, as a control.
 
 * Effect: the features of held-out seeds at scales -2 to 2, along each slider's own direction; the effect of a slider is the mean
@@ -21,6 +21,7 @@ import cli
 import lora
 import pictures
 import slider
+import spread
 import train_space
 import training
 from experiments.common import Lab
@@ -40,7 +41,7 @@ def turned_at_random(v, sigma, seed: int):
 def main():
     lab = Lab(__doc__, "space", lambda p: p.add_argument("--clip", help="as in train_space.py"), count=12, dtype="float32")
     model = lab.model
-    clip, encode = train_space.towers(lab.args, model)
+    clip, encode = spread.towers(lab.args, model)
     cond, uncond = model.condition([PROMPT], lab.size), model.condition([""], lab.size)
     recipe = training.recipe(model.unet, train_space.SMALL, train_space.LARGE)
     drawing = dict(steps=20, guidance=5.0, start=train_space.START)
@@ -52,10 +53,10 @@ def main():
         kept = Unfinished(Path(lab.args.sliders) / f"space_samples_seed{lab.seed}")
         drawn = train_space.collect(model, cond, uncond, kept, samples=SAMPLES, per_sample=5, size=lab.size, seed=lab.seed, batch=32, **drawing)
         with torch.no_grad():
-            return drawn, torch.cat([train_space.features(model, clip, z) for z in drawn.x_0.split(32)])
+            return drawn, torch.cat([spread.features(model, clip, z) for z in drawn.x_0.split(32)])
 
     def directions(kind):
-        v, sigma, share = train_space.directions(samples()[1], K, independent=kind == "independent")
+        v, sigma, share = spread.directions(samples()[1], K, independent=kind == "independent")
         return (*turned_at_random(v, sigma, lab.seed), None) if kind == "random" else (v, sigma, share)
 
     def sliders_for(kind):
@@ -82,8 +83,8 @@ def main():
         v, _, share = directions(kind)
         sliders, v, rows, effects = sliders_for(kind), v.cpu(), [], []
         seconds = time.time() - started
-        words = sorted(model.known_words) if model.known_words else train_space.WORDS
-        hints = train_space.names(encode, PROMPT, words, v)
+        words = sorted(model.known_words) if model.known_words else spread.WORDS
+        hints = spread.names(encode, PROMPT, words, v)
         for i, one in enumerate(sliders):
             drawn = draw(lab.seeds, [[(one, s)] for s in train_space.SCALES])
             f = [look(column) for column in drawn]

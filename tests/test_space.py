@@ -7,6 +7,7 @@ import torch
 
 import lora
 import sampler
+import spread
 import train_space
 from miniature.judges import vision_tower
 from miniature.measure import tensor
@@ -28,13 +29,13 @@ def test_directions_of_a_known_spread():
     """Points spread along known axes, by known amounts, around a mean that is not 0."""
     g = torch.Generator().manual_seed(0)
     axes, _ = torch.linalg.qr(torch.randn(10, 10, generator=g))
-    spread = torch.tensor([4.0, 2.0, 1.0] + [0.1] * 7)
+    each = torch.tensor([4.0, 2.0, 1.0] + [0.1] * 7)
     x = torch.empty(20_000, 10).exponential_(generator=g) - 1  # skewed: the sign is defined
-    f = x * spread @ axes.T + 5
-    v, sigma, share = train_space.directions(f, 3)
+    f = x * each @ axes.T + 5
+    v, sigma, share = spread.directions(f, 3)
     assert torch.allclose((v @ axes[:, :3]).diagonal(), torch.ones(3), atol=0.01)  # the long tail is on the positive side
-    assert torch.allclose(sigma, spread[:3], rtol=0.05)
-    assert share.sum() == pytest.approx((spread[:3].square().sum() / spread.square().sum()).item(), abs=0.01)
+    assert torch.allclose(sigma, each[:3], rtol=0.05)
+    assert share.sum() == pytest.approx((each[:3].square().sum() / each.square().sum()).item(), abs=0.01)
 
 
 def test_independent_directions_are_the_causes_and_principal_ones_mixtures():
@@ -44,11 +45,11 @@ def test_independent_directions_are_the_causes_and_principal_ones_mixtures():
     causes = torch.cat([(torch.rand(20_000, 2, generator=g) < 0.3).float() / 0.21**0.5, torch.rand(20_000, 2, generator=g) * 12**0.5], 1)
     f = causes * torch.tensor([1.02, 1.01, 1.0, 0.99]) @ axes[:4] + 0.1 * torch.randn(20_000, 10, generator=g)
     best = lambda v: (v @ axes[:4].T).abs().max(1)
-    v, sigma, share = train_space.directions(f, 4, independent=True)
+    v, sigma, share = spread.directions(f, 4, independent=True)
     assert best(v)[0].min() > 0.99 and best(v)[1].sort()[0].tolist() == [0, 1, 2, 3]
-    assert best(train_space.directions(f, 4)[0])[0].min() < 0.95
+    assert best(spread.directions(f, 4)[0])[0].min() < 0.95
     assert torch.allclose(sigma, torch.tensor([1.02, 1.01, 1.0, 0.99]), rtol=0.05) and 0.9 < share.sum() < 1
-    v_again, _, _ = train_space.directions(f, 4, independent=True)
+    v_again, _, _ = spread.directions(f, 4, independent=True)
     assert torch.equal(v, v_again)
 
 
@@ -138,8 +139,8 @@ def test_the_gradient_through_unet_vae_and_clip_agrees_with_finite_differences(m
 
 def test_sliders_learn_their_directions(model, conds, tmp_path):
     samples, clip = collect(model, conds, tmp_path, samples=12), vision_tower()
-    f = train_space.features(model, clip, samples.x_0)
-    v, sigma, _ = train_space.directions(f, 2)
+    f = spread.features(model, clip, samples.x_0)
+    v, sigma, _ = spread.directions(f, 2)
     made, reading = train_space.learn(
         model,
         clip,
@@ -161,25 +162,23 @@ def test_sliders_learn_their_directions(model, conds, tmp_path):
     drawing = dict(alpha_bar=model.alpha_bar, batch=8, steps=4, guidance=3.0, start=0.0)
     train_space.calibrate(model, clip, made[0], v[0], sigma[0].item(), *conds, seeds=2, size=None, batch=8, steps=4, guidance=3.0, start=0.0)
     x_T = sampler.noise(range(2), model.latent_shape())
-    low, high = (
-        train_space.features(model, clip, x_0) @ v[0] for _, x_0 in sampler.sweep(model.unet, x_T, *conds, [[(made[0], s)] for s in (-2, 2)], **drawing)
-    )
+    low, high = (spread.features(model, clip, x_0) @ v[0] for _, x_0 in sampler.sweep(model.unet, x_T, *conds, [[(made[0], s)] for s in (-2, 2)], **drawing))
     assert (high - low).mean().item() / 2 == pytest.approx(sigma[0].item(), rel=0.4)
 
 
 def test_features_are_those_of_the_pictures(model, conds, tmp_path):
     samples, clip = collect(model, conds, tmp_path), vision_tower()
-    f = train_space.features(model, clip, samples.x_0)
+    f = spread.features(model, clip, samples.x_0)
     seen = torch.nn.functional.normalize(clip(tensor(model.pictures(samples.x_0))), dim=-1)
     assert torch.allclose(f.norm(dim=-1), torch.ones(6)) and (f - seen).norm(dim=-1).max() < 0.1  # but for rounding and clipping
 
 
 def test_words_that_lie_along_a_direction_are_named(model):
     """A direction that is made of a word's own change finds that word."""
-    _, encode = train_space.towers(type("A", (), {"clip": None}), model)
+    _, encode = spread.towers(type("A", (), {"clip": None}), model)
     words = ["hat", "glasses", "red", "smiling"]
     f = torch.nn.functional.normalize(encode(["a person", "a person, hat", "a person, smiling"]), dim=-1)
-    hints = train_space.names(encode, "a person", words, torch.nn.functional.normalize(f[1:] - f[0], dim=-1))
+    hints = spread.names(encode, "a person", words, torch.nn.functional.normalize(f[1:] - f[0], dim=-1))
     assert hints[0][0].startswith("+ hat") and hints[1][0].startswith("+ smiling") and hints[0][1].startswith("- ")
 
 
