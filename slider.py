@@ -76,15 +76,24 @@ def opened(model, path, side: int | None = None) -> tuple[Image.Image, tuple[int
     return pictures.fit(picture, h, w), (h, w)
 
 
+def half_way(model, latents, strength: float, steps) -> dict:
+    """SDEdit (Meng et al. 2022): where `sweep` begins in order to draw pictures again that are noised to `strength`, 0 to 1, of the way.
+    latents: function of a few seeds, the latents (b, 4, h, w) of their pictures, or (1, 4, h, w) of one for all."""
+    ts = sampler.timesteps(steps)
+    skip = len(ts) - max(1, round(strength * len(ts)))
+
+    def noised(seeds):
+        z, t = latents(seeds), torch.full((len(seeds),), ts[skip], device=model.device)
+        return sampler.add_noise(z, sampler.noise(seeds, z.shape[1:], model.device, model.dtype), t, model.alpha_bar)
+
+    return dict(start_from=noised, skip=skip)
+
+
 def begin_with(model, args, picture, size) -> dict:
     """Where `sweep` begins in order to draw `picture`, or to edit it: its settings start_from, uncond, skip."""
     z = model.latents([picture])
     if args.strength:
-        ts = sampler.timesteps(args.steps)
-        skip = len(ts) - max(1, round(args.strength * len(ts)))
-        t = torch.tensor([ts[skip]], device=model.device)
-        noised = lambda seeds: sampler.add_noise(z, sampler.noise(seeds, z.shape[1:], model.device, model.dtype), t.expand(len(seeds)), model.alpha_bar)
-        return dict(start_from=noised, skip=skip)
+        return half_way(model, lambda seeds: z, args.strength, args.steps)
     settings = dict(method=args.invert, steps=args.steps, guidance=args.guidance)
     path = Path(args.out) / f"inversion-{invert.key(model, z, args.prompt, args.negative, settings)}.safetensors"
 

@@ -16,12 +16,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import cli
 import lora
 import pictures
-import sampler
 import slider
 from experiments.common import Lab
 from experiments.stylegan.channels import FOUND, Faces, read, span
@@ -38,18 +36,10 @@ def draw_pairs(model, layer: int, channel: int, by: float, attribute: str, count
     """folder/neg and folder/pos: at most `count` faces of the generator with the channel moved by -by and by +by standard deviations."""
     faces = Faces(load(), candidates, seed=20)
     ends = [faces.drawn(layer, channel, sign * by) for sign in (-1, 1)]
-    ts = sampler.timesteps(20)
-    skip = len(ts) - round(strength * len(ts))
 
     def again(drawn):
-        """start_from of slider.sweep: the latents of pictures number `some`, noised."""
-
-        def noised(some):
-            z = model.latents([drawn[i] for i in some])
-            t = torch.full((len(z),), ts[skip], device=model.device)
-            return sampler.add_noise(z, sampler.noise(some, z.shape[1:], model.device, model.dtype), t, model.alpha_bar)
-
-        return slider.sweep(model, PROMPT, range(candidates), [[]], start_from=noised, skip=skip, steps=len(ts), guidance=3.0)[0]
+        begin = slider.half_way(model, lambda some: model.latents([drawn[i] for i in some]), strength, 20)
+        return slider.sweep(model, PROMPT, range(candidates), [[]], steps=20, guidance=3.0, **begin)[0]
 
     ends = [again(drawn) for drawn in ends]
     low, high = map(read, ends)
