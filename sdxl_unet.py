@@ -36,7 +36,7 @@ class Embedding(nn.Module):
 
 class Recomputed(nn.Module):
     """A part whose inside is not kept for the way back when `again` is set, but computed again there: less memory, more
-    time (gradient checkpointing, Chen et al. 2016). UNet.checkpointing sets it."""
+    time (gradient checkpointing, Chen et al. 2016). `checkpointing` sets it."""
 
     again = False
 
@@ -44,6 +44,13 @@ class Recomputed(nn.Module):
         if self.again and torch.is_grad_enabled():
             return checkpoint(super().__call__, *args, use_reentrant=False)
         return super().__call__(*args)
+
+
+def checkpointing(network: nn.Module, on: bool = True):
+    """Trade time for memory in training: the network's resnets and transformer blocks are computed again on the way back."""
+    for module in network.modules():
+        if isinstance(module, Recomputed):
+            module.again = on
 
 
 # ---------------------------------------------------------------------------------- convolutions
@@ -301,13 +308,6 @@ class UNet(nn.Module):
             skips, here = skips[:-n], skips[-n:]
             x = level(x, here, time, context)
         return self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, 4, h, w)
-
-    def checkpointing(self, on: bool = True):
-        """Trade time for memory in training: resnets and transformer blocks are computed again on the way back."""
-        for module in self.modules():
-            if isinstance(module, Recomputed):
-                module.again = on
-        return self
 
 
 def check(config: dict):

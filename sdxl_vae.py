@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sdxl_unet import Upsample
+from sdxl_unet import Recomputed, Upsample
 
 
-class Resnet(nn.Module):
+class Resnet(Recomputed):
     """(B, c_in, h, w) -> (B, c_out, h, w): two 3x3 convolutions around a shortcut."""
 
     def __init__(self, c_in, c_out, groups):

@@ -37,6 +37,7 @@ import train_text
 import training
 from formats import slider_files
 from sdxl import MINIATURE
+from sdxl_unet import checkpointing
 
 
 def generate(model, prompt: str, seeds, sliders=(), **settings) -> list[Image.Image]:
@@ -226,7 +227,7 @@ def main():
     model = cli.load_model(args)
     model.vae.tile = args.vae_tile // model.factor
     size, picture, names_of_rows = (args.size,) * 2 if args.size is not None else None, None, [f"seed{s}" for s in args.seeds]
-    model.unet.checkpointing(args.checkpointing)
+    checkpointing(model.unet, args.checkpointing)
     if args.image:
         picture, size = opened(model, args.image, args.size)
         if args.strength is None:  # an inversion is one noise, not many

@@ -31,11 +31,10 @@ def towers(args, model):
     return see, lambda prompts: of(clip.get_text_features(**tokenizer(prompts, return_tensors="pt", padding=True, truncation=True).to(model.device))).cpu()
 
 
-def features(model, clip, x_0, checkpointing: bool = False):
-    """Unit-length CLIP features (b, d), float32, of latents x_0 (b, 4, h, w). checkpointing: compute decoder and CLIP again on
-    the way back instead of keeping what they hold."""
-    look = lambda z: F.normalize(clip(sampler.precise(model.vae.decode(z.to(next(model.vae.parameters()).dtype)))), dim=-1)
-    return torch.utils.checkpoint.checkpoint(look, x_0, use_reentrant=False) if checkpointing else look(x_0)
+def features(model, clip, x_0):
+    """Unit-length CLIP features (b, d), float32, of latents x_0 (b, 4, h, w), with gradients."""
+    pictures = model.vae.decode(x_0.to(next(model.vae.parameters()).dtype))
+    return F.normalize(clip(sampler.precise(pictures)), dim=-1)
 
 
 def directions(f, k: int, independent: bool = False):

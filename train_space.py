@@ -30,6 +30,7 @@ import spread
 import student
 import training
 import unfinished
+from sdxl_unet import checkpointing
 from unfinished import Unfinished
 
 SCALES = [-2.0, -1.0, 0.0, 1.0, 2.0]
@@ -93,11 +94,11 @@ class Space:
     """k sliders of rank r as one lora.Slider of rank k r, and what they are trained on: row number -> (x_t, direction, sign). The last
     HELD_OUT pictures' x_t are the meter's alone."""
 
-    def __init__(self, model, clip, samples: Samples, cond, uncond, v, *, rank: int, guidance: float, checkpointing: bool, batch: int):
+    def __init__(self, model, clip, samples: Samples, cond, uncond, v, *, rank: int, guidance: float, batch: int):
         self.model, self.clip, self.cond, self.uncond, self.v, self.rank, self.guidance = model, clip, cond, uncond, v, rank, guidance
         self.x_t, self.t = samples.x_t.flatten(0, 1), samples.t.flatten(0, 1)  # (N, 4, h, w), (N,)
         self.prompt = samples.prompt.repeat_interleave(samples.x_t.shape[1])
-        self.checkpointing, self.k, self.m = checkpointing, len(v), samples.x_t.shape[1]
+        self.k, self.m = len(v), samples.x_t.shape[1]
         self.n = len(self.x_t) - HELD_OUT * self.m  # x_t to train on
         with torch.no_grad():
             every = torch.arange(len(self.x_t)).split(batch)
@@ -119,7 +120,7 @@ class Space:
         each[torch.arange(len(x)), i] = sign.to(each)
         each = each.repeat_interleave(self.rank, 1)
         slider.scale = each if self.guidance == 1 else torch.cat([each, each])
-        f = spread.features(self.model, self.clip, self.predicted(x), self.checkpointing)
+        f = spread.features(self.model, self.clip, self.predicted(x))
         return f - self.f_0[x], sign.to(f)[:, None] * self.v[i]
 
     def loss(self, slider, rows):
@@ -161,7 +162,6 @@ def learn(
     rank: int,
     alpha: float,
     guidance: float,
-    checkpointing: bool,
     steps: int,
     batch: int,
     lr: float,
@@ -169,7 +169,7 @@ def learn(
     kept=unfinished.NOTHING,
 ) -> tuple[list[lora.Slider], dict]:
     """A slider of `rank` for each direction v (k, d), all trained together, and the final meter."""
-    space = Space(model, clip, samples, cond, uncond, v, rank=rank, guidance=guidance, checkpointing=checkpointing, batch=4 * batch)
+    space = Space(model, clip, samples, cond, uncond, v, rank=rank, guidance=guidance, batch=4 * batch)
     torch.manual_seed(seed)
     bank = lora.Slider(layers, rank * len(v), alpha * len(v)).to(model.device).attach(model.unet)  # alpha / rank of each is what was asked for
     reading = student.loop(
@@ -260,6 +260,7 @@ def main():
     model = cli.load_model(args)
     clip, encode = spread.towers(args, model)
     size, _ = training.start(args, model, training.recipe(model.unet, SMALL, LARGE))
+    checkpointing(model.vae, args.checkpointing)
     cond, uncond = model.condition(args.prompt, size), model.condition([""], size)
     words = (
         [w.strip() for w in Path(args.words).read_text().splitlines() if w.strip()]
@@ -303,7 +304,6 @@ def main():
         rank=args.rank,
         alpha=args.alpha,
         guidance=args.train_guidance,
-        checkpointing=args.checkpointing,
         steps=args.steps,
         batch=args.batch,
         lr=args.lr,

@@ -15,6 +15,7 @@ import pictures
 import sampler
 import student
 from sdxl import MINIATURE
+from sdxl_unet import checkpointing
 
 PROBED = (-8.0, -4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 8.0)  # scales that a new slider is tried at
 SURPRISE = 1.25  # a picture that is so much harder to denoise for the frozen model begins to break down: measured on the miniature
@@ -153,7 +154,7 @@ def start(args, model, recipe: dict) -> tuple[tuple[int, int], lora.Slider]:
     model.latent_shape(size)  # refuses a size the model cannot make before any work is done
     for name, value in recipe.items():
         setattr(args, name, getattr(args, name) or (max(value, parallel.processes()) if name == "batch" else value))
-    model.unet.checkpointing(args.checkpointing)
+    checkpointing(model.unet, args.checkpointing)
     torch.manual_seed(args.seed)
     slider = lora.Slider(lora.target_layers(model.unet, args.layers, not args.no_conv), args.rank, args.alpha)
     return size, slider.to(model.device)

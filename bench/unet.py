@@ -14,12 +14,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import invert
 import lora
+import sdxl_unet
+import train_space
 import training
 from cli import DTYPES
 from formats.single_file import SDXL
@@ -66,7 +70,7 @@ def ours(config, dtype):
     def slider(checkpointing):
         slider = lora.Slider(lora.target_layers(unet)).attach(unet)
         slider.scale = 1.0
-        unet.checkpointing(checkpointing)
+        sdxl_unet.checkpointing(unet, checkpointing)
         return list(slider.parameters())
 
     return unet, slider
@@ -137,12 +141,36 @@ def decode(tile):
 def null_text(checkpointing):
     """One gradient of null-text inversion (invert.py): of the unconditional embedding, one sample of 512 pixels."""
     unet = empty(UNet)
-    unet.checkpointing(checkpointing)
+    sdxl_unet.checkpointing(unet, checkpointing)
     x_t, t, context, pooled, time_ids = inputs()
     before, started = training.peak_memory(), time.time()
     null = context.float().requires_grad_(), pooled.float().requires_grad_()
     _, loss = invert.step_loss(unet, x_t, 501, 481, x_t, (*(c.to(x_t.dtype) for c in null), time_ids), x_t, alpha_bar=torch.linspace(1, 0, 1000), guidance=5.0)
     loss.sum().backward()
+    print(json.dumps({"seconds": [time.time() - started], "GiB": training.peak_memory() / 2**30, "start": before / 2**30}))
+
+
+def space(checkpointing):
+    """One gradient of SliderSpace's loss (train_space.py) of a slider of rank 1: through CLIP ViT-L/14, the VAE (float32) and the UNet, one
+    sample of 512 pixels."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    torch.manual_seed(0)
+    vae = VAE(SDXL["vae"]).eval().requires_grad_(False)
+    vit_l = CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14, projection_dim=768)
+    tower = CLIPVisionModelWithProjection(vit_l).eval().requires_grad_(False)
+    see = lambda x: tower(pixel_values=F.adaptive_avg_pool2d((x + 1) / 2, 224)).image_embeds
+    unet = empty(UNet)
+    sdxl_unet.checkpointing(unet, checkpointing)
+    sdxl_unet.checkpointing(vae, checkpointing)
+    x_t, t, *cond = inputs()
+    model = SimpleNamespace(unet=unet, vae=vae, alpha_bar=torch.linspace(1, 0, 1000), device="cpu", dtype=torch.bfloat16)
+    samples, zero = train_space.Samples(x_t, x_t[:, None], t[:, None], torch.tensor([0])), torch.tensor([0])
+    v = F.normalize(torch.randn(1, 768), dim=1)
+    of = train_space.Space(model, see, samples, tuple(cond), tuple(cond), v, rank=1, guidance=1.0, batch=1)
+    slider = lora.Slider(lora.target_layers(unet, "xattn"), 1).attach(unet)
+    before, started = training.peak_memory(), time.time()
+    (1 - F.cosine_similarity(*of.change(slider, zero, zero, torch.ones(1)))).sum().backward()
     print(json.dumps({"seconds": [time.time() - started], "GiB": training.peak_memory() / 2**30, "start": before / 2**30}))
 
 
@@ -164,6 +192,8 @@ OTHERS = {
     "draw": ("UNet, 2 samples of 1024 pixels (drawing, with guidance)", lambda: evaluate(128, 2)),
     "null": ("null-text inversion, a gradient of 1 sample of 512 pixels", lambda: null_text(False)),
     "null-again": ("the same with `--checkpointing`", lambda: null_text(True)),
+    "space": ("SliderSpace, a gradient of 1 sample of 512 pixels, back through CLIP ViT-L, VAE and UNet", lambda: space(False)),
+    "space-again": ("the same with `--checkpointing`", lambda: space(True)),
     "decode": ("VAE, 1024 pixels whole", lambda: decode(128)),
     "tiles": ("VAE, 1024 pixels in tiles of 512", lambda: decode(64)),
 }

@@ -65,7 +65,7 @@ def main():
             v, sigma, _ = directions(kind)
             part = samples()[0].first(TRAIN_SAMPLES)
             layers = lora.target_layers(model.unet, recipe["layers"])
-            settings = recipe | dict(layers=layers, guidance=1.0, checkpointing=False, seed=lab.seed)
+            settings = recipe | dict(layers=layers, guidance=1.0, seed=lab.seed)
             made, _ = train_space.learn(model, clip, part, cond, uncond, v, **settings)
             for path, one, direction, s in zip(paths, made, v, sigma):
                 train_space.calibrate(model, clip, one, direction, s.item(), cond, uncond, size=lab.size, batch=32, **drawing)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from miniature import world
-from sdxl_unet import UNet
+from sdxl_unet import UNet, checkpointing
 from sdxl_vae import VAE
 
 FACTS = Path(__file__).parent / "facts"
@@ -100,14 +100,19 @@ def test_half_precision_stays_close_to_float32(dtype):
     assert half.dtype == dtype and relative_error(half.float(), exact) < (0.1 if dtype == torch.bfloat16 else 0.02)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
-    unet, gradients = randomise(UNet(UNET)), []
-    calls = []
-    unet.mid_block.resnets[0].conv1.register_forward_hook(lambda *_: calls.append(1))
+@pytest.mark.parametrize("kind", ["unet", "vae"])
+def test_gradient_checkpointing_gives_the_same_gradients(kind):
+    network = randomise(UNet(UNET)) if kind == "unet" else randomise(VAE(VAE_))
+    block, run = (
+        (network.mid_block, lambda: network(*unet_inputs())) if kind == "unet" else (network.decoder.mid_block, lambda: network.decode(torch.ones(2, 4, 8, 8)))
+    )
+    calls, gradients = [], []
+    block.resnets[0].conv1.register_forward_hook(lambda *_: calls.append(1))
     for again in (False, True):
-        unet.checkpointing(again).zero_grad()
-        unet(*unet_inputs()).square().mean().backward()
-        gradients.append([p.grad.clone() for p in unet.parameters()])
+        checkpointing(network, again)
+        network.zero_grad()
+        run().square().mean().backward()
+        gradients.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*gradients)) and len(calls) == 1 + 2  # once more on the way back
 
 

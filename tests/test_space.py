@@ -112,7 +112,7 @@ def test_the_gradient_through_unet_vae_and_clip_agrees_with_finite_differences(m
     double = lambda part: tuple(c.double() for c in part)
     samples = train_space.Samples(samples.x_0.double(), samples.x_t.double(), samples.t, samples.prompt)
     v = torch.linalg.qr(torch.randn(128, 2, generator=torch.Generator().manual_seed(0)))[0].T.double()
-    space = train_space.Space(twin, clip, samples, double(conds[0]), double(conds[1]), v, rank=1, guidance=1.0, checkpointing=False, batch=4)
+    space = train_space.Space(twin, clip, samples, double(conds[0]), double(conds[1]), v, rank=1, guidance=1.0, batch=4)
     torch.manual_seed(0)
     bank = lora.Slider(lora.target_layers(unet, "xattn", conv=False), 2, 2.0).double()
     for name, p in bank.named_parameters():
@@ -142,20 +142,7 @@ def test_sliders_learn_their_directions(model, conds, tmp_path):
     f = spread.features(model, clip, samples.x_0)
     v, sigma, _ = spread.directions(f, 2)
     made, reading = train_space.learn(
-        model,
-        clip,
-        samples,
-        *conds,
-        v,
-        layers=lora.target_layers(model.unet, "all"),
-        rank=1,
-        alpha=1.0,
-        guidance=1.0,
-        checkpointing=False,
-        steps=16,
-        batch=8,
-        lr=2e-3,
-        seed=0,
+        model, clip, samples, *conds, v, layers=lora.target_layers(model.unet, "all"), rank=1, alpha=1.0, guidance=1.0, steps=16, batch=8, lr=2e-3, seed=0
     )
     assert reading["cosine"] > 0.3 and len(made) == 2
     # Calibrated, scale 2 moves the very pictures it was calibrated on by one standard deviation.
@@ -185,7 +172,7 @@ def test_words_that_lie_along_a_direction_are_named(model):
 def test_guidance_in_the_predicted_picture(model, conds, tmp_path):
     """x_0 from eps_u + g (eps_c - eps_u), each sample at a level of its own, against the two predictions made one by one."""
     samples = collect(model, conds, tmp_path, samples=10)
-    space = train_space.Space(model, vision_tower(), samples, *conds, torch.eye(128)[:2], rank=1, guidance=3.0, checkpointing=False, batch=4)
+    space = train_space.Space(model, vision_tower(), samples, *conds, torch.eye(128)[:2], rank=1, guidance=3.0, batch=4)
     with torch.no_grad():
         found = space.predicted(torch.tensor([0, 3]))
         for x_0, row in zip(found, (0, 3)):

@@ -8,6 +8,7 @@ import sampler
 import student
 import train_text
 from sdxl import SDXL
+from sdxl_unet import checkpointing
 
 POS, NEG, TARGET = "a photo of a person, very old", "a photo of a person, very young", "a photo of a person"
 PRESERVE = ["with glasses", "without glasses", "man"]
@@ -108,13 +109,13 @@ def test_training_in_bfloat16_keeps_the_slider_in_float32(model):
 
 def test_same_seed_same_slider(model):
     train, sliders = collect(model), []
-    for meter_every, checkpointing in ((1, False), (100, True)):  # neither readings in between nor checkpointing change anything
-        model.unet.checkpointing(checkpointing)
+    for meter_every, again in ((1, False), (100, True)):  # neither readings in between nor checkpointing change anything
+        checkpointing(model.unet, again)
         torch.manual_seed(0)
         slider = lora.Slider(lora.target_layers(model.unet, "attn")).attach(model.unet)
         student.fit(model.unet, slider, train, train[torch.arange(3)], steps=3, batch=2, lr=1e-3, meter_every=meter_every)
         slider.detach()
-        model.unet.checkpointing(False)
+        checkpointing(model.unet, False)
         sliders.append(slider.state_dict())
     assert all(torch.equal(v, sliders[1][k]) for k, v in sliders[0].items())
 
