@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import os
 import re
 import sys
@@ -19,9 +20,14 @@ from sdxl import MINIATURE, SDXL
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, not the whole usage before it
+        self.exit(2, f"error: {message}; {self.prog} --help lists what there is\n")
+
+
 def plain_parser(description: str) -> argparse.ArgumentParser:
     """A parser whose option names may not be shortened, so that a typo is an error."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p._negative_number_matcher = re.compile(r"^-[\d.][-+\d.,]*$")  # so that "--scales -2,0,2" is a value, not an option
     return p
 
@@ -97,11 +103,14 @@ def file_scale_start(text: str) -> tuple[str, float | None, float | None]:
     return *file_and_scale(rest), start
 
 
-def output(path) -> Path:
-    """The path of a file to be written in the end. ValueError, before any work is done, if it could not be."""
+def output(path, ending: str = "") -> Path:
+    """The path of a file to be written in the end. ValueError, before any work is done, if it could not be, or if its name does not end
+    with `ending`."""
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path}: is a folder; --out names a file")
+        raise ValueError(f"{path}: is a folder; a file was to be named")
+    if not path.name.endswith(ending):
+        raise ValueError(f"{path}: is to be a {ending} file: name it so")
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"{path.parent}: cannot be written to")
@@ -114,19 +123,26 @@ def write_text(path, text: str):
 
 
 def numbers(text: str, kind=float) -> list:
-    """'-2,0,2' -> [-2.0, 0.0, 2.0]; for ints '0-3' or '0,5,7'. For argparse's type=."""
+    """'-2,0,2' -> [-2.0, 0.0, 2.0]. For argparse's type=."""
     try:
-        return [kind(v) for v in text.replace(",", " ").split()] or 1 / 0
-    except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0,1,2") from None
+        found = [kind(v) for v in text.replace(",", " ").split()]
+    except ValueError:
+        found = []
+    if not found or not all(map(math.isfinite, found)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0,1,2")
+    return found
 
 
 def integers(text: str) -> list[int]:
-    """'0,5,7' or '0-63' -> a list of ints, for argparse's type=."""
-    first, dash, last = text.partition("-")
-    if dash and first.strip().isdigit() and last.strip().isdigit() and int(first) <= int(last):
-        return list(range(int(first), int(last) + 1))
-    return numbers(text, int)
+    """'0,5,7' or '0-63' -> a list of ints from 0 on, for argparse's type=."""
+    first, _, last = text.partition("-")
+    if first.strip().isdigit() and last.strip().isdigit():
+        found = list(range(int(first), int(last) + 1))
+    else:
+        found = [int(v) if v.isdigit() else -1 for v in text.replace(",", " ").split()]
+    if not found or min(found) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers from 0 on, such as 0,5,7 or 0-3")
+    return found
 
 
 def steps(text: str) -> int | list[int]:

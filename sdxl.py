@@ -45,6 +45,7 @@ class SDXL:
     channels: int  # of a latent
     zeros_for_empty: bool  # whether an empty prompt is all zeros
     known_words: set[str] | None  # words the model was trained on, where its folder lists them
+    guessed: set[str]  # others that prompts held so far
 
     @classmethod
     def load(
@@ -90,7 +91,7 @@ class SDXL:
         self.factor, self.channels = 2 ** (len(configs["vae"]["block_out_channels"]) - 1), self.unet.config["in_channels"]
         self.size = self.unet.config["sample_size"] * self.factor
         words = files.tokenizers[0] / "known_words.txt"  # the miniature's; released SDXL folders have none
-        self.known_words = set(words.read_text().split()) if words.exists() else None
+        self.known_words, self.guessed = set(words.read_text().split()) if words.exists() else None, set()
         return self
 
     # -------------------------------------------------------------------------------- words to conditioning
@@ -129,9 +130,9 @@ class SDXL:
         if self.known_words is None:
             return
         words = {w for p in prompts for w in split_words(p)}
-        unknown = sorted(words - self.known_words)
+        unknown = sorted(words - self.known_words - self.guessed)
         if unknown:
-            self.known_words |= set(unknown)  # once for each word
+            self.guessed |= set(unknown)  # said once for each word
             warnings.warn(
                 f"this model never saw {'the word' if len(unknown) == 1 else 'the words'} {', '.join(map(repr, unknown))}: it can only guess", stacklevel=2
             )

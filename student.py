@@ -160,9 +160,9 @@ def meter(unet, slider, held_out: Targets, batch: int) -> dict:
     }
 
 
-def verdict(reading: dict, difference: float, enough: tuple[float, float] = (0.25, 0.5)) -> list[str]:
+def verdict(reading: dict, difference: float, enough: tuple[float, float] = (0.25, 0.5), guessed=()) -> list[str]:
     """Plain words about the final meter. difference: |wanted| / |eps|, how much the teacher itself sees between the ends.
-    enough: the share and the cosine below which a slider of this kind is no good."""
+    enough: the share and the cosine below which a slider of this kind is no good. guessed: words that the model never saw."""
     lines = [
         f"The slider makes {reading['share']:.0%} of the teacher's change on unseen x_t (cosine {reading['cosine']:.2f}; "
         f"positive end {reading['plus']:.0%}, negative end {reading['minus']:.0%})."
@@ -176,6 +176,8 @@ def verdict(reading: dict, difference: float, enough: tuple[float, float] = (0.2
         lines.append("WARNING: it learned next to nothing. Try more --steps, or a higher --lr.")
     elif reading["cosine"] < enough[1]:
         lines.append("WARNING: most of what it does is something else. Try a lower --lr, more x_t, or a higher --rank.")
+    elif guessed:
+        lines.append(f"It does what the model makes of words it never saw ({', '.join(sorted(guessed))}): look at pictures before you believe in it.")
     else:
         lines.append("It works.")
     return lines

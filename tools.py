@@ -178,7 +178,7 @@ def main():
         if not args.out:
             raise ValueError("--out is needed: the file to write")
         if args.what != "bake":
-            if cli.output(args.out).exists() and not args.overwrite:
+            if cli.output(args.out, ".safetensors").exists() and not args.overwrite:
                 raise ValueError(f"{args.out}: is there already: --overwrite replaces it")
     if args.what in ("convert", "extract") and len(args.files) > 1:
         raise ValueError(f"{args.what} takes one file, not {len(args.files)}")

@@ -100,7 +100,7 @@ def main():
     training.check_numbers(args, "noises")
     scales, where = folders(args)
     groups = pictures.matched(where)
-    kept = unfinished.begin(args, cli.output(args.out))
+    kept = unfinished.begin(args, cli.output(args.out, ".safetensors"))
     started = time.time()
     model = cli.load_model(args)
     size, slider = training.start(args, model, training.recipe(model.unet))

@@ -132,7 +132,7 @@ def combinations(groups: list[str]) -> list[str]:
 def shared_part(pos: str, neg: str) -> str:
     """What two prompts share before their first comma: the target prompt when none is given. ValueError if nothing."""
     first, other = pos.split(",")[0].strip(), neg.split(",")[0].strip()
-    if first != other or pos == neg:
+    if first != other:
         raise ValueError(
             "--prompt is needed: what should the slider act on? (it can be left out only if --pos and --neg "
             'differ after a comma, as in "a photo of a person, very old")'
@@ -171,6 +171,8 @@ def main():
     for name in ("pos", "neg"):
         if not getattr(args, name).strip():
             raise ValueError(f"--{name} is empty: give the words of this end of the slider")
+    if args.pos.strip() == args.neg.strip():
+        raise ValueError("--pos and --neg are the same: a slider needs two ends")
     training.check_numbers(args, "eta", "trajectories", "per_trajectory", "denoising_steps")
     if args.per_trajectory > args.denoising_steps:
         raise ValueError(f"--per-trajectory {args.per_trajectory}: a trajectory of --denoising-steps {args.denoising_steps} has no more x_t than that")
@@ -178,7 +180,7 @@ def main():
         raise ValueError(f"--trajectories must be at least {parallel.processes()}, one for each process")
     prompts = args.prompt or [shared_part(args.pos, args.neg)]
     preserve = combinations(args.preserve)
-    kept = unfinished.begin(args, cli.output(args.out))
+    kept = unfinished.begin(args, cli.output(args.out, ".safetensors"))
     started = time.time()
     model = cli.load_model(args, vae=bool(args.preview))  # words alone: no picture is ever decoded but for previews
     size, slider = training.start(args, model, recipe(model.unet))

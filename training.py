@@ -194,7 +194,7 @@ def finish(args, model, slider, train, held_out, difference: float, about: dict,
         return
     about = about | {"settings": settings(args), "meter": reading, "difference": difference, "version": VERSION}
     lora.save(path, slider, about | {"seconds": round(time.time() - started, 1)})  # what comes now may take a while
-    print(*student.verdict(reading, difference, enough), sep="\n")
+    print(*student.verdict(reading, difference, enough, model.guessed), sep="\n")
     if args.probe:
         found = probe(model, slider, cond, uncond, train.x_t.shape[1:], args.probe)
         lora.save(path, slider, about | {"probe": found, "seconds": round(time.time() - started, 1)})

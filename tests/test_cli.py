@@ -180,6 +180,11 @@ BAD = [
     ([*TRAIN, "--layers", "everything"], "--layers"),
     ([*TRAIN, "--size", "100"], "size: 100x100"),
     ([*TRAIN, "--out", "tests"], "is a folder"),
+    ([*TRAIN, "--out", "docs/age.png", "--overwrite"], "is to be a .safetensors file"),
+    (["train_text.py", "--pos", "a man, old", "--neg", "a man, old"], "--pos and --neg are the same"),
+    ([*DRAW, "--scales", "nan"], "'nan' is not a list of numbers"),
+    ([*DRAW, "--seeds", "5-2"], "'5-2' is not a list of whole numbers"),
+    ([*DRAW, "--seeds", "-3"], "'-3' is not a list of whole numbers"),
     ([*TRAIN, "--steps", "0"], "--steps"),
     ([*TRAIN, "--per-trajectory", "30"], "--per-trajectory 30"),
     (["train_text.py", "--pos", "", "--neg", "a"], "--pos is empty"),
@@ -233,8 +238,8 @@ def test_bad_input_is_one_clear_line(command, names, monkeypatch, capsys):
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # cli.run sets it: put back
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(command[0], run_name="__main__")
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stopped.value.code == 2 and names in last and "error: " in last, last
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: ") and "\r" not in line]
+    assert stopped.value.code == 2 and names in line and line.startswith("error"), line
     assert {f: f.stat().st_mtime_ns for f in ROOT.glob("*.*")} == before
 
 
