@@ -86,10 +86,14 @@ def load_model(args, vae: bool = True) -> SDXL:
 
 def file_and_scale(text: str) -> tuple[str, float | None]:
     """'age.safetensors:1.5' -> ('age.safetensors', 1.5); without a scale (..., None). For argparse's type=."""
+    if not text:
+        raise argparse.ArgumentTypeError("no file is named")
     path, colon, scale = text.rpartition(":")
     try:
         return (path, float(scale)) if colon and path else (text, None)
     except ValueError:
+        if Path(path).exists() and not Path(text).exists():
+            raise argparse.ArgumentTypeError(f"{text}: {scale!r} after the colon is no number") from None
         return text, None
 
 
@@ -131,6 +135,11 @@ def numbers(text: str, kind=float) -> list:
     if not found or not all(map(math.isfinite, found)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0,1,2")
     return found
+
+
+def number(text: str) -> float:
+    """'0.5' -> 0.5, a finite number. For argparse's type=."""
+    return numbers(text)[0]
 
 
 def integers(text: str) -> list[int]:

@@ -105,13 +105,18 @@ def main():
     p.add_argument("--slider", action="append", required=True, metavar="FILE", help="slider file; may be repeated")
     p.add_argument("--prompt", default="a portrait of a person", help="what is drawn at first (default: %(default)s)")
     p.add_argument("--steps", type=cli.steps, default=15, help="DDIM steps (default: %(default)s)")
-    p.add_argument("--guidance", type=float, default=5.0, help="default: %(default)s")
-    p.add_argument("--start", type=float, default=0.3, help="as in slider.py (default: %(default)s)")
+    p.add_argument("--guidance", type=cli.number, default=5.0, help="default: %(default)s")
+    p.add_argument("--start", type=cli.number, default=0.3, help="as in slider.py (default: %(default)s)")
     p.add_argument("--port", type=int, default=8000, help="default: %(default)s; 0 for any free one")
     args = p.parse_args()
+    if not 0 <= args.port < 2**16:
+        raise ValueError(f"--port must be from 0 to {2**16 - 1}, not {args.port}")
     model = cli.load_model(args)
     sliders = {Path(file).stem: lora.load(file, model.unet) for file in args.slider}
-    serving = server(model, sliders, args.prompt, args.port, steps=args.steps, guidance=args.guidance, start=args.start)
+    try:
+        serving = server(model, sliders, args.prompt, args.port, steps=args.steps, guidance=args.guidance, start=args.start)
+    except OSError as error:
+        raise ValueError(f"--port {args.port}: {error.strerror}; another one, or 0 for any that is free") from None
     print(f"http://127.0.0.1:{serving.server_port} shows {', '.join(sliders)}; Ctrl-C ends it", flush=True)
     threading.Thread(target=serving.serve_forever, daemon=True).start()
     with stoppable() as stop:

@@ -154,7 +154,7 @@ def parse_args():
     p.add_argument("--image", help="edit this picture instead of drawing new ones; --prompt says what it shows")
     p.add_argument("--invert", choices=invert.METHODS, default="null-text", help="with --image: how it is inverted (default: %(default)s)")
     p.add_argument("--checkpointing", action="store_true", help="with --image: less memory, more time in null-text inversion")
-    p.add_argument("--strength", type=float, help="with --image: do not invert it; noise it this far, 0 to 1, and draw it again (SDEdit)")
+    p.add_argument("--strength", type=cli.number, help="with --image: do not invert it; noise it this far, 0 to 1, and draw it again (SDEdit)")
     p.add_argument("--slider", action="append", default=[], type=cli.file_scale_start, metavar="FILE[:SCALE][@START]", help="slider file; may be repeated")
     p.add_argument("--scales", type=cli.numbers, help="scales to sweep over (default: seven over the sliders' useful range, as their files say)")
     p.add_argument("--even", action="store_true", help="seven scales over the same range, so spaced that each picture looks as far from the next")
@@ -163,12 +163,12 @@ def parse_args():
     p.add_argument("--random", type=int, metavar="N", help="each seed N times, every slider at a scale drawn between the lowest and the highest of --scales")
     p.add_argument("--guide", nargs=2, metavar=("POS", "NEG"), help="no slider: apply eq. (8) itself, between these prompts, at the scales times --eta")
     p.add_argument("--preserve", action="append", default=[], help="with --guide: concepts that must stay, as in train_text.py")
-    p.add_argument("--eta", type=float, help="with --guide: its strength at scale 1 (default: train_text.py's)")
+    p.add_argument("--eta", type=cli.number, help="with --guide: its strength at scale 1 (default: train_text.py's)")
     p.add_argument("--seeds", type=cli.integers, default=[0, 1, 2, 3], help="0,5,7 or 0-3 (default: 0-3)")
     p.add_argument("--negative", default="", help="negative prompt")
-    p.add_argument("--guidance", type=float, default=5.0, help="classifier-free guidance (default: %(default)s)")
+    p.add_argument("--guidance", type=cli.number, default=5.0, help="classifier-free guidance (default: %(default)s)")
     p.add_argument("--steps", type=cli.steps, default=30, help="DDIM steps (default: %(default)s), or the noise levels of a distilled model: 999,749,499,249")
-    p.add_argument("--start", type=float, default=0.3, help="share of the denoising after which the sliders switch on (default: %(default)s)")
+    p.add_argument("--start", type=cli.number, default=0.3, help="share of the denoising after which the sliders switch on (default: %(default)s)")
     p.add_argument("--size", type=int, help="pixels (default: the model's own)")
     p.add_argument("--batch", type=int, help="pictures denoised at once (default: 16; for a UNet of SDXL's size 4)")
     p.add_argument(
@@ -214,6 +214,8 @@ def check(args):
         raise ValueError(f"--{'each' if args.each else 'random'} needs sliders without a scale of their own")
     if args.grid and [scale for _, scale, _ in args.slider].count(None) != 2:
         raise ValueError("--grid needs two sliders without a scale of their own")
+    if args.html:
+        cli.output(args.html, ".html")
     if args.html and (args.each or args.random):
         raise ValueError("--html shows a sweep or a --grid, not --each or --random")
     if Path(args.out).exists() and not Path(args.out).is_dir():

@@ -59,6 +59,7 @@ def fit(unet, slider, train: Targets, held_out: Targets, *, batch: int, **settin
     """
     nothing = train.wanted.square().mean()  # the squared error of scale 0
     if not nothing > 0:
+        settings.get("kept", unfinished.NOTHING).remove()  # of no use to a corrected command
         raise ValueError("the model sees no difference between the two ends: there is nothing to learn")
     batch = min(batch, len(train))
 
@@ -176,8 +177,8 @@ def verdict(reading: dict, difference: float, enough: tuple[float, float] = (0.2
         lines.append("WARNING: it learned next to nothing. Try more --steps, or a higher --lr.")
     elif reading["cosine"] < enough[1]:
         lines.append("WARNING: most of what it does is something else. Try a lower --lr, more x_t, or a higher --rank.")
-    elif guessed:
-        lines.append(f"It does what the model makes of words it never saw ({', '.join(sorted(guessed))}): look at pictures before you believe in it.")
-    else:
-        lines.append("It works.")
+    if guessed:
+        lines.append(f"WARNING: the model never saw the words {', '.join(sorted(guessed))}: the slider does what it makes of them, whatever that is.")
+    if len(lines) == 1:
+        lines.append("It works: it changes what the frozen model itself changes between the two ends. Whether that is what you meant, pictures say.")
     return lines

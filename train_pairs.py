@@ -78,6 +78,8 @@ def folders(args) -> tuple[list[float], list[Path]]:
     scales = [scale for scale, _ in given]
     if len(given) < 2 or len(set(scales)) < len(scales):
         raise ValueError("two folders at least, each at a scale of its own, are needed: --neg DIR --pos DIR, or --at SCALE DIR for each")
+    if len({folder.resolve() for _, folder in given}) < len(given):
+        raise ValueError("one folder is named twice: the ends of a slider differ")
     given.sort()
     return [scale for scale, _ in given], [folder for _, folder in given]
 

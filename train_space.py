@@ -232,11 +232,11 @@ def parse_args():
     p.add_argument(
         "--denoising-steps", type=cli.steps, default=20, help="their number (default: %(default)s), or the levels of a distilled model: 999,749,499,249"
     )
-    p.add_argument("--guidance", type=float, default=5.0, help="while drawing; 1 for a distilled model (default: %(default)s)")
-    p.add_argument("--train-guidance", type=float, default=1.0, help="in the predicted x_0 (default: %(default)s)")
+    p.add_argument("--guidance", type=cli.number, default=5.0, help="while drawing; 1 for a distilled model (default: %(default)s)")
+    p.add_argument("--train-guidance", type=cli.number, default=1.0, help="in the predicted x_0 (default: %(default)s)")
     p.add_argument(
         "--start",
-        type=float,
+        type=cli.number,
         default=START,
         help="share of the denoising after which the sliders are on, in training too; 0 for a distilled model (default: %(default)s)",
     )

@@ -151,12 +151,12 @@ def parse_args():
         default=[],
         help='concepts P that must stay, "with a hat, without a hat"; repeat it, and every combination of one from each is in P',
     )
-    p.add_argument("--eta", type=float, help="strength of the teacher's change (default: 0.5; for a UNet of SDXL's size 4)")
+    p.add_argument("--eta", type=cli.number, help="strength of the teacher's change (default: 0.5; for a UNet of SDXL's size 4)")
     p.add_argument("--positive-only", action="store_true", help="eq. (8) as printed: train scale +1 alone, not both ends")
     p.add_argument("--trajectories", type=int, default=16, help="noises that the teacher denoises (default: %(default)s)")
     p.add_argument("--per-trajectory", type=int, default=4, help="x_t kept from each (default: %(default)s)")
     p.add_argument("--denoising-steps", type=int, default=20, help="default: %(default)s")
-    p.add_argument("--guidance", type=float, default=3.0, help="while denoising (default: %(default)s)")
+    p.add_argument("--guidance", type=cli.number, default=3.0, help="while denoising (default: %(default)s)")
     training.add_options(p)
     training.add_watching(p)
     return cli.parse(p)
@@ -168,12 +168,12 @@ def recipe(unet) -> dict:
 
 def main():
     args = parse_args()
-    for name in ("pos", "neg"):
-        if not getattr(args, name).strip():
-            raise ValueError(f"--{name} is empty: give the words of this end of the slider")
+    for name, words in [("pos", args.pos), ("neg", args.neg), *(("prompt", words) for words in args.prompt or [])]:
+        if not words.strip():
+            raise ValueError(f"--{name} is empty: give the words of this {'prompt' if name == 'prompt' else 'end of the slider'}")
     if args.pos.strip() == args.neg.strip():
         raise ValueError("--pos and --neg are the same: a slider needs two ends")
-    training.check_numbers(args, "eta", "trajectories", "per_trajectory", "denoising_steps")
+    training.check_numbers(args, "eta", "guidance", "trajectories", "per_trajectory", "denoising_steps")
     if args.per_trajectory > args.denoising_steps:
         raise ValueError(f"--per-trajectory {args.per_trajectory}: a trajectory of --denoising-steps {args.denoising_steps} has no more x_t than that")
     if args.trajectories < parallel.processes():

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import cli
 import lora
 import parallel
 import pictures
@@ -50,10 +51,10 @@ def add_options(p, small=SMALL, large=LARGE, out="slider.safetensors", what="sli
     option("layers", "which layers the slider changes", "noxattn", choices=lora.LAYERS)
     p.add_argument("--no-conv", action="store_true", help="leave convolutions out")
     option("rank", "of each slider", 4, type=int)
-    option("alpha", "the LoRA's constant alpha", 1.0, type=float)
+    option("alpha", "the LoRA's constant alpha", 1.0, type=cli.number)
     option("steps", "optimiser steps", type=int)
     option("batch", "samples in a step, of all processes together", type=int)
-    option("lr", "learning rate", type=float)
+    option("lr", "learning rate", type=cli.number)
     p.add_argument("--checkpointing", action="store_true", help="less memory, more time: compute parts of the UNet again on the way back")
     p.add_argument("--resume", action="store_true", help="go on with a training of the same command that was stopped")
     p.add_argument("--overwrite", action="store_true", help="replace --out, or what is left of an unfinished training")
@@ -201,6 +202,10 @@ def finish(args, model, slider, train, held_out, difference: float, about: dict,
         print(f"Useful from scale {found['range'][0]:+.1f} to {found['range'][1]:+.1f}: beyond, pictures break down or stay as they are.")
     kept.remove()
     print(f"{path}: written, {path.stat().st_size / 1e6:.2f} MB, after {time.time() - started:.0f} s")
+    print(
+        f'To look at it: python slider.py --prompt "{about.get("prompts", [getattr(args, "prompt", "")])[0]}" --slider {path}'
+        + f" --model {args.model}" * (args.model != str(MINIATURE))
+    )
     if args.preview:
         print(f"{path.with_suffix('.png')}: rows are seeds, columns scales")
 

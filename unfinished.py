@@ -77,21 +77,22 @@ HINT = "the same command with --resume goes on with what is kept"
 def begin(args, out: Path) -> Unfinished:
     """The folder for what the file `out` is to become, new or, with --resume, that of the training that goes on.
 
-    Raises ValueError where something would be lost: `out` is there already, or an unfinished training is; and where the
-    unfinished training was of something else.
+    Raises ValueError where something would be lost: `out` is there already, or its preview, or an unfinished training; and where
+    the unfinished training was of something else.
     """
     folder = out.with_name(out.name + ".unfinished")
     if args.dry_run:
         return NOTHING
     settings = {k: v for k, v in sorted(vars(args).items()) if k not in FREE}
-    if args.resume:
-        if not (folder / "settings.json").exists():
-            raise ValueError(f"{folder}: there is no unfinished training to resume")
+    if args.resume and (folder / "settings.json").exists():
         return same(folder, settings)
     if parallel.is_first():  # the others would see what the first one has made meanwhile
-        if out.exists() and not args.overwrite:
-            raise ValueError(f"{out}: is there already: --overwrite replaces it")
-        if folder.exists() and not args.overwrite:
+        for path in [out] + [out.with_suffix(".png")] * bool(getattr(args, "preview", 0)):
+            if path.exists() and not args.overwrite:
+                raise ValueError(f"{path}: is there already: --overwrite replaces it")
+        if args.resume:
+            print(f"{folder}: nothing is kept there yet: this starts from the beginning")
+        elif folder.exists() and not args.overwrite:
             raise ValueError(f"{folder}: an unfinished training is there: --resume goes on with it, --overwrite starts anew")
         Unfinished(folder).remove()
     return Unfinished(folder, settings)

@@ -10,6 +10,9 @@ def written(path: Path, write):
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
+        umask = os.umask(0)  # to read it is to set it
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # as any other file: safetensors makes its own readable to their owner alone
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

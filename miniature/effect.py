@@ -61,10 +61,11 @@ def attributes(drawn) -> dict[str, np.ndarray]:
 
 def said(columns, count: int) -> list[list[str]]:
     """For each picture of each column what the measuring stick reads of the `count` attributes that move most from column to
-    column: "age 0.31, smile -0.20"."""
+    column: "measured age 0.31 (0 to 1), smile -0.20 (-1 to 1)"."""
     rows = table(columns)
     most = sorted(rows, key=lambda name: moved(rows[name], name), reverse=True)[:count]
-    return [[", ".join(f"{name.replace('_', ' ')} {rows[name][c, i]:.2f}" for name in most) for i in range(len(column))] for c, column in enumerate(columns)]
+    one = lambda name, value: f"{name.replace('_', ' ')} {value:.2f} ({' to '.join(f'{end:g}' for end in world.RANGES.get(name, (0, 1)))})"
+    return [["measured " + ", ".join(one(name, rows[name][c, i]) for name in most) for i in range(len(column))] for c, column in enumerate(columns)]
 
 
 def moved(rows, name) -> float:
@@ -93,6 +94,11 @@ def summary(table, attribute, scales=SCALES) -> dict:
     }
 
 
+def order(means) -> str:
+    steps = np.diff(means)
+    return "rises at every scale" if (steps > 0).all() else "FALLS at every scale" if (steps < 0).all() else "NOT in order of the scales"
+
+
 def main():
     p = cli.parser(__doc__)
     p.add_argument("slider", help="slider file")
@@ -105,6 +111,8 @@ def main():
     p.add_argument("--guidance", type=float, default=5.0)
     p.add_argument("--json", help="also write the summary and the means to this file")
     args = p.parse_args()
+    if len(args.scales) < 2:
+        raise ValueError("--scales: two at least, or nothing can move")
     model = cli.load_model(args)
     loaded = lora.load(args.slider, model.unet)
     table = readings(
@@ -115,7 +123,7 @@ def main():
         print(f"{name:18}" + "".join(f"{m:8.2f}" for m in rows.mean(1)) + f"{moved(rows, name):8.0%}")
     result = summary(table, args.attribute, args.scales)
     print(
-        f"{args.attribute}: moves {result['moved']:.0%} of its range, {'strictly monotonic' if result['monotonic'] else 'NOT monotonic'}; "
+        f"{args.attribute}: moves {result['moved']:.0%} of its range, {order(result['means'])}; "
         f"most moved of the others: {result['worst_other']}, {result['worst_other_moved']:.0%}"
     )
     if args.json:

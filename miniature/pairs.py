@@ -26,6 +26,11 @@ def main():
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="pairs", help="folder to write to (default: %(default)s)")
     args = p.parse_args()
+    low, high = world.RANGES[args.attribute]
+    if not all(low <= v <= high for v in args.values):
+        raise ValueError(f"--values: {args.attribute} goes from {low:g} to {high:g}")
+    if args.count < 1:
+        raise ValueError(f"--count must be at least 1, not {args.count}")
     for i, group in enumerate(draw(args.attribute, args.values, args.count, args.seed)):
         for value, picture in zip(args.values, group):
             pictures.save(picture, Path(args.out) / f"{value:g}" / f"{i:03}.png")

@@ -17,7 +17,7 @@ Run it to look at the world:  python -m miniature.world out.png
 """
 
 import math
-import sys
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -462,4 +462,6 @@ if __name__ == "__main__":
         attributes = sample(rng)
         sheet.paste(draw(attributes), (i % 8 * SIZE, i // 8 * SIZE))
         print(caption(attributes, rng))
-    sheet.save(sys.argv[1] if len(sys.argv) > 1 else "world.png")
+    Path("out").mkdir(exist_ok=True)
+    sheet.save("out/world.png")
+    print("out/world.png: these 64 pictures")

@@ -132,8 +132,7 @@ def args(tmp_path, **changes):
 
 def test_nothing_is_overwritten_unless_asked(tmp_path):
     out = tmp_path / "s.safetensors"
-    with pytest.raises(ValueError, match="no unfinished training to resume"):
-        unfinished.begin(args(tmp_path, resume=True), out)
+    assert unfinished.begin(args(tmp_path, resume=True), out).load() is None  # stopped before anything was kept: from the beginning
     kept = unfinished.begin(args(tmp_path), out)
     kept.save({"step": 3})
     with pytest.raises(ValueError, match="--resume goes on with it, --overwrite starts anew"):
@@ -144,6 +143,9 @@ def test_nothing_is_overwritten_unless_asked(tmp_path):
     assert unfinished.begin(args(tmp_path, overwrite=True), out).load() is None
     kept.remove()
     assert not list(tmp_path.iterdir())
+    out.with_suffix(".png").write_text("precious")
+    with pytest.raises(ValueError, match="s.png: is there already"):
+        unfinished.begin(args(tmp_path, preview=10), out)
     out.write_text("precious")
     with pytest.raises(ValueError, match="is there already: --overwrite replaces it"):
         unfinished.begin(args(tmp_path), out)
