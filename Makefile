@@ -6,7 +6,7 @@
 # make test-oldest  loading, prompts, sampling, sliders, resuming with the oldest supported torch and transformers (a large download)
 # make docs-check  run the commands and the exercises that README and docs give (a quarter of an hour)
 # make bench      timings and memory against diffusers, peft and the published training loop (an hour or so)
-# make experiments  the experiments of the paper (two to three hours; what is done is kept)
+# make experiments  the experiments of the paper (about two hours; what is done is kept)
 # make miniature  train the miniature again from nothing (hours), resumable
 
 PYTHON ?= python3
