@@ -105,7 +105,7 @@ def main():
     kept = unfinished.begin(args, cli.output(args.out, ".safetensors"))
     started = time.time()
     model = cli.load_model(args)
-    size, slider = training.start(args, model, training.recipe(model.unet))
+    size, slider = training.start(args, model, training.recipe(model.unet)), training.new_slider(args, model)
 
     print(f"{len(groups)} {'pairs' if len(scales) == 2 else f'groups of {len(scales)}'}: " + ", ".join(f"{f} at {s:+g}" for s, f in zip(scales, where)))
     latents = torch.stack([model.latents(pictures.read_matched(files, size[0])) for files in groups])  # (n, k, 4, h, w)

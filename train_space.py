@@ -259,7 +259,7 @@ def main():
     kept = unfinished.begin(args, cli.output(out / "space.json"))
     model = cli.load_model(args)
     clip, encode = spread.towers(args, model)
-    size, _ = training.start(args, model, training.recipe(model.unet, SMALL, LARGE))
+    size = training.start(args, model, training.recipe(model.unet, SMALL, LARGE))
     checkpointing(model.vae, args.checkpointing)
     cond, uncond = model.condition(args.prompt, size), model.condition([""], size)
     words = (

@@ -183,7 +183,7 @@ def main():
     kept = unfinished.begin(args, cli.output(args.out, ".safetensors"))
     started = time.time()
     model = cli.load_model(args, vae=bool(args.preview))  # words alone: no picture is ever decoded but for previews
-    size, slider = training.start(args, model, recipe(model.unet))
+    size, slider = training.start(args, model, recipe(model.unet)), training.new_slider(args, model)
 
     print(f"target: {' | '.join(prompts)}\npositive: {args.pos}\nnegative: {args.neg}\npreserved: {' | '.join(preserve) or 'nothing'}")
     encoded = encode(model, prompts, args.pos, args.neg, preserve, size)

@@ -148,17 +148,21 @@ def peak_memory(device="cpu") -> int:
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) if status.exists() else float("nan")
 
 
-def start(args, model, recipe: dict) -> tuple[tuple[int, int], lora.Slider]:
-    """Fill in the defaults of `recipe`; returns the size in pixels (height, width) and a new slider on the model's device."""
+def start(args, model, recipe: dict) -> tuple[int, int]:
+    """Fill in the defaults of `recipe`; returns the size in pixels (height, width)."""
     args.size = args.size or min(model.size, 512)
     size = (args.size,) * 2
     model.latent_shape(size)  # refuses a size the model cannot make before any work is done
     for name, value in recipe.items():
         setattr(args, name, getattr(args, name) or (max(value, parallel.processes()) if name == "batch" else value))
     checkpointing(model.unet, args.checkpointing)
+    return size
+
+
+def new_slider(args, model) -> lora.Slider:
+    """On the model's device, of the layers, rank and alpha that the command line names."""
     torch.manual_seed(args.seed)
-    slider = lora.Slider(lora.target_layers(model.unet, args.layers, not args.no_conv), args.rank, args.alpha)
-    return size, slider.to(model.device)
+    return lora.Slider(lora.target_layers(model.unet, args.layers, not args.no_conv), args.rank, args.alpha).to(model.device)
 
 
 def settings(args) -> dict:
