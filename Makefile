@@ -36,7 +36,8 @@ lint: $(VENV)/test.stamp
 	$(PY) -m mypy
 
 coverage: $(VENV)/test.stamp
-	$(PY) -m coverage run -m pytest -q tests
+	OMP_NUM_THREADS=1 $(PY) -m coverage run -m pytest -q -n 2 tests
+	$(PY) -m coverage combine --quiet
 	$(PY) -m coverage report
 
 docs-check: $(VENV)/test.stamp
