@@ -5,7 +5,6 @@ Pictures of the drawn world that no training saw, inverted by each method of inv
 --model, --image names the pictures (a folder; names are their prompts).
 """
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +59,7 @@ def main():
     for method in reversed(invert.METHODS):
 
         def measure():
-            started, drawn, n = time.time(), [], 0
+            drawn, n = [], 0
             for part, inversion in inverted(method):
                 found[method, part.start] = inversion
                 n += inversion.evaluations
@@ -70,7 +69,6 @@ def main():
                 "psnr": evaluate.interval(evaluate.psnr(originals, drawn)),
                 "lpips": evaluate.interval(evaluate.lpips(lab.judges, originals, drawn)),
                 "evaluations": n / len(originals),
-                "seconds": (time.time() - started) / len(originals),
             }
 
         lab.once(method, measure)

@@ -114,15 +114,9 @@ def repair(results: dict) -> str:
 
 def inversion(results: dict) -> str:
     drawn = table(
-        ["", "PSNR, dB", "LPIPS", "network evaluations", "seconds"],
+        ["", "PSNR, dB", "LPIPS", "network evaluations"],
         (
-            [
-                key,
-                ci(r["psnr"], 1),
-                ci(r["lpips"]) if "lpips" in r else "",
-                f"{r['evaluations']:.0f}" if "evaluations" in r else "",
-                f"{r['seconds']:.1f}" if "seconds" in r else "",
-            ]
+            [key, ci(r["psnr"], 1), ci(r["lpips"]) if "lpips" in r else "", f"{r['evaluations']:.0f}" if "evaluations" in r else ""]
             for key, r in results.items()
             if "psnr" in r
         ),
@@ -210,7 +204,7 @@ def stylegan(results: dict) -> str:
 def numbers(result, path=()) -> dict:
     """Every number of a result but the bounds of intervals: {("lpips", "mean"): 0.2, ...}."""
     if isinstance(result, dict):
-        return {k: v for name, part in result.items() if name not in ("low", "high", "seconds") for k, v in numbers(part, (*path, name)).items()}
+        return {k: v for name, part in result.items() if name not in ("low", "high") for k, v in numbers(part, (*path, name)).items()}
     return {path: float(result)} if isinstance(result, (int, float)) and not isinstance(result, bool) else {}
 
 
