@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import difflib
 import math
 import os
 import re
@@ -21,7 +22,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, not the whole usage before it
+    def error(self, message):  # one line, not the whole usage before it; and of a misspelt option, not that it is missing
+        for name in (word.split("=")[0] for word in sys.argv[1:]):
+            if name.startswith("--") and name not in self._option_string_actions:
+                close = difflib.get_close_matches(name, self._option_string_actions, 1)
+                message = f"there is no {name}" + (f": {close[0]} may be meant" if close else "")
+                break
         self.exit(2, f"error: {message}; {self.prog} --help lists what there is\n")
 
 

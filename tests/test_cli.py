@@ -171,7 +171,8 @@ def test_an_unknown_word_is_named(tmp_path):
 
 BAD = [
     ([*TRAIN, "--frobnicate"], "--frobnicate"),
-    ([*TRAIN, "--step", "3"], "--step"),
+    ([*TRAIN, "--step", "3"], "there is no --step: --steps may be meant"),
+    (["slider.py", "--promt", "a"], "there is no --promt: --prompt may be meant"),
     ([*TRAIN, "--rank", "0"], "--rank"),
     ([*TRAIN, "--rank", "5000"], "rank: 5000"),
     ([*TRAIN, "--rank", "four"], "--rank"),
