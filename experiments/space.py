@@ -24,9 +24,9 @@ import slider
 import spread
 import train_space
 import training
+import unfinished
 from experiments.common import Lab
 from miniature import effect
-from unfinished import Unfinished
 
 PROMPT = "a photo of a person"
 K, SAMPLES, TRAIN_SAMPLES = 8, 512, 128
@@ -50,7 +50,10 @@ def main():
     @functools.cache
     def samples():
         """All of them, and their features."""
-        kept = Unfinished(Path(lab.args.sliders) / f"space_samples_seed{lab.seed}")
+        kept = unfinished.same(
+            Path(lab.args.sliders) / f"space_samples_seed{lab.seed}",
+            drawing | dict(model=lab.args.model, prompt=PROMPT, size=lab.size[0], dtype=lab.args.dtype),
+        )
         drawn = train_space.collect(model, cond, uncond, kept, samples=SAMPLES, per_sample=5, size=lab.size, seed=lab.seed, batch=32, **drawing)
         with torch.no_grad():
             return drawn, torch.cat([spread.features(model, clip, z) for z in drawn.x_0.split(32)])
