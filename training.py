@@ -100,7 +100,7 @@ def cost(args, teacher: int, held_out: int) -> dict[str, tuple[int, int]]:
         plan["previews"] = (-(-args.steps // args.preview) * drawn(len(PREVIEW_SEEDS), len(PREVIEW_SCALES), 30), 0)
     if args.probe:
         plan["probe"] = (drawn(args.probe, len(PROBED), PROBE_STEPS) + args.probe * len(PROBED) * len(PROBE_T), 0)
-    print("UNet evaluations: " + ", ".join(f"{part} {sum(n):,}" + " with gradients" * bool(n[1]) for part, n in plan.items()))
+    print("what it takes, in samples through the UNet: " + ", ".join(f"{part} {sum(n):,}" + " with gradients" * bool(n[1]) for part, n in plan.items()))
     return plan
 
 
