@@ -121,9 +121,19 @@ def output(path, ending: str = "") -> Path:
         raise ValueError(f"{path}: is a folder; a file was to be named")
     if not path.name.endswith(ending):
         raise ValueError(f"{path}: is to be a {ending} file: name it so")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"{path.parent}: cannot be written to")
+    folder(path.parent)
+    return path
+
+
+def folder(path) -> Path:
+    """The path of a folder to be written into, made if it is not there. ValueError if it cannot be."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be made a folder to write to ({error.strerror}): name another place") from None
+    if not os.access(path, os.W_OK):
+        raise ValueError(f"{path}: cannot be written to: name another place")
     return path
 
 

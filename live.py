@@ -14,6 +14,7 @@ import cli
 import lora
 import page
 import slider
+from formats import slider_files
 from unfinished import stoppable
 
 TEMPLATE = (
@@ -22,7 +23,7 @@ TEMPLATE = (
 <p><output id="say" aria-live="polite"></output></p>
 <div id="controls"></div>
 <script>
-const data = DATA;  // {prompt, names: [slider]}
+const data = DATA;  // {prompt, sliders: [{name, low, high}]}
 const say = document.getElementById("say"), picture = document.getElementById("picture"), inputs = {};
 function control(name, label, attributes) {
   const box = document.createElement("label"), input = inputs[name] = Object.assign(document.createElement("input"), attributes);
@@ -30,7 +31,7 @@ function control(name, label, attributes) {
   input.addEventListener("input", draw);
   document.getElementById("controls").append(box);
 }
-data.names.forEach((name, i) => control("s" + i, name, { type: "range", min: -3, max: 3, step: 0.25, value: 0 }));
+data.sliders.forEach((s, i) => control("s" + i, s.name, { type: "range", min: Math.floor(4 * s.low) / 4, max: Math.ceil(4 * s.high) / 4, step: 0.25, value: 0 }));
 control("seed", "seed", { type: "number", min: 0, step: 1, value: 0 });
 control("prompt", "prompt", { type: "text", value: data.prompt });
 
@@ -46,7 +47,7 @@ async function draw() {  // one picture at a time, and then the newest position
     if (answer?.ok) {
       URL.revokeObjectURL(picture.src);
       picture.src = URL.createObjectURL(await answer.blob());
-      picture.alt = say.textContent = data.names.map((name, i) => name + " " + inputs["s" + i].value).join(", ");
+      picture.alt = say.textContent = data.sliders.map((s, i) => s.name + " " + inputs["s" + i].value).join(", ");
     } else say.textContent = answer ? await answer.text() : "the server is gone";
   } while (again);
   busy = false;
@@ -58,10 +59,11 @@ draw();
 )
 
 
-def server(model, sliders: dict, prompt: str, port: int, **settings) -> http.server.ThreadingHTTPServer:
-    """Serves the page and /picture?prompt=...&seed=...&s0=...&s1=..., a PNG. sliders: name -> lora.Slider; settings: slider.sweep's.
-    Port 0 is any free one. OSError if the port is taken."""
+def server(model, sliders: list, prompt: str, port: int, **settings) -> http.server.ThreadingHTTPServer:
+    """Serves the page and /picture?prompt=...&seed=...&s0=...&s1=..., a PNG. sliders: triples (name, lora.Slider, (lowest, highest scale));
+    settings: slider.sweep's. Port 0 is any free one. OSError if the port is taken."""
     one_at_a_time = threading.Lock()
+    shown = [{"name": name, "low": low, "high": high} for name, _, (low, high) in sliders]
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -69,17 +71,19 @@ def server(model, sliders: dict, prompt: str, port: int, **settings) -> http.ser
             if host.rsplit(":", 1)[0] not in ("127.0.0.1", "localhost"):  # some other name that leads here: a page elsewhere is asking
                 return self.answer(403, "text/plain", b"only as 127.0.0.1")
             if asked.path == "/":
-                return self.answer(200, "text/html; charset=utf-8", page.filled(TEMPLATE, "Sliders, live", {"prompt": prompt, "names": list(sliders)}).encode())
+                return self.answer(200, "text/html; charset=utf-8", page.filled(TEMPLATE, "Sliders, live", {"prompt": prompt, "sliders": shown}).encode())
             if asked.path != "/picture":
                 return self.answer(404, "text/plain", b"there is / and /picture")
             try:
                 words = dict(urllib.parse.parse_qsl(asked.query))
                 scales = [cli.numbers(words.get(f"s{i}", "0"))[0] for i in range(len(sliders))]
-                seed = int(words.get("seed", "0"))
-                if seed < 0 or not all(abs(s) <= 100 for s in scales):
-                    raise ValueError("seed and scales: a number from 0 on, numbers up to 100")
+                seed = cli.integers(words.get("seed", "0"))[0]
+                if not all(abs(s) <= 100 for s in scales):
+                    raise ValueError("scales: numbers up to 100")
                 with one_at_a_time:
-                    drawn = slider.generate(model, words.get("prompt") or prompt, [seed], list(zip(sliders.values(), scales)), **settings)[0]
+                    drawn = slider.generate(
+                        model, words.get("prompt") or prompt, [seed], [(one, scale) for (_, one, _), scale in zip(sliders, scales)], **settings
+                    )[0]
             except Exception as error:  # whatever was asked, the next one is answered
                 return self.answer(400, "text/plain", str(error).encode())
             out = io.BytesIO()
@@ -102,7 +106,7 @@ def server(model, sliders: dict, prompt: str, port: int, **settings) -> http.ser
 
 def main():
     p = cli.parser(__doc__)
-    p.add_argument("--slider", action="append", required=True, metavar="FILE", help="slider file; may be repeated")
+    p.add_argument("--slider", action="append", required=True, metavar="FILE", help="slider file, or a folder of them; may be repeated")
     p.add_argument("--prompt", default="a portrait of a person", help="what is drawn at first (default: %(default)s)")
     p.add_argument("--steps", type=cli.steps, default=15, help="DDIM steps (default: %(default)s)")
     p.add_argument("--guidance", type=cli.number, default=5.0, help="default: %(default)s")
@@ -112,12 +116,17 @@ def main():
     if not 0 <= args.port < 2**16:
         raise ValueError(f"--port must be from 0 to {2**16 - 1}, not {args.port}")
     model = cli.load_model(args)
-    sliders = {Path(file).stem: lora.load(file, model.unet) for file in args.slider}
+    files = [file for given in args.slider for file in slider.in_folder(given)]
+    stems = [Path(file).stem for file in files]
+    sliders = []
+    for file, stem in zip(files, stems):
+        one = lora.load(file, model.unet)
+        sliders.append((stem if stems.count(stem) == 1 else file, one, slider_files.useful_range(one.metadata) or (-3.0, 3.0)))
     try:
         serving = server(model, sliders, args.prompt, args.port, steps=args.steps, guidance=args.guidance, start=args.start)
     except OSError as error:
         raise ValueError(f"--port {args.port}: {error.strerror}; another one, or 0 for any that is free") from None
-    print(f"http://127.0.0.1:{serving.server_port} shows {', '.join(sliders)}; Ctrl-C ends it", flush=True)
+    print(f"http://127.0.0.1:{serving.server_port} shows {', '.join(name for name, _, _ in sliders)}; Ctrl-C ends it", flush=True)
     threading.Thread(target=serving.serve_forever, daemon=True).start()
     with stoppable() as stop:
         while not stop():

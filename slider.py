@@ -220,6 +220,7 @@ def check(args):
         raise ValueError("--html shows a sweep or a --grid, not --each or --random")
     if Path(args.out).exists() and not Path(args.out).is_dir():
         raise ValueError(f"{args.out}: is a file; --out names a folder")
+    cli.folder(args.out)
 
 
 def main():

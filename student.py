@@ -110,7 +110,7 @@ def loop(
                 good = (kept.load() or {"step": 0})["step"]
                 raise FloatingPointError(
                     f"training diverged at step {i + 1} (loss {value:.3g}): try a lower --lr than {lr:.2g}"
-                    + f"; --resume with it goes on from step {good}" * bool(good)
+                    + (f"; --resume with it goes on from {f'step {good}' if good else 'what is collected'}" if kept.folder else "")
                 )
             average = value if average is None else 0.9 * average + 0.1 * value
             if (i + 1) % meter_every == 0 or i + 1 == steps:
@@ -179,6 +179,10 @@ def verdict(reading: dict, difference: float, enough: tuple[float, float] = (0.2
         lines.append("WARNING: most of what it does is something else. Try a lower --lr, more x_t, or a higher --rank.")
     if guessed:
         lines.append(f"WARNING: the model never saw the words {', '.join(sorted(guessed))}: the slider does what it makes of them, whatever that is.")
-    if len(lines) == 1:
+    if len(lines) == 1 and reading["share"] < 2 * enough[0]:
+        lines.append(
+            "It works in part: turned further, beyond scale 1, it comes nearer to what the frozen model changes between the two ends. Look at pictures."
+        )
+    elif len(lines) == 1:
         lines.append("It works: it changes what the frozen model itself changes between the two ends. Whether that is what you meant, pictures say.")
     return lines

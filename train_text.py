@@ -12,6 +12,7 @@ the right depends on what is trained: the teacher below collects it once, the st
 
 import itertools
 import time
+import warnings
 
 import torch
 from tqdm import tqdm
@@ -180,6 +181,11 @@ def main():
         raise ValueError(f"--trajectories must be at least {parallel.processes()}, one for each process")
     prompts = args.prompt or [shared_part(args.pos, args.neg)]
     preserve = combinations(args.preserve)
+    for group in args.preserve:
+        if len(combinations([group])) == 1:
+            warnings.warn(
+                f"--preserve {group!r} is one alternative alone: name its absence, or what else there is, too: 'with a hat, without a hat'", stacklevel=2
+            )
     kept = unfinished.begin(args, cli.output(args.out, ".safetensors"))
     started = time.time()
     model = cli.load_model(args, vae=bool(args.preview))  # words alone: no picture is ever decoded but for previews

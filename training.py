@@ -203,11 +203,12 @@ def finish(args, model, slider, train, held_out, difference: float, about: dict,
     if args.probe:
         found = probe(model, slider, cond, uncond, train.x_t.shape[1:], args.probe)
         lora.save(path, slider, about | {"probe": found, "seconds": round(time.time() - started, 1)})
-        print(f"Useful from scale {found['range'][0]:+.1f} to {found['range'][1]:+.1f}: beyond, pictures break down or stay as they are.")
+        ends = [f"{end:+.1f}" + " (tried no further)" * (end in (PROBED[0], PROBED[-1])) for end in found["range"]]
+        print(f"Useful from scale {ends[0]} to {ends[1]}: beyond, pictures break down or stay as they are.")
     kept.remove()
     print(f"{path}: written, {path.stat().st_size / 1e6:.2f} MB, after {time.time() - started:.0f} s")
     print(
-        f'To look at it: python slider.py --prompt "{about.get("prompts", [getattr(args, "prompt", "")])[0]}" --slider {path}'
+        f'To look at it: python slider.py --prompt "{about.get("prompts", [getattr(args, "prompt", "")])[0]}" --slider {path} --out {path.with_suffix("")}'
         + f" --model {args.model}" * (args.model != str(MINIATURE))
     )
     if args.preview:

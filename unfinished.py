@@ -1,7 +1,7 @@
 """What an unfinished training leaves behind, so that it can go on: the folder OUT.unfinished, beside the file that it was to write.
 
 Everything in it is written under a temporary name and renamed, so a training may be killed at any moment; `--resume` goes on
-from what is there and ends with the very bytes of an uninterrupted run. A finished training removes it.
+from what is there and ends with the very weights, bit for bit, of an uninterrupted run. A finished training removes it.
 """
 
 import contextlib

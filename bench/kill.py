@@ -87,7 +87,7 @@ def main():
             (folder / f"of_{name}").mkdir()
             found = survives([*command, "--steps", args.steps], folder / f"of_{name}", kills, rng, args.longest, **names)
             bad += not found["same"] or found["left"]
-            print(f"{name}: killed {found['kills']} times, {'the same bytes' if found['same'] else 'OTHER BYTES'} as without a break", flush=True)
+            print(f"{name}: killed {found['kills']} times, {'the same weights' if found['same'] else 'OTHER WEIGHTS'} as without a break", flush=True)
     print(f"seed of the moments: {args.seed}")
     sys.exit(bad)
 

@@ -24,6 +24,7 @@ PROMPTS = [
     "a woman, blue background",
     "a portrait of a male person with black hair",
 ]
+NAMED = {"hair_length": {"long", "short"}, "skin": {"skin"}, "sex": {"man", "woman", "male", "female"}}  # what PROMPTS say of these they hold fast
 SCALES = [-3, -2, -1, 0, 1, 2, 3]
 
 
@@ -103,7 +104,7 @@ def main():
     p = cli.parser(__doc__)
     p.add_argument("slider", help="slider file")
     p.add_argument("--attribute", required=True, choices=world.RANGES, help="what it is meant to move")
-    p.add_argument("--prompt", action="append", help="instead of the eight; may be repeated, seeds take them in turn")
+    p.add_argument("--prompt", action="append", help="instead of the eight, less those that name the attribute; may be repeated, seeds take them in turn")
     p.add_argument("--seeds", type=cli.integers, default=list(range(1000, 1064)), help="default: 1000-1063")
     p.add_argument("--scales", type=cli.numbers, default=SCALES)
     p.add_argument("--steps", type=int, default=30)
@@ -115,9 +116,8 @@ def main():
         raise ValueError("--scales: two at least, or nothing can move")
     model = cli.load_model(args)
     loaded = lora.load(args.slider, model.unet)
-    table = readings(
-        model, [[(loaded, scale)] for scale in args.scales], args.seeds, args.prompt or PROMPTS, steps=args.steps, start=args.start, guidance=args.guidance
-    )
+    prompts = args.prompt or [p for p in PROMPTS if not NAMED.get(args.attribute, set()) & set(p.replace(",", "").split())]
+    table = readings(model, [[(loaded, scale)] for scale in args.scales], args.seeds, prompts, steps=args.steps, start=args.start, guidance=args.guidance)
     print(f"{'':18}" + "".join(f"{s:+8g}" for s in args.scales) + "   moved")
     for name, rows in table.items():
         print(f"{name:18}" + "".join(f"{m:8.2f}" for m in rows.mean(1)) + f"{moved(rows, name):8.0%}")

@@ -21,7 +21,7 @@ def served(model):
     one = lora.Slider(lora.target_layers(model.unet, "xattn")).requires_grad_(False)
     for name, p in one.named_parameters():
         p.data.normal_(std=0.3) if "lora_up" in name else None
-    serving = live.server(model, {"one": one}, "a person", 0, steps=2, guidance=1.0)
+    serving = live.server(model, [("one", one, (-2.1, 3.0))], "a person", 0, steps=2, guidance=1.0)
     threading.Thread(target=serving.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{serving.server_port}", one
     serving.shutdown()
@@ -44,7 +44,7 @@ def test_what_is_asked_for_is_drawn(model, served):
 
 def test_the_page_names_the_sliders(served):
     text = get(served[0]).read().decode()
-    assert '"names": ["one"]' in text and "http" not in text.split("<script>")[1]
+    assert '"sliders": [{"name": "one", "low": -2.1, "high": 3.0}]' in text and "http" not in text.split("<script>")[1]
 
 
 def test_dragging_draws(model, served, tmp_path):
