@@ -56,7 +56,7 @@ def main():
     for scale, mean in zip(SCALES, found["means"]):
         print(f"  scale {scale:>2}: {mean:.2f}")
     print(
-        f"It {effect.order(found['means'])}. In these {len(SEEDS)} rows {found['worst_other']} moves most of everything else, by {found['worst_other_moved']:.0%}: "
+        f"It {effect.order(found['means'])}. In these {len(SEEDS)} rows {found['worst_other']} moves most of everything else, by {found['worst_other_moved']:.0%} (one row is {1 / len(SEEDS):.0%}): "
         "old people of the drawn world wear more glasses and hats, and --preserve holds that back only in part (README.md has it on 64 pictures)."
     )
     print(
