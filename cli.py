@@ -155,7 +155,13 @@ def numbers(text: str, kind=float) -> list:
 
 def number(text: str) -> float:
     """'0.5' -> 0.5, a finite number. For argparse's type=."""
-    return numbers(text)[0]
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return value
 
 
 def integers(text: str) -> list[int]:
