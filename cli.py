@@ -128,6 +128,8 @@ def output(path, ending: str = "") -> Path:
 def folder(path) -> Path:
     """The path of a folder to be written into, made if it is not there. ValueError if it cannot be."""
     path = Path(path)
+    if path.is_file():
+        raise ValueError(f"{path}: is a file; --out names a folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

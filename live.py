@@ -14,7 +14,6 @@ import cli
 import lora
 import page
 import slider
-from formats import slider_files
 from unfinished import stoppable
 
 TEMPLATE = (
@@ -121,7 +120,8 @@ def main():
     sliders = []
     for file, stem in zip(files, stems):
         one = lora.load(file, model.unet)
-        sliders.append((stem if stems.count(stem) == 1 else file, one, slider_files.useful_range(one.metadata) or (-3.0, 3.0)))
+        low, *_, high = slider.useful_scales([one])
+        sliders.append((stem if stems.count(stem) == 1 else file, one, (low, high)))
     try:
         serving = server(model, sliders, args.prompt, args.port, steps=args.steps, guidance=args.guidance, start=args.start)
     except OSError as error:

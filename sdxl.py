@@ -91,7 +91,8 @@ class SDXL:
         self.factor, self.channels = 2 ** (len(configs["vae"]["block_out_channels"]) - 1), self.unet.config["in_channels"]
         self.size = self.unet.config["sample_size"] * self.factor
         words = files.tokenizers[0] / "known_words.txt"  # the miniature's; released SDXL folders have none
-        self.known_words, self.guessed = set(words.read_text().split()) if words.exists() else None, set()
+        self.known_words = set(words.read_text().split()) if words.exists() else None
+        self.guessed = set()
         return self
 
     # -------------------------------------------------------------------------------- words to conditioning

@@ -214,12 +214,10 @@ def check(args):
         raise ValueError(f"--{'each' if args.each else 'random'} needs sliders without a scale of their own")
     if args.grid and [scale for _, scale, _ in args.slider].count(None) != 2:
         raise ValueError("--grid needs two sliders without a scale of their own")
-    if args.html:
-        cli.output(args.html, ".html")
     if args.html and (args.each or args.random):
         raise ValueError("--html shows a sweep or a --grid, not --each or --random")
-    if Path(args.out).exists() and not Path(args.out).is_dir():
-        raise ValueError(f"{args.out}: is a file; --out names a folder")
+    if args.html:
+        cli.output(args.html, ".html")
     cli.folder(args.out)
 
 

@@ -83,3 +83,8 @@ WORDS = (
     "man woman crowd alone modern ancient luxury poor city nature forest beach mountain painting photograph drawing cartoon statue blurry detailed simple "
     "big small hat glasses beard long-hair short-hair uniform casual elegant happy sad angry"
 ).split()
+
+
+def words_of(model) -> list[str]:
+    """Words to name directions with: those that the model was trained on, where its folder lists them, or a short list."""
+    return sorted(model.known_words) if model.known_words else WORDS

@@ -51,7 +51,7 @@ def predict(unet, slider, batch: Targets):
     return unet(batch.x_t, batch.t, *(c[batch.prompt] for c in batch.cond))
 
 
-def fit(unet, slider, train: Targets, held_out: Targets, *, batch: int, **settings) -> dict:
+def fit(unet, slider, train: Targets, held_out: Targets, *, batch: int, kept=unfinished.NOTHING, **settings) -> dict:
     """Train `slider` (attached to `unet`) on the teacher's targets; returns the final meter. settings: loop's.
 
     The loss is the mean squared error divided by that of doing nothing: 1 is an untrained slider, 0 a perfect copy of the
@@ -59,7 +59,7 @@ def fit(unet, slider, train: Targets, held_out: Targets, *, batch: int, **settin
     """
     nothing = train.wanted.square().mean()  # the squared error of scale 0
     if not nothing > 0:
-        settings.get("kept", unfinished.NOTHING).remove()  # of no use to a corrected command
+        kept.remove()  # of no use to a corrected command
         raise ValueError("the model sees no difference between the two ends: there is nothing to learn")
     batch = min(batch, len(train))
 
@@ -67,7 +67,7 @@ def fit(unet, slider, train: Targets, held_out: Targets, *, batch: int, **settin
         here = train[rows]
         return (predict(unet, slider, here).float() - here.target.float()).square().mean((1, 2, 3)) / nothing
 
-    return loop(slider, len(train), loss, lambda: meter(unet, slider, held_out, batch), batch=batch, **settings)
+    return loop(slider, len(train), loss, lambda: meter(unet, slider, held_out, batch), batch=batch, kept=kept, **settings)
 
 
 def loop(
@@ -179,10 +179,10 @@ def verdict(reading: dict, difference: float, enough: tuple[float, float] = (0.2
         lines.append("WARNING: most of what it does is something else. Try a lower --lr, more x_t, or a higher --rank.")
     if guessed:
         lines.append(f"WARNING: the model never saw the words {', '.join(sorted(guessed))}: the slider does what it makes of them, whatever that is.")
-    if len(lines) == 1 and reading["share"] < 2 * enough[0]:
-        lines.append(
+    if len(lines) > 1:
+        return lines
+    if reading["share"] < 2 * enough[0]:
+        return lines + [
             "It works in part: turned further, beyond scale 1, it comes nearer to what the frozen model changes between the two ends. Look at pictures."
-        )
-    elif len(lines) == 1:
-        lines.append("It works: it changes what the frozen model itself changes between the two ends. Whether that is what you meant, pictures say.")
-    return lines
+        ]
+    return lines + ["It works: it changes what the frozen model itself changes between the two ends. Whether that is what you meant, pictures say."]

@@ -254,21 +254,13 @@ def main():
     if args.samples <= args.sliders:
         raise ValueError(f"--samples {args.samples}: more pictures than --sliders {args.sliders} are needed")
     out, started = Path(args.out), time.time()
-    if out.is_file():
-        raise ValueError(f"{out}: is a file; --out names a folder")
     kept = unfinished.begin(args, cli.output(out / "space.json"))
     model = cli.load_model(args)
     clip, encode = spread.towers(args, model)
     size = training.start(args, model, training.recipe(model.unet, SMALL, LARGE))
     checkpointing(model.vae, args.checkpointing)
     cond, uncond = model.condition(args.prompt, size), model.condition([""], size)
-    words = (
-        [w.strip() for w in Path(args.words).read_text().splitlines() if w.strip()]
-        if args.words
-        else sorted(model.known_words)
-        if model.known_words
-        else spread.WORDS
-    )
+    words = [w.strip() for w in Path(args.words).read_text().splitlines() if w.strip()] if args.words else spread.words_of(model)
     batch = 4 * args.batch
 
     settings = dict(steps=args.denoising_steps, guidance=args.guidance, start=args.start)

@@ -207,8 +207,9 @@ def finish(args, model, slider, train, held_out, difference: float, about: dict,
         print(f"Useful from scale {ends[0]} to {ends[1]}: beyond, pictures break down or stay as they are.")
     kept.remove()
     print(f"{path}: written, {path.stat().st_size / 1e6:.2f} MB, after {time.time() - started:.0f} s")
+    prompt = about.get("prompts", [args.prompt])[0] or "..."  # pairs may be of anything; slider.py wants words
     print(
-        f'To look at it: python slider.py --prompt "{about.get("prompts", [getattr(args, "prompt", "")])[0]}" --slider {path} --out {path.with_suffix("")}'
+        f'To look at it: python slider.py --prompt "{prompt}" --slider {path} --out {path.with_suffix("")}'
         + f" --model {args.model}" * (args.model != str(MINIATURE))
     )
     if args.preview:

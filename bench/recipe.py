@@ -141,11 +141,11 @@ def main():
         held_out = train_text.collect(
             model, prompts, eta=recipe["eta"], trajectories=32, per_trajectory=2, denoising_steps=50, guidance=3.0, size=size, seed=999, batch=32
         )
+        plain = train_text.encode(model, [TARGET], pos, neg, [], size)
         for seed in args.seeds:
             for who in ["ours", *(args.against or ["published"])]:
                 if any(r["attribute"] == attribute and r["seed"] == seed and r["recipe"] == who for r in done):
                     continue
-                plain = train_text.encode(model, [TARGET], pos, neg, [], size)
                 run = one(model, who, plain if who == "ai-toolkit" else prompts, held_out, attribute, seed, args, size, recipe)
                 done.append({"recipe": who, "attribute": attribute, "seed": seed, "readings": run})
                 path.write_text(json.dumps(done, indent=1))

@@ -86,8 +86,7 @@ def main():
         v, _, share = directions(kind)
         sliders, v, rows, effects = sliders_for(kind), v.cpu(), [], []
         seconds = time.time() - started
-        words = sorted(model.known_words) if model.known_words else spread.WORDS
-        hints = spread.names(encode, PROMPT, words, v)
+        hints = spread.names(encode, PROMPT, spread.words_of(model), v)
         for i, one in enumerate(sliders):
             drawn = draw(lab.seeds, [[(one, s)] for s in train_space.SCALES])
             f = [look(column) for column in drawn]

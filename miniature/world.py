@@ -13,7 +13,7 @@ The world poses the paper's problems on purpose:
 * one face in five is malformed and one hand in three is bad; only some of them are captioned as such,
   so plain prompts go wrong at a rate that can be measured.
 
-Run it to look at the world:  python -m miniature.world out.png
+Run it to look at the world:  python -m miniature.world
 """
 
 import math
