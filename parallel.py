@@ -8,6 +8,11 @@ import os
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # noqa: F401
+
+# Not used here, but transformers imports it, and what is the default group at that moment stays in the defaults of its
+# functions: stop() could not destroy the group, and its threads now and then aborted the process as it ended. Imported
+# here, before start(), they hold None.
 
 
 def start():

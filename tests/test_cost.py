@@ -1,5 +1,6 @@
 """The cost model against a count of what really passes through the UNet; --dry-run; several processes against one."""
 
+import os
 import subprocess
 import sys
 
@@ -94,6 +95,27 @@ def test_two_processes_draw_the_same_pictures_as_one(tmp_path):
     for name in ("seed0.png", "seed1.png", "seed2.png", "strip.png"):
         difference = ImageChops.difference(Image.open(tmp_path / "one" / name), Image.open(tmp_path / "two" / name))
         assert max(high for _, high in difference.getextrema()) <= 2, name
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted in /proc")
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    """One that does aborts the process now and then as it ends, after everything is written. Modules imported once the group is there can keep it."""
+    (tmp_path / "script.py").write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import parallel\n"
+        "threads = lambda: [open(f'/proc/self/task/{t}/comm').read() for t in os.listdir('/proc/self/task')]\n"
+        "parallel.start()\n"
+        "from transformers import CLIPTextModel\n"
+        "parallel.gather([0], 2)\n"
+        "before = threads()\n"
+        "parallel.stop()\n"
+        "print(*(sum('gloo' in name for name in when) for when in (before, threads())))\n"
+    )
+    done = together(tmp_path / "script.py")
+    assert done.returncode == 0, done.stderr
+    counts = [tuple(map(int, process.split())) for process in done.stdout.splitlines()]
+    assert len(counts) == 2 and all(before > 0 and after == 0 for before, after in counts), done.stdout
 
 
 def test_an_error_of_several_processes_is_clear():
