@@ -114,8 +114,8 @@ def main():
     args = p.parse_args()
     if not 0 <= args.port < 2**16:
         raise ValueError(f"--port must be from 0 to {2**16 - 1}, not {args.port}")
-    model = cli.load_model(args)
     files = [file for given in args.slider for file in slider.in_folder(given)]
+    model = cli.load_model(args)
     stems = [Path(file).stem for file in files]
     sliders = []
     for file, stem in zip(files, stems):

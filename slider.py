@@ -218,6 +218,10 @@ def check(args):
         raise ValueError("--html shows a sweep or a --grid, not --each or --random")
     if args.html:
         cli.output(args.html, ".html")
+    for given, _, _ in args.slider:  # what is missing is said before a model is loaded, which can take a minute
+        in_folder(given)
+    if args.image and not Path(args.image).exists():
+        raise ValueError(f"{args.image}: no such file")
     cli.folder(args.out)
 
 
@@ -297,8 +301,10 @@ def write_page(args, rows: list[str], scales, drawn):
 
 def in_folder(path: str) -> list[str]:
     """The slider files that `path` names: itself, or if it is a folder all in it, 2 before 10. ValueError if there is none."""
-    if not Path(path).is_dir():
+    if Path(path).is_file():
         return [path]
+    if not Path(path).exists():
+        raise ValueError(f"{path}: no such file")
     files = sorted(Path(path).glob("*.safetensors"), key=lambda f: (len(f.stem), f.stem))
     if not files:
         raise ValueError(f"{path}: holds no slider files")

@@ -2,6 +2,7 @@
 
 SliderSpace (Gandikota et al. 2025). What does a model vary when the prompt stays the same? It draws many pictures; their CLIP
 features f, of unit length, spread around a mean, and the principal directions v_1 ... v_k of that spread are what varies most.
+(By default they are first turned, within their span, to independent ones, spread.turned; --principal leaves them as they are.)
 For each a slider of rank 1 is trained, so that what it changes in a picture's features points along its direction:
 
     L  =  1 - cos( f(x_0 with slider i) - f(x_0), v_i )         x_0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)

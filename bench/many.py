@@ -2,7 +2,7 @@
 
 Two seeds at 20 steps, guidance 5, from prompt to PIL picture, LoRAs of random weights on from the first step in both: no
 slider, one, fifty different ones (diffusers has them as peft adapters), and seven scales of one: ours as a sweep, with the
-slider on from the start and with the usual delay, theirs as seven calls. All take turns; medians.
+slider on from the start and with a start of 0.4, theirs as seven calls. All take turns; medians.
 """
 
 import statistics

@@ -1,7 +1,7 @@
 """Delayed activation, and eta at training against alpha at inference.  python -m experiments.activation
 
 * The age slider at scale 2, switched on after 0 to 80% of the denoising: what it does, and what of the picture it keeps.
-* Sliders trained at eta 0.25 to 2 (times the default), drawn at scales that make eta times scale the same: is alpha at
+* Sliders trained at 0.5 to 4 times the default eta, drawn at scales that make eta times scale the same: is alpha at
   inference the same knob as eta at training?
 """
 

@@ -42,6 +42,15 @@ def edits(results: dict) -> str:
     )
 
 
+def guidance(results: dict) -> str:
+    """The changes of both predictions, then the edits."""
+    changes = {key: r for key, r in results.items() if "cosine" in r}
+    lengths = table(
+        ["slider", "cosine", "length, in units of that in eps_c"], ([key, f"{r['cosine']:.3f}", f"{r['length']:.2f}"] for key, r in changes.items())
+    )
+    return lengths + "\n\n" + edits({key: r for key, r in results.items() if key not in changes})
+
+
 def visual_sliders(results: dict) -> str:
     pixels = lambda r: ", ".join(f"{p['mean']:.1f}" for p in r["pixels"])
     return table(
@@ -249,6 +258,7 @@ KINDS = {
     "seeds": seeds,
     "text_sliders": edits,
     "activation": edits,
+    "guidance": guidance,
     "visual_sliders": visual_sliders,
     "ablations": ablations,
     "composition": composition,

@@ -10,7 +10,7 @@ import cli
 
 OUT = Path("out") / "demo"
 SCALES, SEEDS = ["-3", "-2", "-1", "0", "+1", "+2", "+3"], range(6)
-START = "0.5"  # later than the default: age moves less far, and brings next to nothing else along
+START = "0.5"  # later than the default: age moves less far, and brings less else along
 
 
 def step(*command):

@@ -575,19 +575,15 @@ def train_unet(attributes, latents, steps=5000, batch=48):
             samples(WORK / "unet.png")
 
 
-def samples(path):
-    """A grid of pictures from SAMPLE_PROMPTS by the weights saved so far."""
-    import sampler
+def samples(path, folder=MODEL):
+    """A grid of pictures, two seeds of each of SAMPLE_PROMPTS, by the weights saved so far."""
+    import slider
     from sdxl import SDXL
 
-    model = SDXL.load(MODEL, device="cpu", dtype=torch.float32)
-    x_T = sampler.noise(range(len(SAMPLE_PROMPTS)), model.latent_shape())
-    with torch.autocast("cpu", torch.bfloat16):
-        x_0 = sampler.sample(
-            model.unet, x_T, model.condition(SAMPLE_PROMPTS), model.condition([""] * len(x_T)), alpha_bar=model.alpha_bar, steps=25, guidance=5.0
-        )
-    sheet = Image.new("RGB", (8 * world.SIZE, 2 * world.SIZE))
-    for i, picture in enumerate(model.pictures(x_0.float())):
+    model = SDXL.load(folder, device="cpu", dtype=torch.bfloat16)
+    drawn = [picture for prompt in SAMPLE_PROMPTS for picture in slider.generate(model, prompt, seeds=[0, 1])]
+    sheet = Image.new("RGB", (8 * world.SIZE, 4 * world.SIZE))
+    for i, picture in enumerate(drawn):
         sheet.paste(picture, (i % 8 * world.SIZE, i // 8 * world.SIZE))
     sheet.save(path)
 
@@ -597,6 +593,7 @@ def install():
     shutil.copytree(MODEL, HERE / "model", dirs_exist_ok=True)
     for name in ("judge.safetensors", "vision.safetensors"):
         shutil.copy(WORK / name, HERE / name)
+    samples(HERE / "samples.png", HERE / "model")
     log("installed in miniature/")
 
 
