@@ -139,6 +139,13 @@ def folder(path) -> Path:
     return path
 
 
+def model_words(args) -> str:
+    """The options that name the model, as they were given: for a command that is suggested."""
+    files = [f"{path}:{weight:g}" if weight is not None else path for path, weight in args.merge]
+    given = [("model", args.model)] * (args.model != str(MINIATURE)) + [("base", args.base)] * bool(args.base) + [("merge", f) for f in files]
+    return "".join(f" --{name} {value}" for name, value in given)
+
+
 def write_text(path, text: str):
     """Write a file whole: under a temporary name, then renamed."""
     written(output(path), lambda p: p.write_text(text, encoding="utf-8"))
@@ -166,8 +173,29 @@ def number(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """A number from 0 to 1. For argparse's type=."""
+    if not 0 <= number(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return float(text)
+
+
+def guidance(text: str) -> float:
+    """A number above 0. For argparse's type=."""
+    if not number(text) > 0:
+        raise argparse.ArgumentTypeError(f"at {text} the prompt would count for nothing; without guidance is 1")
+    return float(text)
+
+
+def seed(text: str) -> int:
+    """A whole number that every generator takes, with room for what is made of it. For argparse's type=."""
+    if not text.isdigit() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
+    return int(text)
+
+
 def integers(text: str) -> list[int]:
-    """'0,5,7' or '0-63' -> a list of ints from 0 on, for argparse's type=."""
+    """'0,5,7' or '0-63' -> a list of seeds, for argparse's type=."""
     first, _, last = text.partition("-")
     if first.strip().isdigit() and last.strip().isdigit():
         found = list(range(int(first), int(last) + 1))

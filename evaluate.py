@@ -38,10 +38,15 @@ class Judges:
 # ---------------------------------------------------------------------------------------------- measures
 
 
+def in_parts(see, items, n: int = 32) -> torch.Tensor:
+    """see(items), a few at a time: (len(items), ...)."""
+    return torch.cat([see(items[i : i + n]) for i in range(0, len(items), n)])
+
+
 def clip_score(judges: Judges, images, prompts) -> np.ndarray:
     """100 cos(picture, prompt), shape (N,). prompts: N of them, or one for all."""
     prompts = [prompts] * len(images) if isinstance(prompts, str) else prompts
-    return (100 * F.cosine_similarity(judges.clip_pictures(images), judges.clip_prompts(prompts), dim=-1)).numpy()
+    return (100 * F.cosine_similarity(in_parts(judges.clip_pictures, images), judges.clip_prompts(prompts), dim=-1)).numpy()
 
 
 def clip_change(judges, originals, edited, prompts) -> np.ndarray:
@@ -51,8 +56,12 @@ def clip_change(judges, originals, edited, prompts) -> np.ndarray:
 
 def lpips(judges, originals, edited) -> np.ndarray:
     """(N,): 0 for the same picture. Zhang et al. 2018, eq. (1): squared distances, the mean over places, summed over layers."""
-    pairs = zip(judges.layers(originals), judges.layers(edited))
-    return sum((a - b).square().sum(1).mean((1, 2)) for a, b in pairs).numpy()
+
+    def distances(pairs):
+        layers = zip(*(judges.layers(list(side)) for side in zip(*pairs)))
+        return sum((a - b).square().sum(1).mean((1, 2)) for a, b in layers)
+
+    return in_parts(distances, list(zip(originals, edited))).numpy()
 
 
 def psnr(originals, edited) -> np.ndarray:
@@ -66,7 +75,7 @@ def fid(judges, some, others) -> float:
     """|| m_1 - m_2 ||^2 + Tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)) of the two sets' features. Heusel et al. 2017, eq. (6).
 
     Small sets read too high, all the more the fewer they are: compare only sets of one size."""
-    return frechet(judges.inception(some).double().numpy(), judges.inception(others).double().numpy())
+    return frechet(*(in_parts(judges.inception, pictures).double().numpy() for pictures in (some, others)))
 
 
 def frechet(x: np.ndarray, y: np.ndarray) -> float:
@@ -141,7 +150,7 @@ def real_judges(clip: str = "openai/clip-vit-base-patch32", alexnet: str | None 
     @torch.no_grad()
     def features(images):
         net = once("inception", lambda: FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=inception).eval().to(device))
-        return torch.cat([net(tensor(images[i : i + 16]))[0].cpu() for i in range(0, len(images), 16)])
+        return net(tensor(images))[0].cpu()
 
     return Judges(
         torch.no_grad()(lambda images: of(model().get_image_features(**processor()(images=images, return_tensors="pt").to(device)))),
@@ -184,12 +193,12 @@ def main():
         "pictures": len(files),
         "clip_change": interval(clip_change(judges, originals, edited, args.prompt)),
         "lpips": interval(lpips(judges, originals, edited)),
-        "fid": fid(judges, originals, edited),
+        "fid": fid(judges, originals, edited) if len(files) > 1 else None,
     }
     print(f"{len(files)} pairs; 95% intervals by bootstrap over pictures")
     for name in ("clip_change", "lpips"):
         print(f"{name:12} {result[name]['mean']:8.3f}  [{result[name]['low']:.3f}, {result[name]['high']:.3f}]")
-    print(f"{'fid':12} {result['fid']:8.3f}")
+    print(f"{'fid':12} {result['fid']:8.3f}" if len(files) > 1 else "fid          is a distance of sets: it needs two pairs at least")
     if args.json:
         cli.write_text(args.json, json.dumps(result, indent=1))
 

@@ -108,8 +108,8 @@ def main():
     p.add_argument("--slider", action="append", required=True, metavar="FILE", help="slider file, or a folder of them; may be repeated")
     p.add_argument("--prompt", default="a portrait of a person", help="what is drawn at first (default: %(default)s)")
     p.add_argument("--steps", type=cli.steps, default=15, help="DDIM steps (default: %(default)s)")
-    p.add_argument("--guidance", type=cli.number, default=5.0, help="default: %(default)s")
-    p.add_argument("--start", type=cli.number, default=0.3, help="as in slider.py (default: %(default)s)")
+    p.add_argument("--guidance", type=cli.guidance, default=5.0, help="default: %(default)s")
+    p.add_argument("--start", type=cli.share, default=0.3, help="as in slider.py (default: %(default)s)")
     p.add_argument("--port", type=int, default=8000, help="default: %(default)s; 0 for any free one")
     args = p.parse_args()
     if not 0 <= args.port < 2**16:

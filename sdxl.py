@@ -46,6 +46,7 @@ class SDXL:
     zeros_for_empty: bool  # whether an empty prompt is all zeros
     known_words: set[str] | None  # words the model was trained on, where its folder lists them
     guessed: set[str]  # others that prompts held so far
+    cut: set[str]  # prompts so far that were too long
 
     @classmethod
     def load(
@@ -75,6 +76,8 @@ class SDXL:
         self.zeros_for_empty = configs["model_index"].get("force_zeros_for_empty_prompt", True)
         self.alpha_bar = sampler.make_alpha_bar(configs["scheduler"])
 
+        if not files.tokenizers:
+            raise ValueError(f"{path_or_id}: one file holds no tokenizers: name an SDXL folder, or {weights.SDXL_ID}, with --base")
         load = lambda pour, kind, part, dtype=self.dtype, device=self.device: pour(kind, configs[part], files.where[part], device, dtype, part)
         try:
             self.tokenizers = [CLIPTokenizer.from_pretrained(folder, local_files_only=True) for folder in files.tokenizers]
@@ -92,7 +95,7 @@ class SDXL:
         self.size = self.unet.config["sample_size"] * self.factor
         words = files.tokenizers[0] / "known_words.txt"  # the miniature's; released SDXL folders have none
         self.known_words = set(words.read_text().split()) if words.exists() else None
-        self.guessed = set()
+        self.guessed, self.cut = set(), set()
         return self
 
     # -------------------------------------------------------------------------------- words to conditioning
@@ -105,6 +108,7 @@ class SDXL:
         second one's pooled text embedding. An empty prompt is all zeros where model_index.json says so.
         """
         self.warn_about_words(prompts)
+        self.warn_about_length(prompts)
         hidden = []
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders):
             ids = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids  # (B, 77)
@@ -137,6 +141,16 @@ class SDXL:
             warnings.warn(
                 f"this model never saw {'the word' if len(unknown) == 1 else 'the words'} {', '.join(map(repr, unknown))}: it can only guess", stacklevel=2
             )
+
+    def warn_about_length(self, prompts):
+        """Warn of prompts that do not fit into the encoders' 77 tokens: what is beyond, such as preserved concepts, is not seen."""
+        tokenizer = self.tokenizers[0]
+        for prompt in set(prompts) - self.cut:
+            ids = tokenizer(prompt, verbose=False).input_ids  # with a start and an end
+            if len(ids) > tokenizer.model_max_length:
+                self.cut.add(prompt)
+                lost = tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1])
+                warnings.warn(f"a prompt is too long by {len(ids) - tokenizer.model_max_length} tokens: the model does not see its end, {lost!r}", stacklevel=2)
 
     # -------------------------------------------------------------------------------- latents and pictures
 

@@ -320,9 +320,15 @@ def check(config: dict):
             and set(up) <= UP
             and config["addition_embed_type"] == "text_time"
             and config["use_linear_projection"]
+            and config["in_channels"]
+            and config["out_channels"]
             and len(config["attention_head_dim"]) == len(down) == len(up) == len(config["block_out_channels"]) == len(config["transformer_layers_per_block"])
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"unet config: not SDXL's kind of UNet (missing or odd: {error})") from None
+    if config["in_channels"] != config["out_channels"]:
+        raise ValueError(
+            f"unet config: {config['in_channels']} channels in, {config['out_channels']} out: a model for inpainting or editing, which wants a picture too"
+        )
     if not fits:
         raise ValueError(f"unet config: not SDXL's kind of UNet: {', '.join(down)} / {mid} / {', '.join(up)}")

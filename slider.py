@@ -166,9 +166,9 @@ def parse_args():
     p.add_argument("--eta", type=cli.number, help="with --guide: its strength at scale 1 (default: train_text.py's)")
     p.add_argument("--seeds", type=cli.integers, default=[0, 1, 2, 3], help="0,5,7 or 0-3 (default: 0-3)")
     p.add_argument("--negative", default="", help="negative prompt")
-    p.add_argument("--guidance", type=cli.number, default=5.0, help="classifier-free guidance (default: %(default)s)")
+    p.add_argument("--guidance", type=cli.guidance, default=5.0, help="classifier-free guidance (default: %(default)s)")
     p.add_argument("--steps", type=cli.steps, default=30, help="DDIM steps (default: %(default)s), or the noise levels of a distilled model: 999,749,499,249")
-    p.add_argument("--start", type=cli.number, default=0.3, help="share of the denoising after which the sliders switch on (default: %(default)s)")
+    p.add_argument("--start", type=cli.share, default=0.3, help="share of the denoising after which the sliders switch on (default: %(default)s)")
     p.add_argument("--size", type=int, help="pixels (default: the model's own)")
     p.add_argument("--batch", type=int, help="pictures denoised at once (default: 16; for a UNet of SDXL's size 4)")
     p.add_argument(
@@ -186,9 +186,9 @@ def parse_args():
 def check(args):
     if not args.prompt.strip():
         raise ValueError("--prompt is empty: say what the pictures should show")
-    for name, value in [("start", args.start)] + [("slider ...@START", start) for _, _, start in args.slider if start is not None]:
-        if not 0 <= value <= 1:
-            raise ValueError(f"--{name} must be between 0 and 1, not {value}")
+    for _, _, start in args.slider:
+        if start is not None and not 0 <= start <= 1:
+            raise ValueError(f"--slider ...@START must be between 0 and 1, not {start}")
     if args.vae_tile < 64:
         raise ValueError(f"--vae-tile must be at least 64, not {args.vae_tile}")
     if args.batch is not None and args.batch < 1:

@@ -16,7 +16,7 @@ def towers(args, model):
             raise ValueError("--clip is needed: a CLIP model, folder or Hub id, such as openai/clip-vit-large-patch14")
         from miniature.judges import vision_tower  # the miniature has a CLIP of its own
 
-        return vision_tower(), lambda prompts: model.encode_prompt(prompts)[1].cpu()
+        return vision_tower().to(model.device), lambda prompts: model.encode_prompt(prompts)[1].cpu()
     from transformers import CLIPModel, CLIPTokenizer
 
     clip = CLIPModel.from_pretrained(args.clip).eval().requires_grad_(False).to(model.device)
@@ -43,7 +43,7 @@ def directions(f, k: int, independent: bool = False):
 
     The k principal directions, as the paper has it; with `independent` they are turned, within their span, to the ones along which
     the pictures vary independently (`turned`)."""
-    centred = (f - f.mean(0)).double()
+    centred = (f - f.mean(0)).cpu().double()  # not every device has float64
     _, S, Vh = torch.linalg.svd(centred, full_matrices=False)
     along = S[:k, None] / (len(f) - 1) ** 0.5 * Vh[:k]  # (k, d): each direction as long as its standard deviation
     if independent:
@@ -51,7 +51,7 @@ def directions(f, k: int, independent: bool = False):
         along = along[along.norm(dim=1).argsort(descending=True)]
     along = along * torch.sign((centred @ torch.linalg.pinv(along)).pow(3).sum(0))[:, None]
     sigma = along.norm(dim=1)
-    return (along / sigma[:, None]).float(), sigma.float(), (sigma.square() * (len(f) - 1) / S.square().sum()).float()
+    return tuple(x.float().to(f.device) for x in (along / sigma[:, None], sigma, sigma.square() * (len(f) - 1) / S.square().sum()))
 
 
 def turned(z, rounds: int = 200):

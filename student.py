@@ -98,12 +98,13 @@ def loop(
     with slider.at(0.0), unfinished.stoppable() as stop, tqdm(total=steps, initial=first, unit="step", desc="train") as bar:
         for i in range(first, steps):
             if len(order) < batch:  # every sample once before any comes again
-                order = torch.randperm(n, generator=generator).tolist()
+                order = order + torch.randperm(n, generator=generator).tolist()
             rows, order = torch.tensor(order[:batch]), order[batch:]
             opt.zero_grad()
             total = loss(parallel.mine(rows)).sum() / batch  # of several processes, each has a part of the batch, and of the loss
             total.backward()
-            value = parallel.add_up([total.detach(), *(p.grad for p in parameters)])[0].item()
+            stopping = total.new_tensor(float(stop()))  # added up too: all processes stop at the same step
+            value, asked = (x.item() for x in parallel.add_up([total.detach(), stopping, *(p.grad for p in parameters)])[:2])
             opt.param_groups[0]["lr"] = rate(i)
             opt.step()
             if not value < 10:  # NaN too
@@ -117,7 +118,7 @@ def loop(
                 reading = read()
                 if on_meter:
                     on_meter(i + 1)
-            if ((i + 1) % meter_every == 0 and i + 1 < steps) or stop():  # not at the end: another process may be removing the folder
+            if ((i + 1) % meter_every == 0 and i + 1 < steps) or asked:  # not at the end: another process may be removing the folder
                 kept.save(
                     {
                         "step": i + 1,
@@ -129,7 +130,7 @@ def loop(
                         "parameters": [p.detach() for p in parameters],
                     }
                 )
-            if stop():
+            if asked:
                 raise KeyboardInterrupt(f"stopped after step {i + 1}" + "; the same command with --resume goes on from there" * bool(kept.folder))
             bar.set_postfix_str(f"loss {average:.2f}  learned {reading['share']:.0%}  cosine {reading['cosine']:.2f}")
             bar.update()

@@ -145,9 +145,11 @@ def bake(args, unet):
     for path, w in map(cli.file_and_scale, args.files):
         for name, part in slider_files.read(path, unet).parts.items():
             layer = known[name][0] + ".weight"
-            change[layer] = change.get(layer, 0.0) + dense(*stacked([(part, 1.0 if w is None else w)]))
+            change.setdefault(layer, []).append((part, 1.0 if w is None else w))
+    whole = out.with_name(out.name + ".tmp")  # renamed once it is whole
     if source.is_dir():
-        shutil.copytree(source, out, ignore=lambda folder, names: [n for n in names if Path(folder).name == "unet" and n.endswith(".safetensors")])
+        shutil.rmtree(whole, ignore_errors=True)
+        shutil.copytree(source, whole, ignore=lambda folder, names: [n for n in names if Path(folder).name == "unet" and n.endswith(".safetensors")])
     by_file = {}
     for new, (file, old, _) in weights.find(args.model, args.base).where["unet"].items():
         by_file.setdefault(file, {})[old] = new
@@ -156,8 +158,10 @@ def bake(args, unet):
             tensors, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()
         for old, new in released.items():
             if new in change:
-                tensors[old] = (tensors[old].float() + change[new].view(tensors[old].shape)).to(tensors[old].dtype)
-        slider_files.save(out / "unet" / file.name if source.is_dir() else out, tensors, metadata)
+                tensors[old] = (tensors[old].float() + dense(*stacked(change[new])).view(tensors[old].shape)).to(tensors[old].dtype)
+        slider_files.save(whole / "unet" / file.name if source.is_dir() else out, tensors, metadata)
+    if source.is_dir():
+        whole.rename(out)
     print(f"{out}: written, {len(change)} layers changed")
 
 

@@ -80,12 +80,18 @@ def collect(
         x_t, t = (torch.stack(part, 1) for part in zip(*kept))  # (b, m, 4, h, w), (b, m)
         return {"x_0": x_0, "x_t": x_t, "t": t, "prompt": prompt}
 
-    parts = []
-    for i in tqdm(range(0, samples, batch), unit="batch", desc="samples"):
-        seeds = range(seed * 1_000_000 + i, seed * 1_000_000 + min(i + batch, samples))
-        prompt = torch.arange(i, i + len(seeds)) % len(cond[0])
-        parts.append(kept.part(f"{seeds[0]}-{seeds[-1]}", lambda: way(seeds, prompt)))
+    parts, every = [], torch.arange(samples).split(batch)
+    for some in tqdm(parallel.mine(every), unit="batch", desc="samples"):
+        seeds = (seed * 1_000_000 + some).tolist()
+        parts.append(kept.part(f"{seeds[0]}-{seeds[-1]}", lambda: way(seeds, some % len(cond[0]))))
+    parts = parallel.gather(parts, len(every))
     return Samples(*(torch.cat([p[name] for p in parts]).to(model.device) for name in ("x_0", "x_t", "t", "prompt")))
+
+
+@torch.no_grad()
+def of_all(n: int, batch: int, make, desc: str):
+    """make(rows) of the rows 0 ... n - 1, a batch at a time, of several processes each its share: (n, ...)."""
+    return parallel.gather(torch.cat([make(rows) for rows in tqdm(parallel.mine(torch.arange(n)).split(batch), unit="batch", desc=desc)]), n)
 
 
 # ---------------------------------------------------------------------------------------------- student
@@ -101,9 +107,7 @@ class Space:
         self.prompt = samples.prompt.repeat_interleave(samples.x_t.shape[1])
         self.k, self.m = len(v), samples.x_t.shape[1]
         self.n = len(self.x_t) - HELD_OUT * self.m  # x_t to train on
-        with torch.no_grad():
-            every = torch.arange(len(self.x_t)).split(batch)
-            self.f_0 = torch.cat([spread.features(model, clip, self.predicted(rows)) for rows in tqdm(every, unit="batch", desc="teacher")])  # (N, d)
+        self.f_0 = of_all(len(self.x_t), batch, lambda rows: spread.features(model, clip, self.predicted(rows)), "teacher")  # (N, d)
 
     def __len__(self):
         return 2 * self.k * self.n  # every x_t with every direction, either way
@@ -278,8 +282,7 @@ def main():
         batch=batch,
         **settings,
     )
-    with torch.no_grad():
-        f = torch.cat([spread.features(model, clip, z) for z in tqdm(samples.x_0.split(batch), unit="batch", desc="features")])
+    f = of_all(args.samples, batch, lambda rows: spread.features(model, clip, samples.x_0[rows]), "features")
     v, sigma, share = spread.directions(f, args.sliders, not args.principal)
     hints = spread.names(encode, args.prompt[0], words, v)
     print(f"{args.sliders} directions hold {share.sum():.0%} of the variance of {args.samples} pictures' features")
@@ -326,9 +329,10 @@ def main():
     cli.write_text(out / "space.json", json.dumps(found, indent=1))
     kept.remove()
     drawn_sheet(model, out, one_prompt, uncond, size, args, batch, settings)
+    levels = ",".join(map(str, np.atleast_1d(args.denoising_steps)))
     print(
         f"{out}: {args.sliders} sliders and sheet.png, after {time.time() - started:.0f} s; peak memory {training.peak_memory(model.device) / 2**30:.1f} GiB; "
-        f"slider.py --slider {out} --each --start {args.start:g} draws with them"
+        f"slider.py --prompt ... --slider {out} --each --start {args.start:g} --guidance {args.guidance:g} --steps {levels}{cli.model_words(args)} draws with them"
     )
 
 

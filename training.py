@@ -59,7 +59,7 @@ def add_options(p, small=SMALL, large=LARGE, out="slider.safetensors", what="sli
     p.add_argument("--resume", action="store_true", help="go on with a training of the same command that was stopped")
     p.add_argument("--overwrite", action="store_true", help="replace --out, or what is left of an unfinished training")
     p.add_argument("--size", type=int, help="pixels (default: the model's own, at most 512)")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=cli.seed, default=0)
 
 
 def add_watching(p):
@@ -208,10 +208,7 @@ def finish(args, model, slider, train, held_out, difference: float, about: dict,
     kept.remove()
     print(f"{path}: written, {path.stat().st_size / 1e6:.2f} MB, after {time.time() - started:.0f} s")
     prompt = about.get("prompts", [args.prompt])[0] or "..."  # pairs may be of anything; slider.py wants words
-    print(
-        f'To look at it: python slider.py --prompt "{prompt}" --slider {path} --out {path.with_suffix("")}'
-        + f" --model {args.model}" * (args.model != str(MINIATURE))
-    )
+    print(f'To look at it: python slider.py --prompt "{prompt}" --slider {path} --out {path.with_suffix("")}{cli.model_words(args)}')
     if args.preview:
         print(f"{path.with_suffix('.png')}: rows are seeds, columns scales")
 

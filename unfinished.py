@@ -21,8 +21,7 @@ FREE = {"out", "resume", "overwrite", "dry_run", "preview", "probe", "device", "
 
 
 class Unfinished:
-    """folder: where it is kept, made when there is something to keep; None keeps nothing. settings: of the training, kept with it. Of
-    several processes each keeps its own share."""
+    """folder: where it is kept, made when there is something to keep; None keeps nothing. settings: of the training, kept with it."""
 
     def __init__(self, folder: Path | None = None, settings: dict | None = None):
         self.folder, self.settings = folder, settings
@@ -34,18 +33,14 @@ class Unfinished:
             written(self.folder / "settings.json", lambda p: p.write_text(text))
         written(path, write)
 
-    def path(self, name: str) -> Path:
-        assert self.folder
-        return self.folder / f"{name}{parallel.name().replace(' in process ', '_')}"
-
     def part(self, name: str, make) -> dict[str, torch.Tensor]:
-        """The tensors that make() returns, made only once: afterwards they come from the folder."""
-        if self.folder is None:
-            return make()
-        path = self.path(name + ".safetensors")
-        if not path.exists():
-            tensors = {k: v.detach().contiguous() for k, v in make().items()}
-            self.write(path, lambda p: save_file({k: v.cpu() for k, v in tensors.items()}, p))
+        """The tensors that make() returns, on the CPU, made only once: afterwards they come from the folder. Of several
+        processes each makes parts of its own, by names of its own."""
+        path = self.folder and self.folder / f"{name}.safetensors"
+        if path is None or not path.exists():
+            tensors = {k: v.detach().cpu().contiguous() for k, v in make().items()}
+            if path:
+                self.write(path, lambda p: save_file(tensors, p))
             return tensors
         try:
             return load_file(path)
@@ -53,17 +48,18 @@ class Unfinished:
             raise ValueError(f"{path}: damaged ({error}): delete it, and that part is made again") from None
 
     def save(self, state: dict):
-        if self.folder:
-            self.write(self.path("state.pt"), lambda p: torch.save(state, p))
+        """state: the same in all processes; the first one writes it, so that none can go on from another step than the others."""
+        if self.folder and parallel.is_first():
+            self.write(self.folder / "state.pt", lambda p: torch.save(state, p))
 
     def load(self) -> dict | None:
-        """What `save` was last given; None if nothing was."""
-        if self.folder is None or not self.path("state.pt").exists():
+        """What `save` was last given, on the CPU; None if nothing was."""
+        if self.folder is None or not (path := self.folder / "state.pt").exists():
             return None
         try:
-            return torch.load(self.path("state.pt"), weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)  # it may have been made on a device that is not here
         except Exception as error:  # a damaged one can raise anything
-            raise ValueError(f"{self.path('state.pt')}: damaged ({type(error).__name__}): delete it, and training starts from its first step") from None
+            raise ValueError(f"{path}: damaged ({type(error).__name__}): delete it, and training starts from its first step") from None
 
     def remove(self):
         if self.folder and parallel.is_first():
@@ -83,7 +79,7 @@ def begin(args, out: Path) -> Unfinished:
     folder = out.with_name(out.name + ".unfinished")
     if args.dry_run:
         return NOTHING
-    settings = {k: v for k, v in sorted(vars(args).items()) if k not in FREE}
+    settings = {k: v for k, v in sorted(vars(args).items()) if k not in FREE} | {"nproc_per_node": parallel.processes()}  # who made which part
     if args.resume and (folder / "settings.json").exists():
         return same(folder, settings)
     if parallel.is_first():  # the others would see what the first one has made meanwhile

@@ -19,9 +19,10 @@ PARTS = {
     "conditioner.embedders.1.model.": "text_encoder_2",
 }
 
-# Never used: integers 0 ... 76, the contrastive temperature, buffers of the training code, a merged-in EMA's bookkeeping.
+# Never used: integers 0 ... 76, the contrastive temperature, the first encoder's projection, buffers of the training code, a
+# merged-in EMA's bookkeeping.
 UNUSED = re.compile(
-    r"(.*\.)?(position_ids|logit_scale|attn_mask)$|denoiser\.|model_ema\.|(betas|alphas_cumprod.*|sqrt_.*|"
+    r"(.*\.)?(position_ids|logit_scale|attn_mask)$|conditioner\.embedders\.0\.(transformer\.)?text_projection(\.weight)?$|denoiser\.|model_ema\.|(betas|alphas_cumprod.*|sqrt_.*|"
     r"log_one_.*|posterior_.*|model\.diffusion_model\.(betas|alphas).*)$"
 )
 
@@ -296,8 +297,8 @@ def configs(shapes: dict[str, tuple], base: dict[str, dict]) -> dict[str, dict]:
 # ---------------------------------------------------------------------------------------- what a file is
 
 
-def kind_of(shapes: dict[str, tuple]) -> str:
-    """ "sdxl", or in words what else a file with these tensors is."""
+def kind_of(shapes: dict[str, tuple], metadata: dict[str, str]) -> str:
+    """ "sdxl", or in words what else a file with these tensors and this metadata is."""
     if any(re.search(r"lora_(up|down|[AB])\b|\.lora\.|lokr_|hada_|\.dora_scale|\.lora_", n) for n in shapes):
         return "a LoRA or slider file, which changes a model and is none (--slider takes sliders, --merge other LoRAs)"
     if any(n.startswith("cond_stage_model.model.") for n in shapes):
@@ -308,7 +309,7 @@ def kind_of(shapes: dict[str, tuple]) -> str:
         return "a diffusion transformer (SD 3 or Flux); only SDXL is supported"
     if "conditioner.embedders.0.model.ln_final.weight" in shapes:
         return "the SDXL refiner, which has one text encoder; sliders need the base model"
-    if "v_pred" in shapes:
+    if "v_pred" in shapes or metadata.get("modelspec.prediction_type", "epsilon").lower().startswith("v"):
         return "a v-prediction SDXL checkpoint; only models that predict the noise (eps) are supported"
     has = {part: any(n.startswith(prefix) for n in shapes) for prefix, part in PARTS.items()}
     if not any(has.values()):

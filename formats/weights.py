@@ -26,7 +26,7 @@ class Files:
 
     configs: dict[str, dict]  # of each of PARTS, "scheduler" and "model_index"
     where: dict[str, dict[str, tuple[Path, str, str]]]  # part -> released name -> file, name there, what to do to it
-    tokenizers: list[Path]  # two folders
+    tokenizers: list[Path]  # two folders; none where a single file has none
 
 
 def find(path_or_id, base=None) -> Files:
@@ -148,23 +148,25 @@ def in_single_file(path: Path, base=None) -> Files:
     """A checkpoint in one file holds no tokenizers and no noise schedule: those come from `base`; without it from the
     file's own folder, then from SDXL 1.0's folder where huggingface_hub has cached it before."""
     shapes = header(path)
-    kind = single_file.kind_of(shapes)
+    with safe_open(path, "pt") as f:
+        kind = single_file.kind_of(shapes, f.metadata() or {})
     if kind != "sdxl":
         raise ValueError(f"{path}: {kind}")
+    root = base_folder(path, base)
+    # What the base folder says of a part; without one, what SDXL 1.0's does.
+    said = lambda part, *file: read_json(root.joinpath(*file)) if root and root.joinpath(*file).exists() else single_file.SDXL[part]
     try:
         renamed = single_file.rename(shapes)
-        root = base_folder(path, base)
-        known = {part: read_json(root / part / "config.json") if (root / part / "config.json").exists() else single_file.SDXL[part] for part in PARTS}
-        configs = single_file.configs(shapes, known)
+        configs = single_file.configs(shapes, {part: said(part, part, "config.json") for part in PARTS})
     except (KeyError, IndexError, StopIteration) as error:
         raise ValueError(f"{path}: an incomplete SDXL checkpoint: it lacks {error}") from None
-    for part, file in (("model_index", root / "model_index.json"), ("scheduler", root / "scheduler" / "scheduler_config.json")):
-        configs[part] = read_json(file) if file.exists() else single_file.SDXL[part]
+    configs |= {"model_index": said("model_index", "model_index.json"), "scheduler": said("scheduler", "scheduler", "scheduler_config.json")}
     where = {part: {new: (path, old, action) for new, old, action in entries} for part, entries in renamed.items()}
-    return Files(configs, where, [root / "tokenizer", root / "tokenizer_2"])
+    return Files(configs, where, [root / "tokenizer", root / "tokenizer_2"] if root else [])
 
 
-def base_folder(path: Path, base) -> Path:
+def base_folder(path: Path, base) -> Path | None:
+    """The folder that has tokenizers for a single file; None if there is none and none was named."""
     has = lambda folder: all((folder / t / "vocab.json").exists() or (folder / t / "tokenizer.json").exists() for t in ("tokenizer", "tokenizer_2"))
     if base:
         root = Path(base) if Path(base).is_dir() else from_hub(base, ("*.json", "*/*.json", "*/*.txt"))
@@ -175,11 +177,9 @@ def base_folder(path: Path, base) -> Path:
         return path.parent
     try:
         root = from_hub(SDXL_ID, local_files_only=True)
-        if has(root):
-            return root
     except ValueError:
-        pass
-    raise ValueError(f"{path}: one file holds no tokenizers: name an SDXL folder, or {SDXL_ID}, with --base")
+        return None
+    return root if has(root) else None
 
 
 # ------------------------------------------------------------------------------------------ pouring

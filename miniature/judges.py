@@ -45,5 +45,5 @@ def miniature_judges(model: SDXL | None = None) -> Judges:
                 out.append(F.normalize(x, dim=1, eps=1e-10))
         return out
 
-    in_parts = lambda f: torch.no_grad()(lambda images: torch.cat([f(tensor(images[i : i + 64])) for i in range(0, len(images), 64)]))
-    return Judges(in_parts(tower), clip_prompts, layers, in_parts(lambda x: judge().head[:2](judge().features(x))))
+    seen = lambda net: torch.no_grad()(lambda images: net(tensor(images)))
+    return Judges(seen(tower), clip_prompts, layers, seen(lambda x: judge().head[:2](judge().features(x))))

@@ -1,8 +1,10 @@
 """The cost model against a count of what really passes through the UNet; --dry-run; several processes against one."""
 
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +13,13 @@ from safetensors.torch import load_file
 from test_cli import DRAW, ROOT, TRAIN, run
 
 import cli
+import lora
+import parallel
+import student
 import train_pairs
 import train_text
 import training
+import unfinished
 from bench.recipe import counted
 from sdxl import SDXL
 
@@ -121,3 +127,50 @@ def test_no_thread_of_the_group_outlives_it(tmp_path):
 def test_an_error_of_several_processes_is_clear():
     done = together(*DRAW, "--model", "nowhere")
     assert done.returncode != 0 and "error in process 0: nowhere: no such model folder" in done.stderr
+
+
+def test_several_processes_stop_at_the_same_step_and_go_on_together(tmp_path):
+    """Only one of them is interrupted. The result is that of one process that was not."""
+    (tmp_path / "script.py").write_text(
+        f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nimport test_cost\ntest_cost.interrupted({str(tmp_path)!r})\n"
+    )
+    done = together(tmp_path / "script.py")
+    assert done.returncode == 0, done.stderr
+    stops = [(tmp_path / f"stopped{rank}").read_text() for rank in (0, 1)]
+    assert stops == ["stopped after step 4; the same command with --resume goes on from there"] * 2
+    whole = fitted()
+    assert whole.norm() > 0
+    for rank in (0, 1):
+        torch.testing.assert_close(torch.load(tmp_path / f"slider{rank}.pt", weights_only=True), whole)
+
+
+def fitted(**kept):
+    """Least squares by student.loop: 12 samples, 9 steps of 5."""
+    torch.manual_seed(0)
+    slider = lora.Slider({"layer": torch.nn.Linear(3, 2)}, rank=2)
+    (change,), x, y = slider.children(), torch.randn(12, 3), torch.randn(12, 2)
+    loss = lambda rows: (change(x[rows]) - y[rows]).square().mean(1)
+    student.loop(slider, 12, loss, lambda: {"share": 0.0, "cosine": 0.0}, steps=9, batch=5, lr=0.1, meter_every=3, **kept)
+    return torch.cat([p.detach().flatten() for p in slider.parameters()])
+
+
+def interrupted(folder):
+    """What each of two processes does: stopped while it is at the fourth step, and once more to the end."""
+    parallel.start()
+    rank, calls, add_up = int(os.environ["RANK"]), [], parallel.add_up
+
+    def interrupt(tensors):
+        calls.append(1)
+        if rank == 1 and len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return add_up(tensors)
+
+    parallel.add_up = interrupt
+    kept = unfinished.Unfinished(Path(folder))
+    try:
+        fitted(kept=kept)
+    except KeyboardInterrupt as stop:
+        (Path(folder) / f"stopped{rank}").write_text(str(stop))
+    torch.distributed.barrier()
+    torch.save(fitted(kept=kept), Path(folder) / f"slider{rank}.pt")
+    parallel.stop()

@@ -85,5 +85,9 @@ def test_the_command(tmp_path):
     command = ["evaluate.py", "--original", tmp_path / "young", "--edited", tmp_path / "old", "--prompt", "a photo of a person, very old"]
     done = run(*command, "--judges", "miniature", "--json", tmp_path / "r.json")
     assert done.returncode == 0 and "3 pairs" in done.stdout and "clip_change" in (tmp_path / "r.json").read_text()
+    for name in ("young", "old"):
+        (tmp_path / name / "1.png").unlink(), (tmp_path / name / "2.png").unlink()
+    done = run(*command, "--judges", "miniature")
+    assert done.returncode == 0 and "lpips" in done.stdout and "it needs two pairs" in done.stdout
     done = run(*command[:-2], "--prompt", "x", "--original", tmp_path / "nowhere")
     assert done.returncode == 2 and "nowhere: no such folder" in done.stderr

@@ -137,6 +137,15 @@ def test_nothing_to_learn_is_said(model):
     slider.detach()
 
 
+def test_a_prompt_that_is_too_long_is_said(model):
+    start = ", ".join(["a photo of a person"] * 30)
+    with pytest.warns(UserWarning, match="the model does not see its end, .*with glasses"):
+        one, _ = model.encode_prompt([f"{start}, with glasses"])
+    with pytest.warns(UserWarning, match="too long"):
+        other, _ = model.encode_prompt([f"{start}, without glasses"])
+    assert torch.equal(one, other)
+
+
 def test_verdicts():
     good = {"share": 0.8, "cosine": 0.9, "plus": 0.8, "minus": 0.8}
     assert "It works" in " ".join(student.verdict(good, 0.1)) and "WARNING" not in " ".join(student.verdict(good, 0.1))

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import zipfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -130,7 +131,7 @@ def args(tmp_path, **changes):
     )
 
 
-def test_nothing_is_overwritten_unless_asked(tmp_path):
+def test_nothing_is_overwritten_unless_asked(tmp_path, monkeypatch):
     out = tmp_path / "s.safetensors"
     assert unfinished.begin(args(tmp_path, resume=True), out).load() is None  # stopped before anything was kept: from the beginning
     kept = unfinished.begin(args(tmp_path), out)
@@ -139,6 +140,9 @@ def test_nothing_is_overwritten_unless_asked(tmp_path):
         unfinished.begin(args(tmp_path), out)
     with pytest.raises(ValueError, match="was begun with --pos a, not b"):
         unfinished.begin(args(tmp_path, resume=True, pos="b"), out)
+    with monkeypatch.context() as m, pytest.raises(ValueError, match="was begun with --nproc-per-node 1, not 2"):
+        m.setattr(unfinished.parallel, "processes", lambda: 2)
+        unfinished.begin(args(tmp_path, resume=True), out)
     assert unfinished.begin(args(tmp_path, resume=True, lr=1e-5), out).load() == {"step": 3}
     assert unfinished.begin(args(tmp_path, overwrite=True), out).load() is None
     kept.remove()
@@ -150,6 +154,19 @@ def test_nothing_is_overwritten_unless_asked(tmp_path):
     with pytest.raises(ValueError, match="is there already: --overwrite replaces it"):
         unfinished.begin(args(tmp_path), out)
     assert unfinished.begin(args(tmp_path, dry_run=True), out).folder is None and out.read_text() == "precious"
+
+
+def test_a_state_made_on_another_device_is_read(tmp_path):
+    kept = Unfinished(tmp_path)
+    kept.save({"parameters": [torch.arange(3.0)]})
+    with zipfile.ZipFile(tmp_path / "state.pt") as f:
+        parts = {name: f.read(name) for name in f.namelist()}
+    here, there = b"X\x03\0\0\0cpu", b"X\x06\0\0\0cuda:7"  # where the pickle says that the tensor was
+    assert any(here in part for part in parts.values())
+    with zipfile.ZipFile(tmp_path / "state.pt", "w", zipfile.ZIP_STORED) as f:
+        for name, part in parts.items():
+            f.writestr(name, part.replace(here, there))
+    assert torch.equal(kept.load()["parameters"][0], torch.arange(3.0))
 
 
 def test_damaged_states_are_said_so(tmp_path):

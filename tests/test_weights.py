@@ -101,7 +101,7 @@ def test_full_size_names_all_find_their_place():
     for part in weights.PARTS:
         stated = {k: v for k, v in facts("configs")[part].items() if k in configs[part]}
         assert {k: configs[part][k] for k in stated} == stated, part
-    assert single_file.kind_of(shapes) == "sdxl"
+    assert single_file.kind_of(shapes, {}) == "sdxl"
 
 
 def test_the_test_helper_writes_the_released_names():
@@ -145,6 +145,19 @@ STRANGERS = {
 }
 
 
+def test_v_prediction_is_read_in_the_metadata_too():
+    shapes = {name: tuple(shape) for name, shape in facts("single_file_keys").items()}
+    for said, kind in (("v", "v-prediction"), ("epsilon", "sdxl")):
+        assert kind in single_file.kind_of(shapes, {"modelspec.prediction_type": said})
+
+
+def test_what_other_tools_leave_in_one_file_is_left_out(model, tmp_path):
+    """Projections of the first text encoder, which SDXL does not use."""
+    names = ("text_projection", "transformer.text_projection.weight")
+    more = {f"conditioner.embedders.0.{name}": torch.zeros(2, 2) for name in names}
+    assert same(model, SDXL.load(one_file(tmp_path / "m.safetensors", lambda t: t | more), device="cpu", base=MINIATURE))
+
+
 @pytest.mark.parametrize("name", STRANGERS)
 def test_another_kind_of_file_is_named(name, tmp_path):
     tensors, what = STRANGERS[name]
@@ -164,11 +177,13 @@ def test_pickles_and_broken_files_are_refused(tmp_path):
         ("p.ckpt", "a pickle"),
         ("zip.ckpt", "a pickle"),
         ("empty.safetensors", "not a readable"),
-        ("whole.safetensors", "--base"),
         ("missing.safetensors", "no such"),
     ):
         with pytest.raises(ValueError, match=f"{name}.*{what}"):
             weights.find(tmp_path / name)
+    assert not weights.find(whole).tokenizers  # enough for tools.py
+    with pytest.raises(ValueError, match="whole.safetensors.*--base"):
+        SDXL.load(whole)
     lacks = one_file(tmp_path / "lacks.safetensors", lambda t: {k: v for k, v in t.items() if "output_blocks.8.0.in_layers.2" not in k})
     extra = one_file(tmp_path / "extra.safetensors", lambda t: t | {"model.diffusion_model.control.weight": torch.zeros(1)})
     shape = one_file(tmp_path / "shape.safetensors", lambda t: t | {"model.diffusion_model.out.2.bias": torch.zeros(5)})
@@ -202,6 +217,7 @@ def test_broken_folders_are_refused(tmp_path):
         (edit("scheduler/scheduler_config.json", prediction_type="v_prediction"), "v_prediction"),
         (edit("model_index.json", text_encoder=[None, None]), "refiner"),
         (edit("unet/config.json", block_out_channels=[64, 128, 256]), "do not fit"),
+        (edit("unet/config.json", in_channels=9), "9 channels in, 4 out: a model for inpainting"),
         (edit("text_encoder/config.json", num_hidden_layers=4), "do not fit"),
     ):
         with pytest.raises(ValueError, match=what):
