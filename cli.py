@@ -201,7 +201,7 @@ def integers(text: str) -> list[int]:
         found = list(range(int(first), int(last) + 1))
     else:
         found = [int(v) if v.isdigit() else -1 for v in text.replace(",", " ").split()]
-    if not found or min(found) < 0:
+    if not found or min(found) < 0 or max(found) >= 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers from 0 on, such as 0,5,7 or 0-3")
     return found
 

@@ -241,7 +241,7 @@ def parse_args():
     p.add_argument("--train-guidance", type=cli.number, default=1.0, help="in the predicted x_0 (default: %(default)s)")
     p.add_argument(
         "--start",
-        type=cli.number,
+        type=cli.share,
         default=START,
         help="share of the denoising after which the sliders are on, in training too; 0 for a distilled model (default: %(default)s)",
     )
