@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 import lora
 import parallel
 from formats import slider_files, written
-from sdxl import MINIATURE, SDXL
+from sdxl import MINIATURE, SDXL, best_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -83,7 +83,14 @@ def parse(p: argparse.ArgumentParser):
     return args
 
 
+def has_bfloat16() -> bool:
+    """Whether this processor is quick at arithmetic in bfloat16: AVX512 or newer. Without it takes many times as long as in float32."""
+    return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
+
+
 def load_model(args, vae: bool = True) -> SDXL:
+    if args.dtype == "bfloat16" and (args.device or best_device()) == "cpu" and not has_bfloat16():
+        warnings.warn("this processor is slow at bfloat16: without --dtype it is many times faster", stacklevel=2)
     model = SDXL.load(args.model, device=args.device, dtype=DTYPES.get(args.dtype), base=args.base, vae=vae, text_on_cpu=args.text_on_cpu)
     for path, weight in args.merge:
         lora.load(path, model.unet).merge(model.unet, 1.0 if weight is None else weight)

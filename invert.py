@@ -114,10 +114,10 @@ def kept(path: Path, make) -> Inversion:
             raise ValueError(f"{path}: holds no inversion: delete it, and it is made again")
         steps = len(stored["context"])
         return Inversion(stored["x_T"], [tuple(stored[part][i] for part in ("context", "pooled", "time_ids")) for i in range(steps)])
-    unfinished = Unfinished(path.with_suffix(".unfinished"))
+    unfinished = Unfinished(path.with_suffix(".unfinished")) if parallel.is_first() else NOTHING  # every process makes the same
     made = make(unfinished)
     stack = lambda part: torch.stack([u[part] for u in made.uncond])  # (steps, B or 1, ...)
-    if parallel.is_first():  # every process makes the same
+    if parallel.is_first():
         slider_files.save(path, {"x_T": made.x_T.contiguous(), "context": stack(0), "pooled": stack(1), "time_ids": stack(2)}, {"kind": "inversion"})
     unfinished.remove()
     return made

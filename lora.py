@@ -162,8 +162,9 @@ class Composed:
     """Several sliders, each at a fixed scale, as one change of `unet`: off at `scale` 0, on at any other.
 
     Exact, and in each layer in the cheaper of two forms. Where the ranks add up to little, one low-rank change
-    (slider_files.stacked); it keeps small changes apart from bfloat16 weights, which would round them. Where they add up to much, W + sum of scale * (alpha / r) B A takes W's place, which costs
-    nothing however many they are, but rounds, and memory for a second W. Off, each W is the tensor that it was.
+    (slider_files.stacked); it keeps small changes apart from bfloat16 weights, which would round them. Where they add up to
+    much, W + sum of scale * (alpha / r) B A takes W's place, which costs nothing however many they are, but rounds, and memory
+    for a second W. Off, each W is the tensor that it was.
     """
 
     def __init__(self, unet: nn.Module, pairs, only_low_rank: bool = False):

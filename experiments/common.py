@@ -47,8 +47,9 @@ PAPER_PROMPTS = ["image of a person, 8k, realistic", "a photo of a man in a stre
 class Lab:
     """The model, its judges, and the options of an experiment."""
 
-    def __init__(self, doc: str, name: str, more=lambda parser: None, count: int = 32, dtype: str = "bfloat16"):
-        """more: adds options of this experiment to the parser. count, dtype: defaults of --pictures and --dtype."""
+    def __init__(self, doc: str, name: str, more=lambda parser: None, count: int = 32, dtype: str | None = None):
+        """more: adds options of this experiment to the parser. count, dtype: defaults of --pictures and --dtype (bfloat16, as the
+        committed results have it, where the processor is quick at it)."""
         p = cli.parser(doc)
         more(p)
         p.add_argument("--seed", type=int, default=0, help="of trainings and pictures (default: %(default)s)")
@@ -56,7 +57,7 @@ class Lab:
         p.add_argument("--out", default=str(RESULTS), help="folder of results (default: %(default)s)")
         p.add_argument("--sliders", default="out/experiments", help="folder of trained sliders, used again if they are there (default: %(default)s)")
         self.args = p.parse_args()
-        self.args.dtype = self.args.dtype or dtype
+        self.args.dtype = self.args.dtype or dtype or ("bfloat16" if cli.has_bfloat16() else None)
         self.model = cli.load_model(self.args)
         self.small = training.is_small(self.model.unet)
         if self.small:

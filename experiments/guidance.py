@@ -30,7 +30,7 @@ def changes(lab, concept: str, slider) -> dict:
     seen = train_text.collect(lab.model, prompts, eta=1.0, trajectories=8, per_trajectory=4, size=lab.size, seed=1000 + lab.seed, batch=batch)
     at_c = seen[seen.scale > 0]  # every x_t once
     at_u = dataclasses.replace(at_c, cond=prompts[2], prompt=torch.zeros_like(at_c.prompt))
-    with lora.hung(lab.model.unet, [(slider, 0.0, 0.0)]):
+    with lora.hung(lab.model.unet, [(slider, 1.0, 0.0)]):
         D_c, D_u = (torch.cat([change(lab.model.unet, slider, samples[rows]) for rows in torch.arange(len(samples)).split(batch)]) for samples in (at_c, at_u))
     return {"cosine": torch.cosine_similarity(D_u.flatten(), D_c.flatten(), 0).item(), "length": (D_u.norm() / D_c.norm()).item()}
 

@@ -55,8 +55,7 @@ def main():
             drawing | dict(model=lab.args.model, prompt=PROMPT, size=lab.size[0], dtype=lab.args.dtype),
         )
         drawn = train_space.collect(model, cond, uncond, kept, samples=SAMPLES, per_sample=5, size=lab.size, seed=lab.seed, batch=32, **drawing)
-        with torch.no_grad():
-            return drawn, torch.cat([spread.features(model, clip, z) for z in drawn.x_0.split(32)])
+        return drawn, train_space.of_all(SAMPLES, 32, lambda rows: spread.features(model, clip, drawn.x_0[rows]), "features")
 
     def directions(kind):
         v, sigma, share = spread.directions(samples()[1], K, independent=kind == "independent")

@@ -580,7 +580,7 @@ def samples(path, folder=MODEL):
     import slider
     from sdxl import SDXL
 
-    model = SDXL.load(folder, device="cpu", dtype=torch.bfloat16)
+    model = SDXL.load(folder, device="cpu")
     drawn = [picture for prompt in SAMPLE_PROMPTS for picture in slider.generate(model, prompt, seeds=[0, 1])]
     sheet = Image.new("RGB", (8 * world.SIZE, 4 * world.SIZE))
     for i, picture in enumerate(drawn):
