@@ -128,7 +128,6 @@ def main():
     p.add_argument("--steps", type=int, default=500, help="of the published loop and ai-toolkit's (default: %(default)s, their own)")
     p.add_argument("--every", type=int, default=50, help="their steps between readings (default: %(default)s)")
     p.add_argument("--against", choices=OPPONENTS, action="append", help="may be repeated (default: published)")
-    p.add_argument("--alone", action="store_true", help="ours, against nothing")
     p.add_argument("--pictures", type=int, default=32, help="that the measuring stick reads at each of scales -3, 0, 3 (default: %(default)s)")
     p.add_argument("--json", default="bench/recipe.json", help="results; runs that are in it are not run again (default: %(default)s)")
     args = p.parse_args()
@@ -144,7 +143,7 @@ def main():
         )
         plain = train_text.encode(model, [TARGET], pos, neg, [], size)
         for seed in args.seeds:
-            for who in ["ours", *([] if args.alone else args.against or ["published"])]:
+            for who in ["ours", *(args.against or ["published"])]:
                 if any(r["attribute"] == attribute and r["seed"] == seed and r["recipe"] == who for r in done):
                     continue
                 run = one(model, who, plain if who == "ai-toolkit" else prompts, held_out, attribute, seed, args, size, recipe)
