@@ -130,7 +130,8 @@ class Space:
 
     def loss(self, slider, rows):
         x, i, way = rows % self.n, rows // self.n % self.k, rows // self.n // self.k
-        return 1 - F.cosine_similarity(*self.change(slider, x, i, 1.0 - 2.0 * way), dim=-1)
+        # An untrained slider changes nothing but by rounding, whose direction the first steps would follow: hence the floor under lengths.
+        return 1 - F.cosine_similarity(*self.change(slider, x, i, 1.0 - 2.0 * way), dim=-1, eps=1e-3)
 
     @torch.no_grad()
     def meter(self, slider, batch: int) -> dict:

@@ -137,6 +137,20 @@ def test_the_gradient_through_unet_vae_and_clip_agrees_with_finite_differences(m
     assert sum((g * d).sum() for g, d in zip(gradients, directions)).item() == pytest.approx((moved(h) - moved(-h)) / (2 * h), rel=1e-4)
 
 
+def test_the_first_gradient_is_not_rounding(model, conds, tmp_path):
+    """Of a slider that changes nothing yet: features that differ in their last digits give the same gradient."""
+    v = torch.linalg.qr(torch.randn(128, 2, generator=torch.Generator().manual_seed(0)))[0].T
+    space = train_space.Space(model, vision_tower(), collect(model, conds, tmp_path, samples=10), *conds, v, rank=1, guidance=1.0, batch=4)
+    torch.manual_seed(0)
+    bank = lora.Slider(lora.target_layers(model.unet, "xattn", conv=False), 2, 2.0).attach(model.unet)
+    gradient = lambda: torch.cat([g.flatten() for g in torch.autograd.grad(space.loss(bank, torch.tensor([0, 5])).sum(), list(bank.parameters()))])
+    one = gradient()
+    space.f_0 += 1e-7 * torch.randn(space.f_0.shape, generator=torch.Generator().manual_seed(1))
+    other = gradient()
+    bank.detach()
+    assert one.norm() > 0 and (one - other).norm() < 0.01 * one.norm()
+
+
 def test_sliders_learn_their_directions(model, conds, tmp_path):
     samples, clip = collect(model, conds, tmp_path, samples=12), vision_tower()
     f = spread.features(model, clip, samples.x_0)
