@@ -35,8 +35,8 @@ class Unfinished:
 
     def part(self, name: str, make) -> dict[str, torch.Tensor]:
         """The tensors that make() returns, on the CPU, made only once: afterwards they come from the folder. Of several
-        processes each makes parts of its own, by names of its own."""
-        path = self.folder and self.folder / f"{name}.safetensors"
+        processes each has parts of its own."""
+        path = self.folder and self.folder / f"{name}{parallel.name().replace(' in process ', '_')}.safetensors"
         if path is None or not path.exists():
             tensors = {k: v.detach().cpu().contiguous() for k, v in make().items()}
             if path:
