@@ -156,6 +156,16 @@ def test_nothing_is_overwritten_unless_asked(tmp_path, monkeypatch):
     assert unfinished.begin(args(tmp_path, dry_run=True), out).folder is None and out.read_text() == "precious"
 
 
+def test_processes_have_parts_of_their_own_and_one_state(tmp_path, monkeypatch):
+    kept = Unfinished(tmp_path)
+    for name, first, value in (("", True, 0.0), (" in process 1", False, 1.0)):
+        monkeypatch.setattr(unfinished.parallel, "name", lambda: name)
+        monkeypatch.setattr(unfinished.parallel, "is_first", lambda: first)
+        assert kept.part("x", lambda: {"a": torch.tensor([value])})["a"].item() == value
+        kept.save({"step": value})
+        assert kept.load() == {"step": 0.0}
+
+
 def test_a_state_made_on_another_device_is_read(tmp_path):
     kept = Unfinished(tmp_path)
     kept.save({"parameters": [torch.arange(3.0)]})
