@@ -16,6 +16,7 @@ PY := $(VENV)/bin/python
 .PHONY: demo test lint coverage docs-check test-full test-oldest bench experiments miniature clean
 
 $(VENV)/run.stamp: requirements.txt
+	@echo "setting up $(VENV): PyTorch and a few packages, a minute or more"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@

@@ -6,6 +6,7 @@ import difflib
 import math
 import os
 import re
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -33,7 +34,8 @@ class Parser(argparse.ArgumentParser):
 
 def plain_parser(description: str) -> argparse.ArgumentParser:
     """A parser whose option names may not be shortened, so that a typo is an error."""
-    p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    spec = sys.modules["__main__"].__spec__  # of python -m
+    p = Parser(prog=spec and f"python -m {spec.name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p._negative_number_matcher = re.compile(r"^-[\d.][-+\d.,]*$")  # so that "--scales -2,0,2" is a value, not an option
     return p
 
@@ -222,6 +224,8 @@ def steps(text: str) -> int | list[int]:
 def run(main, when_stopped: str = ""):
     """Run main(); whatever the user can mend becomes one line and exit status 2, without a traceback. when_stopped: said after Ctrl-C."""
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    if "RANK" not in os.environ:  # a termination is like Ctrl-C; torchrun's own must end a process that waits for others
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         parallel.start()
         with contextlib.ExitStack() as quiet:

@@ -87,7 +87,7 @@ def loop(
     generator = torch.Generator().manual_seed(seed)
     if batch < parallel.processes():
         raise ValueError(f"{batch} samples in a step are too few for {parallel.processes()} processes")
-    average, order, reading, first = None, [], {"share": 0.0, "cosine": 0.0}, 0
+    average, order, reading, first = None, [], {}, 0
     if state := kept.load():
         first, average, order, reading = state["step"], state["average"], state["order"], state["reading"]
         generator.set_state(state["generator"])
@@ -132,7 +132,8 @@ def loop(
                 )
             if asked:
                 raise KeyboardInterrupt(f"stopped after step {i + 1}" + "; the same command with --resume goes on from there" * bool(kept.folder))
-            bar.set_postfix_str(f"loss {average:.2f}  learned {reading['share']:.0%}  cosine {reading['cosine']:.2f}")
+            learned = f"learned {reading['share']:.0%}  cosine {reading['cosine']:.2f}" if reading else "learned ?"  # until the first reading
+            bar.set_postfix_str(f"loss {average:.2f}  {learned}")
             bar.update()
     return reading | {"loss": average}
 
@@ -174,7 +175,11 @@ def verdict(reading: dict, difference: float, enough: tuple[float, float] = (0.2
             f"WARNING: the model itself hardly tells the two ends apart ({difference:.1%} of its prediction): "
             "a clearer difference between them, or a higher --eta, may help."
         )
-    if reading["share"] < enough[0]:
+    if reading["share"] < enough[0] and reading["loss"] < 0.8:
+        lines.append(
+            f"WARNING: it learned by heart what it was trained on (loss {reading['loss']:.2f}) and little else: give it more to learn from, such as more pairs."
+        )
+    elif reading["share"] < enough[0]:
         lines.append("WARNING: it learned next to nothing. Try more --steps, or a higher --lr.")
     elif reading["cosine"] < enough[1]:
         lines.append("WARNING: most of what it does is something else. Try a lower --lr, more x_t, or a higher --rank.")

@@ -238,8 +238,8 @@ def parse_args():
     p.add_argument(
         "--denoising-steps", type=cli.steps, default=20, help="their number (default: %(default)s), or the levels of a distilled model: 999,749,499,249"
     )
-    p.add_argument("--guidance", type=cli.number, default=5.0, help="while drawing; 1 for a distilled model (default: %(default)s)")
-    p.add_argument("--train-guidance", type=cli.number, default=1.0, help="in the predicted x_0 (default: %(default)s)")
+    p.add_argument("--guidance", type=cli.guidance, default=5.0, help="while drawing; 1 for a distilled model (default: %(default)s)")
+    p.add_argument("--train-guidance", type=cli.guidance, default=1.0, help="in the predicted x_0 (default: %(default)s)")
     p.add_argument(
         "--start",
         type=cli.share,
@@ -254,7 +254,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    training.check_numbers(args, "sliders", "samples", "train_samples", "per_sample", "guidance", "train_guidance")
+    training.check_numbers(args, "sliders", "samples", "train_samples", "per_sample")
     if min(args.samples, args.train_samples) <= HELD_OUT:
         raise ValueError(f"--train-samples {min(args.samples, args.train_samples)}: more than {HELD_OUT} are needed, {HELD_OUT} of them for the meter alone")
     if args.samples <= args.sliders:

@@ -88,7 +88,7 @@ def collect(
     ways = [kept.part(f"seed{seed}_way{int(some[0])}", lambda: way(some)) for some in parallel.mine(every).split(batch)]
     x_t, t, eps_0 = (torch.cat([w[name] for w in ways]).to(device) for name in ("x_t", "t", "eps_0"))  # (n, 4, h, w), (n,), (n, 4, h, w)
 
-    # The rest of eq. (8) there: (n, 4, h, w)
+    # What eq. (8) adds to eps_0 there: (n, 4, h, w)
     parts = tqdm(torch.arange(len(t), device=device).split(max(1, batch // len(ends[0]))), unit="batch", desc="both ends")
     ends_there = lambda rows: {"difference": sampler.ends_difference(model.unet, x_t[rows], t[rows], ends)}
     delta = eta * torch.cat([kept.part(f"seed{seed}_ends{int(rows[0])}", lambda: ends_there(rows))["difference"].to(device) for rows in parts])
@@ -97,7 +97,8 @@ def collect(
     x_t, t, eps_0, delta = whole(x_t), whole(t), whole(eps_0), whole(delta)
     prompt, one = prompt.repeat_interleave(per_trajectory).to(device), torch.ones(len(t), device=device)
     twice = lambda x: torch.cat([x, x])
-    return student.Targets(twice(x_t), twice(t), torch.cat([one, -one]), twice(prompt), twice(eps_0), torch.cat([eps_0 + delta, eps_0 - delta]), cond)
+    target = torch.cat([eps_0 + delta, eps_0 - delta])  # eq. (8), and its mirror image
+    return student.Targets(twice(x_t), twice(t), torch.cat([one, -one]), twice(prompt), twice(eps_0), target, cond)
 
 
 def teach(model, prompts, *, seed: int, trajectories: int = 16, per_trajectory: int = 4, **settings):
@@ -157,7 +158,7 @@ def parse_args():
     p.add_argument("--trajectories", type=int, default=16, help="noises that the teacher denoises (default: %(default)s)")
     p.add_argument("--per-trajectory", type=int, default=4, help="x_t kept from each (default: %(default)s)")
     p.add_argument("--denoising-steps", type=int, default=20, help="default: %(default)s")
-    p.add_argument("--guidance", type=cli.number, default=3.0, help="while denoising (default: %(default)s)")
+    p.add_argument("--guidance", type=cli.guidance, default=3.0, help="while denoising (default: %(default)s)")
     training.add_options(p)
     training.add_watching(p)
     return cli.parse(p)
@@ -174,7 +175,7 @@ def main():
             raise ValueError(f"--{name} is empty: give the words of this {'prompt' if name == 'prompt' else 'end of the slider'}")
     if args.pos.strip() == args.neg.strip():
         raise ValueError("--pos and --neg are the same: a slider needs two ends")
-    training.check_numbers(args, "eta", "guidance", "trajectories", "per_trajectory", "denoising_steps")
+    training.check_numbers(args, "eta", "trajectories", "per_trajectory", "denoising_steps")
     if args.per_trajectory > args.denoising_steps:
         raise ValueError(f"--per-trajectory {args.per_trajectory}: a trajectory of --denoising-steps {args.denoising_steps} has no more x_t than that")
     if args.trajectories < parallel.processes():

@@ -199,16 +199,18 @@ def finish(args, model, slider, train, held_out, difference: float, about: dict,
         return
     about = about | {"settings": settings(args), "meter": reading, "difference": difference, "version": VERSION}
     lora.save(path, slider, about | {"seconds": round(time.time() - started, 1)})  # what comes now may take a while
-    print(*student.verdict(reading, difference, enough, model.guessed), sep="\n")
+    lines = student.verdict(reading, difference, enough, model.guessed)
+    print(*lines, sep="\n")
     if args.probe:
         found = probe(model, slider, cond, uncond, train.x_t.shape[1:], args.probe)
         lora.save(path, slider, about | {"probe": found, "seconds": round(time.time() - started, 1)})
         ends = [f"{end:+.1f}" + " (tried no further)" * (end in (PROBED[0], PROBED[-1])) for end in found["range"]]
-        print(f"Useful from scale {ends[0]} to {ends[1]}: beyond, pictures break down or stay as they are.")
+        if not any(line.startswith("WARNING") for line in lines):
+            print(f"Useful at most from scale {ends[0]} to {ends[1]}: beyond, pictures break down or stay as they are.")
     kept.remove()
     print(f"{path}: written, {path.stat().st_size / 1e6:.2f} MB, after {time.time() - started:.0f} s")
     prompt = about.get("prompts", [args.prompt])[0] or "..."  # pairs may be of anything; slider.py wants words
-    print(f'To look at it: python slider.py --prompt "{prompt}" --slider {path} --out {path.with_suffix("")}{cli.model_words(args)}')
+    print(f'To look at it: python slider.py --prompt "{prompt}" --slider {path} --scales -3,-2,-1,0,1,2,3 --out out/{path.stem}{cli.model_words(args)}')
     if args.preview:
         print(f"{path.with_suffix('.png')}: rows are seeds, columns scales")
 

@@ -67,7 +67,7 @@ class Unfinished:
 
 
 NOTHING = Unfinished()
-HINT = "the same command with --resume goes on with what is kept"
+HINT = "the same command with --resume goes on with what is kept by then"
 
 
 def begin(args, out: Path) -> Unfinished:

@@ -9,7 +9,7 @@ from PIL import Image
 import cli
 
 OUT = Path("out") / "demo"
-SCALES, SEEDS = ["-3", "-2", "-1", "0", "+1", "+2", "+3"], range(6)
+SCALES, SEEDS = ["-3", "-2", "-1", "0", "+1", "+2", "+3"], range(1, 7)
 START = "0.5"  # later than the default: age moves less far, and brings less else along
 
 

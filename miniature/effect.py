@@ -7,6 +7,7 @@ attribute at every scale, and how far each moves: its largest less its smallest 
 import json
 
 import numpy as np
+from tqdm import tqdm
 
 import cli
 import lora
@@ -42,7 +43,7 @@ def table(columns) -> dict[str, np.ndarray]:
 def pictures(model, columns, seeds, prompts=PROMPTS, **settings):
     """As slider.sweep, but the seeds take the prompts in turn: a list of pictures, one for each seed, for each column."""
     known = [{} for _ in columns]
-    for i, prompt in enumerate(prompts):
+    for i, prompt in enumerate(tqdm(prompts, unit="prompt", desc="pictures")):
         mine = seeds[i :: len(prompts)]
         if len(mine):
             for column, drawn in zip(known, slider.sweep(model, prompt, mine, columns, **settings)):
@@ -64,16 +65,21 @@ def said(columns, count: int) -> list[list[str]]:
     """For each picture of each column what the measuring stick reads of the `count` attributes that move most from column to
     column: "measured age 0.31 (0 to 1), smile -0.20 (-1 to 1)"."""
     rows = table(columns)
-    most = sorted(rows, key=lambda name: moved(rows[name], name), reverse=True)[:count]
+    reach = lambda name: float(np.median(np.ptp(rows[name], 0))) / span(name)  # in the middle picture: a hat that comes and goes in one does not count
+    most = sorted(rows, key=lambda name: (reach(name), moved(rows[name], name)), reverse=True)[:count]
     one = lambda name, value: f"{name.replace('_', ' ')} {value:.2f} ({' to '.join(f'{end:g}' for end in world.RANGES.get(name, (0, 1)))})"
     return [["measured " + ", ".join(one(name, rows[name][c, i]) for name in most) for i in range(len(column))] for c, column in enumerate(columns)]
 
 
+def span(name: str) -> float:
+    """The length of an attribute's range."""
+    low, high = world.RANGES.get(name, (0, 1))
+    return high - low
+
+
 def moved(rows, name) -> float:
     """How far an attribute's mean moves over the scales, as a share of its range."""
-    low, high = world.RANGES.get(name, (0, 1))
-    means = rows.mean(1)
-    return float((means.max() - means.min()) / (high - low))
+    return float(np.ptp(rows.mean(1))) / span(name)
 
 
 def related(one: str, other: str) -> bool:
@@ -108,10 +114,11 @@ def main():
     p.add_argument("--seeds", type=cli.integers, default=list(range(1000, 1064)), help="default: 1000-1063")
     p.add_argument("--scales", type=cli.numbers, default=SCALES)
     p.add_argument("--steps", type=int, default=30)
-    p.add_argument("--start", type=float, default=0.3)
-    p.add_argument("--guidance", type=float, default=5.0)
+    p.add_argument("--start", type=cli.share, default=0.3)
+    p.add_argument("--guidance", type=cli.guidance, default=5.0)
     p.add_argument("--json", help="also write the summary and the means to this file")
     args = p.parse_args()
+    args.scales = sorted(set(args.scales))
     if len(args.scales) < 2:
         raise ValueError("--scales: two at least, or nothing can move")
     model = cli.load_model(args)

@@ -219,7 +219,7 @@ BAD = [
     ([*DRAW, "--slider", "README.md:strong"], "'strong' after the colon is no number"),
     ([*DRAW, "--slider", ""], "no file is named"),
     (["live.py", "--slider", "a.safetensors", "--port", "99999"], "--port must be from 0 to 65535"),
-    ([*TRAIN, "--guidance", "-5"], "--guidance must be above 0"),
+    ([*TRAIN, "--guidance", "-5"], "--guidance: at -5 the prompt"),
     ([*TRAIN, "--prompt", ""], "--prompt is empty"),
     ([*PAIRS, "--pos", "tests/facts"], "one folder is named twice"),
     (["miniature/pairs.py", "--values", "5,9"], "eye_size goes from 0.6 to 1.6"),

@@ -162,7 +162,8 @@ def test_verdicts():
     good = {"share": 0.8, "cosine": 0.9, "plus": 0.8, "minus": 0.8}
     assert "It works" in " ".join(student.verdict(good, 0.1)) and "WARNING" not in " ".join(student.verdict(good, 0.1))
     assert "in part" in " ".join(student.verdict(good | {"share": 0.4}, 0.1))
-    assert "next to nothing" in " ".join(student.verdict(good | {"share": 0.05}, 0.1))
+    assert "next to nothing" in " ".join(student.verdict(good | {"share": 0.05, "loss": 0.97}, 0.1))
+    assert "by heart" in " ".join(student.verdict(good | {"share": 0.05, "loss": 0.5}, 0.1))
     assert "something else" in " ".join(student.verdict(good | {"cosine": 0.2}, 0.1))
     assert "hardly tells" in " ".join(student.verdict(good, 0.01))
     assert "never saw the words zebra" in " ".join(student.verdict(good, 0.1, guessed={"zebra"})) and "It works" not in " ".join(
