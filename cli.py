@@ -85,13 +85,13 @@ def parse(p: argparse.ArgumentParser):
     return args
 
 
-def has_bfloat16() -> bool:
-    """Whether this processor is quick at arithmetic in bfloat16: AVX512 or newer. Without it takes many times as long as in float32."""
-    return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
+def quick_dtype() -> str | None:
+    """ "bfloat16" where this processor is quick at it: AVX512 or newer. Elsewhere None: it takes many times as long as float32."""
+    return None if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2") else "bfloat16"
 
 
 def load_model(args, vae: bool = True) -> SDXL:
-    if args.dtype == "bfloat16" and (args.device or best_device()) == "cpu" and not has_bfloat16():
+    if args.dtype == "bfloat16" and (args.device or best_device()) == "cpu" and not quick_dtype():
         warnings.warn("this processor is slow at bfloat16: without --dtype it is many times faster", stacklevel=2)
     model = SDXL.load(args.model, device=args.device, dtype=DTYPES.get(args.dtype), base=args.base, vae=vae, text_on_cpu=args.text_on_cpu)
     for path, weight in args.merge:

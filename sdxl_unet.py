@@ -314,21 +314,18 @@ def check(config: dict):
     """Raise ValueError, with one line, unless `config` describes a UNet of SDXL's kind."""
     try:
         down, mid, up = config["down_block_types"], config["mid_block_type"], config["up_block_types"]
+        channels_in, channels_out = config["in_channels"], config["out_channels"]
         fits = (
             set(down) <= DOWN
             and mid == MID
             and set(up) <= UP
             and config["addition_embed_type"] == "text_time"
             and config["use_linear_projection"]
-            and config["in_channels"]
-            and config["out_channels"]
             and len(config["attention_head_dim"]) == len(down) == len(up) == len(config["block_out_channels"]) == len(config["transformer_layers_per_block"])
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"unet config: not SDXL's kind of UNet (missing or odd: {error})") from None
-    if config["in_channels"] != config["out_channels"]:
-        raise ValueError(
-            f"unet config: {config['in_channels']} channels in, {config['out_channels']} out: a model for inpainting or editing, which wants a picture too"
-        )
+    if channels_in != channels_out:
+        raise ValueError(f"unet config: {channels_in} channels in, {channels_out} out: a model for inpainting or editing, which wants a picture too")
     if not fits:
         raise ValueError(f"unet config: not SDXL's kind of UNet: {', '.join(down)} / {mid} / {', '.join(up)}")

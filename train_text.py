@@ -175,7 +175,7 @@ def main():
             raise ValueError(f"--{name} is empty: give the words of this {'prompt' if name == 'prompt' else 'end of the slider'}")
     if args.pos.strip() == args.neg.strip():
         raise ValueError("--pos and --neg are the same: a slider needs two ends")
-    training.check_numbers(args, "eta", "trajectories", "per_trajectory", "denoising_steps")
+    training.check_numbers(args, "eta", "guidance", "trajectories", "per_trajectory", "denoising_steps")
     if args.per_trajectory > args.denoising_steps:
         raise ValueError(f"--per-trajectory {args.per_trajectory}: a trajectory of --denoising-steps {args.denoising_steps} has no more x_t than that")
     if args.trajectories < parallel.processes():

@@ -131,7 +131,7 @@ def main():
     p.add_argument("--pictures", type=int, default=32, help="that the measuring stick reads at each of scales -3, 0, 3 (default: %(default)s)")
     p.add_argument("--json", default="bench/recipe.json", help="results; runs that are in it are not run again (default: %(default)s)")
     args = p.parse_args()
-    args.dtype = args.dtype or ("bfloat16" if cli.has_bfloat16() else None)
+    args.dtype = args.dtype or cli.quick_dtype()
     model = cli.load_model(args)
     size, recipe, path = (min(model.size, 512),) * 2, train_text.recipe(model.unet), Path(args.json)
     done = json.loads(path.read_text()) if path.exists() else []

@@ -18,7 +18,7 @@ import pictures
 import student
 import train_text
 import training
-from miniature import effect, world
+from miniature import effect
 from miniature.compose import PERSON, SLIDERS
 
 RESULTS = Path(__file__).parent / "results"
@@ -57,7 +57,7 @@ class Lab:
         p.add_argument("--out", default=str(RESULTS), help="folder of results (default: %(default)s)")
         p.add_argument("--sliders", default="out/experiments", help="folder of trained sliders, used again if they are there (default: %(default)s)")
         self.args = p.parse_args()
-        self.args.dtype = self.args.dtype or dtype or ("bfloat16" if cli.has_bfloat16() else None)
+        self.args.dtype = self.args.dtype or dtype or cli.quick_dtype()
         self.model = cli.load_model(self.args)
         self.small = training.is_small(self.model.unet)
         if self.small:
@@ -83,18 +83,29 @@ class Lab:
         print(f"{key}: {json.dumps(self.results[key])}", flush=True)
         return self.results[key]
 
+    def encode(self, concept: str, preserve=None):
+        """train_text.encode's three parts for `concept`. preserve: instead of its own."""
+        target, pos, neg, own, _ = self.all_concepts[concept]
+        combinations = train_text.combinations(own if preserve is None else preserve)
+        return train_text.encode(self.model, [target], f"{target}, {pos}", f"{target}, {neg}", combinations, self.size)
+
     def text_slider(self, concept: str, preserve=None, full=False, rank: int = 4, seed: int | None = None, **changes) -> lora.Slider:
         """A text slider of `concept`. preserve: instead of the concept's own; full: every weight of the same layers in place
         of a LoRA; seed: another than the experiment's; changes: of eta, lr, steps, batch, trajectories."""
-        target, pos, neg, own, _ = self.all_concepts[concept]
-        preserve, recipe = own if preserve is None else preserve, self.recipe | {"trajectories": 16} | changes
+        preserve = self.all_concepts[concept][3] if preserve is None else preserve
+        recipe = self.recipe | {"trajectories": 16} | changes
         seed = self.seed if seed is None else seed
         name = "_".join(
             [concept, "full" if full else f"r{rank}", f"p{len(train_text.combinations(preserve))}", f"seed{seed}", *(f"{k}{v:g}" for k, v in changes.items())]
         ).replace(" ", "-")
-        prompts = lambda: train_text.encode(self.model, [target], f"{target}, {pos}", f"{target}, {neg}", train_text.combinations(preserve), self.size)
         teach = lambda: train_text.teach(
-            self.model, prompts(), eta=recipe["eta"], trajectories=recipe["trajectories"], size=self.size, seed=seed, batch=4 * recipe["batch"]
+            self.model,
+            self.encode(concept, preserve),
+            eta=recipe["eta"],
+            trajectories=recipe["trajectories"],
+            size=self.size,
+            seed=seed,
+            batch=4 * recipe["batch"],
         )
         return self.kept(name, teach, recipe, Full if full else lora.Slider, *([] if full else [rank]), seed=seed)
 
@@ -140,8 +151,7 @@ def moved(before, after, attribute: str) -> dict:
     """The measuring stick: mean change of the attribute in units of its range, with its interval; the mean change of each
     other attribute without its sign: the largest, and their mean; and the share of malformed faces after the edit."""
     a, b = effect.attributes(before), effect.attributes(after)
-    span = lambda name: (lambda low_high: low_high[1] - low_high[0])(world.RANGES.get(name, (0, 1)))
-    change = {name: (b[name] - a[name]) / span(name) for name in a}
+    change = {name: (b[name] - a[name]) / effect.span(name) for name in a}
     others = {name: abs(float(c.mean())) for name, c in change.items() if name not in (attribute, "malformed") and not effect.related(attribute, name)}
     worst = max(others, key=others.get)
     return {

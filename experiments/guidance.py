@@ -24,8 +24,7 @@ GUIDANCE = [1.0, 2.0, 3.0, 5.0, 7.5, 10.0]
 @torch.no_grad()
 def changes(lab, concept: str, slider) -> dict:
     """Cosine between the slider's change of eps_u and its change of eps_c, and the length of the first in units of the second's."""
-    target, pos, neg, preserve, _ = lab.all_concepts[concept]
-    prompts = train_text.encode(lab.model, [target], f"{target}, {pos}", f"{target}, {neg}", train_text.combinations(preserve), lab.size)
+    prompts = lab.encode(concept)
     batch = 4 * lab.recipe["batch"]
     seen = train_text.collect(lab.model, prompts, eta=1.0, trajectories=8, per_trajectory=4, size=lab.size, seed=1000 + lab.seed, batch=batch)
     at_c = seen[seen.scale > 0]  # every x_t once

@@ -10,7 +10,6 @@ Four concepts. All methods edit the same seeds, whose prompts (miniature/effect.
 import functools
 
 import cli
-import train_text
 from experiments.common import Lab
 
 
@@ -18,15 +17,14 @@ def main():
     lab = Lab(__doc__, "text_sliders")
     (before,) = lab.draw([[]])
     shown = [before]
-    for concept, (target, pos, neg, preserve, _) in lab.concepts.items():
+    for concept, (_, pos, _, _, _) in lab.concepts.items():
 
         def by_slider(**kind):
             slider = lab.text_slider(concept, **kind)
             return lambda scale: lab.draw([[(slider, scale)]])[0]
 
         def by_eq_8():
-            _, ends, _ = train_text.encode(lab.model, [target], f"{target}, {pos}", f"{target}, {neg}", train_text.combinations(preserve), lab.size)
-            return lab.draw([[]], ends=ends, etas=[2 * lab.recipe["eta"]])[0]
+            return lab.draw([[]], ends=lab.encode(concept)[1], etas=[2 * lab.recipe["eta"]])[0]
 
         at_2 = functools.cache(lambda: by_slider()(2.0))  # measured and shown
         ways = {

@@ -14,6 +14,7 @@ import lora
 import slider
 from miniature import world
 from miniature.measure import WORDS, measure
+from sdxl import split_words
 
 PROMPTS = [
     "a portrait of a woman with brown hair",
@@ -123,7 +124,7 @@ def main():
         raise ValueError("--scales: two at least, or nothing can move")
     model = cli.load_model(args)
     loaded = lora.load(args.slider, model.unet)
-    prompts = args.prompt or [p for p in PROMPTS if not NAMED.get(args.attribute, set()) & set(p.replace(",", "").split())]
+    prompts = args.prompt or [p for p in PROMPTS if not NAMED.get(args.attribute, set()) & set(split_words(p))]
     table = readings(model, [[(loaded, scale)] for scale in args.scales], args.seeds, prompts, steps=args.steps, start=args.start, guidance=args.guidance)
     print(f"{'':18}" + "".join(f"{s:+8g}" for s in args.scales) + "   moved")
     for name, rows in table.items():

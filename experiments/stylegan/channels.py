@@ -17,7 +17,7 @@ from tqdm import tqdm
 import cli
 from experiments.stylegan.generator import Generator, Z
 from experiments.stylegan.train import enlarged, load
-from miniature import effect, world
+from miniature import effect
 
 FOUND = Path(__file__).parent / "channels.json"
 SHIRT = (40, 220)  # the range of each of its colours (world.sample)
@@ -30,8 +30,7 @@ def read(drawn) -> dict[str, np.ndarray]:
 
 
 def span(name: str) -> float:
-    low, high = SHIRT if name.startswith("shirt") else world.RANGES.get(name, (0, 1))
-    return high - low
+    return SHIRT[1] - SHIRT[0] if name.startswith("shirt") else effect.span(name)
 
 
 class Faces:
