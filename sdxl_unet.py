@@ -1,8 +1,8 @@
-"""SDXL's UNet (Podell et al. 2023): eps_theta(x_t, c, t), the noise that the model sees in the latents x_t.
+"""SDXL's UNet (Podell et al. 2023): eps_theta(x_t, c, t), the noise it sees in the latents x_t.
 
-Parameter names are the released checkpoint's, so load_state_dict is the whole loader; every size comes from the folder's
-unet/config.json, so the bundled miniature and the real model are the same code. The file reads from the small parts to
-the whole; in shape comments B is the batch, c channels, h and w the height and width of the latents at that level.
+Parameter names are the released checkpoint's, so load_state_dict is the whole loader; every size
+comes from unet/config.json, so the miniature and the real model are the same code. In shape comments
+B is the batch, c channels, h and w the height and width of the latents at that level.
 """
 
 import math
@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# ---------------------------------------------------------------------------------- numbers to vectors
-
 
 def sinusoids(values, width: int):
-    """values (B,) -> (B, width): cosines, then sines, of geometrically spaced frequencies (Vaswani et al. 2017).
-    In float32 whatever the model's dtype: t = 999 and t = 998 are the same number in bfloat16."""
-    frequencies = torch.exp(-math.log(10000) * torch.arange(width // 2, device=values.device) / (width // 2))  # (width/2,)
+    """values (B,) -> (B, width): cosines, then sines, of geometrically spaced frequencies (Vaswani
+    et al. 2017). In float32: t = 999 and t = 998 are the same number in bfloat16."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=values.device) / half)
     angles = values.float()[:, None] * frequencies  # (B, width/2)
     return torch.cat([angles.cos(), angles.sin()], -1)
 
@@ -34,43 +33,34 @@ class Embedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
-class Recomputed(nn.Module):
-    """A part whose inside is not kept for the way back when `again` is set, but computed again there: less memory, more
-    time (gradient checkpointing, Chen et al. 2016). `checkpointing` sets it."""
+class Checkpointed(nn.Module):
+    """A module whose activations are not kept for the backward pass where `checkpointing` is set,
+    but computed again there: less memory, more time (gradient checkpointing, Chen et al. 2016)."""
 
-    again = False
+    checkpointing = False
 
     def __call__(self, *args):
-        if self.again and torch.is_grad_enabled():
+        if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(super().__call__, *args, use_reentrant=False)
         return super().__call__(*args)
 
 
-def checkpointing(network: nn.Module, on: bool = True):
-    """Trade time for memory in training: the network's resnets and transformer blocks are computed again on the way back."""
-    for module in network.modules():
-        if isinstance(module, Recomputed):
-            module.again = on
-
-
-# ---------------------------------------------------------------------------------- convolutions
-
-
-class Resnet(Recomputed):
-    """(B, c_in, h, w) -> (B, c_out, h, w): two convolutions around a shortcut, told the noise level in between."""
+class Resnet(Checkpointed):
+    """(B, c_in, h, w), time (B, c_time) -> (B, c_out, h, w): two convolutions around a shortcut."""
 
     def __init__(self, c_in, c_out, c_time, groups, eps):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.time_emb_proj = nn.Linear(c_time, c_out)
+        self.time_emb_proj = nn.Linear(c_time, c_out) if c_time else None  # the VAE has no time
         self.norm2 = nn.GroupNorm(groups, c_out, eps)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
-    def forward(self, x, time):
+    def forward(self, x, time=None):
         h = self.conv1(F.silu(self.norm1(x)))  # (B, c_out, h, w)
-        h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]  # the same at every place
+        if self.time_emb_proj is not None:
+            h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]  # the same at every place
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
@@ -97,11 +87,8 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-# ---------------------------------------------------------------------------------- attention
-
-
 class Attention(nn.Module):
-    """Multi-head attention of tokens x (B, n, c) to context (B, m, c_context); to themselves if there is none."""
+    """Tokens x (B, n, c) look at context (B, m, c_context), or at each other: (B, n, c)."""
 
     def __init__(self, c, c_context, heads):
         super().__init__()
@@ -109,12 +96,13 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(c, c, bias=False)
         self.to_k = nn.Linear(c_context, c, bias=False)
         self.to_v = nn.Linear(c_context, c, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(c, c)])  # a list, since the checkpoint calls it to_out.0
+        self.to_out = nn.ModuleList([nn.Linear(c, c)])  # the checkpoint calls it to_out.0
 
     def forward(self, x, context=None):
         context = x if context is None else context
-        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, n, c) -> (B, heads, n, c/heads)
-        out = F.scaled_dot_product_attention(split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context)))
+        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q, k, v = split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context))
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, n, c/heads)
         return self.to_out[0](out.transpose(1, 2).flatten(2))  # (B, n, c)
 
 
@@ -133,13 +121,14 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c))  # net.1: dropout in training
+        dropout = nn.Identity()  # the checkpoint counts it
+        self.net = nn.Sequential(GEGLU(c, 4 * c), dropout, nn.Linear(4 * c, c))
 
     def forward(self, x):
         return self.net(x)
 
 
-class TransformerBlock(Recomputed):
+class TransformerBlock(Checkpointed):
     """Tokens look at each other (attn1), at the prompt (attn2), and think (ff)."""
 
     def __init__(self, c, c_context, heads):
@@ -161,7 +150,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(groups, c, eps=1e-6)
         self.proj_in = nn.Linear(c, c)
-        self.transformer_blocks = nn.ModuleList(TransformerBlock(c, c_context, heads) for _ in range(depth))
+        block = lambda: TransformerBlock(c, c_context, heads)
+        self.transformer_blocks = nn.ModuleList(block() for _ in range(depth))
         self.proj_out = nn.Linear(c, c)
 
     def forward(self, x, context):
@@ -171,31 +161,29 @@ class Transformer(nn.Module):
         return x + self.proj_out(tokens).transpose(1, 2).reshape(x.shape)
 
 
-# ---------------------------------------------------------------------------------- one level of the U
-
-
 class Level(nn.Module):
-    """What the levels of the U are made of: resnets, each followed by a transformer where the level has them."""
+    """What a level of the U is made of: resnets, each followed by a transformer where it has
+    them."""
 
     def __init__(self, channels, c_time, groups, eps, transformer=None):
-        """channels: (c_in, c_out) of each resnet. transformer: a function c -> Transformer, or None."""
+        """channels: (c_in, c_out) of each resnet. transformer: function c -> Transformer, or
+        None."""
         super().__init__()
-        self.resnets = nn.ModuleList(Resnet(c_in, c_out, c_time, groups, eps) for c_in, c_out in channels)
-        if transformer:
-            self.attentions = nn.ModuleList(transformer(c_out) for _, c_out in channels)
-        self.has_attention = transformer is not None
+        self.resnets = nn.ModuleList(Resnet(*pair, c_time, groups, eps) for pair in channels)
+        transformers = [transformer(c_out) for _, c_out in channels] if transformer else None
+        self.attentions = transformers and nn.ModuleList(transformers)
 
     def step(self, i, x, time, context):
         x = self.resnets[i](x, time)
-        return self.attentions[i](x, context) if self.has_attention else x
+        return x if self.attentions is None else self.attentions[i](x, context)
 
 
 class Down(Level):
-    """Down one level: returns x at half the size (but for the last), and what the way up will want to see again."""
+    """Returns x at half the size (the same in the last level), and the skips for the way up."""
 
-    def __init__(self, c_in, c_out, layers, last, *args):
-        super().__init__([(c_in, c_out)] + [(c_out, c_out)] * (layers - 1), *args)
-        self.downsamplers = None if last else nn.ModuleList([Downsample(c_out)])
+    def __init__(self, channels, last, *args):
+        super().__init__(channels, *args)
+        self.downsamplers = None if last else nn.ModuleList([Downsample(channels[-1][1])])
 
     def forward(self, x, time, context):
         skips = []
@@ -221,7 +209,8 @@ class Mid(nn.Module):
 
 
 class Up(Level):
-    """Up one level: each resnet also sees what the way down left there; then twice the size (but for the last)."""
+    """Each resnet also sees a skip of the way down. Returns x at twice the size, but in the last
+    level."""
 
     def __init__(self, channels, last, *args):
         super().__init__(channels, *args)
@@ -233,69 +222,67 @@ class Up(Level):
         return x if self.upsamplers is None else self.upsamplers[0](x)
 
 
-# ---------------------------------------------------------------------------------- the U
-
-DOWN, MID, UP = {"DownBlock2D", "CrossAttnDownBlock2D"}, "UNetMidBlock2DCrossAttn", {"UpBlock2D", "CrossAttnUpBlock2D"}
-
-
 class UNet(nn.Module):
-    """UNet(config): config is the dict in unet/config.json. Raises ValueError if it is not of SDXL's kind.
+    """UNet(config): config is the dict in unet/config.json. ValueError if it is not of SDXL's kind.
 
-    `factor`: latents' height and width must be multiples of it.
+    factor: latents' height and width must be multiples of it.
     """
 
     def __init__(self, config: dict):
         super().__init__()
-        check(config)
+        check_config(config)
         self.config = config
         widths, layers = config["block_out_channels"], config["layers_per_block"]
-        depths, heads = config["transformer_layers_per_block"], config["attention_head_dim"]  # it means their number
-        groups, eps = config["norm_num_groups"], config["norm_eps"]
-        self.factor = 2 ** (len(widths) - 1)
-        c_time = 4 * widths[0]
+        depths, heads = config["transformer_layers_per_block"], config["attention_head_dim"]
+        groups, c_time, levels = config["norm_num_groups"], 4 * widths[0], len(widths)
+        self.factor = 2 ** (levels - 1)
+        common = (c_time, groups, config["norm_eps"])
 
-        def transformer(level):
-            return lambda c: Transformer(c, config["cross_attention_dim"], heads[level], depths[level], groups)
+        def transformer(level, kind="CrossAttn"):
+            c_context = config["cross_attention_dim"]
+            make = lambda c: Transformer(c, c_context, heads[level], depths[level], groups)
+            return make if "CrossAttn" in kind else None
 
         self.time_embedding = Embedding(widths[0], c_time)
         self.add_embedding = Embedding(config["projection_class_embeddings_input_dim"], c_time)
         self.conv_in = nn.Conv2d(config["in_channels"], widths[0], 3, padding=1)
 
         self.down_blocks = nn.ModuleList()
-        skips = [widths[0]]  # channels of everything the way down leaves for the way up
+        skips, c = [widths[0]], widths[0]  # skips: channels of all that the way down leaves
         for level, kind in enumerate(config["down_block_types"]):
-            last = level == len(widths) - 1
-            self.down_blocks.append(
-                Down(widths[max(level - 1, 0)], widths[level], layers, last, c_time, groups, eps, transformer(level) if "CrossAttn" in kind else None)
-            )
-            skips += [widths[level]] * (layers if last else layers + 1)
+            last, width = level == levels - 1, widths[level]
+            channels = [(c, width)] + [(width, width)] * (layers - 1)
+            self.down_blocks.append(Down(channels, last, *common, transformer(level, kind)))
+            skips += [width] * (layers if last else layers + 1)  # a downsampler's output too
+            c = width
 
-        self.mid_block = Mid(widths[-1], c_time, groups, eps, transformer(-1))
+        self.mid_block = Mid(c, *common, transformer(-1))
 
         self.up_blocks = nn.ModuleList()
-        c = widths[-1]
-        for level, kind in zip(reversed(range(len(widths))), config["up_block_types"]):
+        for level, kind in zip(reversed(range(levels)), config["up_block_types"]):
             channels = []
-            for _ in range(layers + 1):  # one more than on the way down: the downsampler's output is a skip too
+            for _ in range(layers + 1):
                 channels.append((c + skips.pop(), widths[level]))
                 c = widths[level]
-            self.up_blocks.append(Up(channels, level == 0, c_time, groups, eps, transformer(level) if "CrossAttn" in kind else None))
+            self.up_blocks.append(Up(channels, level == 0, *common, transformer(level, kind)))
 
-        self.conv_norm_out = nn.GroupNorm(groups, widths[0], eps)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[0], config["norm_eps"])
         self.conv_out = nn.Conv2d(widths[0], config["out_channels"], 3, padding=1)
 
     def forward(self, latents, t, context, pooled, time_ids):
-        """The predicted noise eps, shape (B, 4, h, w).
+        """The predicted noise eps, (B, 4, h, w).
 
         latents   (B, 4, h, w)   x_t
         t         (B,)           noise level, 0 ... 999
         context   (B, 77, d)     the prompt, token by token
         pooled    (B, p)         the prompt as a whole
-        time_ids  (B, 6)         original height, width, crop top, left, target height, width, in pixels
+        time_ids  (B, 6)         original height, width, crop top, left, target height, width
         """
-        time = self.time_embedding(sinusoids(t, self.config["block_out_channels"][0]).to(latents.dtype))  # (B, c_time)
-        sizes = sinusoids(time_ids.flatten(), self.config["addition_time_embed_dim"]).view(len(time_ids), -1)  # (B, 6 * 256)
-        time = time + self.add_embedding(torch.cat([pooled, sizes.to(pooled.dtype)], -1))  # (B, c_time)
+        time = sinusoids(t, self.config["block_out_channels"][0]).to(latents.dtype)  # (B, c0)
+        time = self.time_embedding(time)  # (B, c_time)
+        sizes = sinusoids(time_ids.flatten(), self.config["addition_time_embed_dim"])  # (6 B, 256)
+        sizes = sizes.view(len(time_ids), -1).to(pooled.dtype)  # (B, 6 * 256)
+        time = time + self.add_embedding(torch.cat([pooled, sizes], -1))  # (B, c_time)
 
         x = self.conv_in(latents)  # (B, c0, h, w)
         skips = [x]
@@ -310,22 +297,26 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, 4, h, w)
 
 
-def check(config: dict):
-    """Raise ValueError, with one line, unless `config` describes a UNet of SDXL's kind."""
+def check_config(config: dict):
+    """ValueError, one line, unless `config` describes a UNet of SDXL's kind."""
     try:
-        down, mid, up = config["down_block_types"], config["mid_block_type"], config["up_block_types"]
-        channels_in, channels_out = config["in_channels"], config["out_channels"]
+        down, up = config["down_block_types"], config["up_block_types"]
+        known = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"}
+        per_level = ("attention_head_dim", "block_out_channels", "transformer_layers_per_block")
         fits = (
-            set(down) <= DOWN
-            and mid == MID
-            and set(up) <= UP
+            {*down, *up} <= known
+            and config["mid_block_type"] == "UNetMidBlock2DCrossAttn"
             and config["addition_embed_type"] == "text_time"
             and config["use_linear_projection"]
-            and len(config["attention_head_dim"]) == len(down) == len(up) == len(config["block_out_channels"]) == len(config["transformer_layers_per_block"])
+            and {len(up), *(len(config[name]) for name in per_level)} == {len(down)}
         )
+        c_in, c_out = config["in_channels"], config["out_channels"]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"unet config: not SDXL's kind of UNet (missing or odd: {error})") from None
-    if channels_in != channels_out:
-        raise ValueError(f"unet config: {channels_in} channels in, {channels_out} out: a model for inpainting or editing, which wants a picture too")
+        reason = f"missing or odd: {error}"
+        raise ValueError(f"unet config: not SDXL's kind of UNet ({reason})") from None
+    if c_in != c_out:
+        use = "a model for inpainting or editing, which wants a picture too"
+        raise ValueError(f"unet config: {c_in} channels in, {c_out} out: {use}")
     if not fits:
-        raise ValueError(f"unet config: not SDXL's kind of UNet: {', '.join(down)} / {mid} / {', '.join(up)}")
+        blocks = ", ".join([*down, config["mid_block_type"], *up])
+        raise ValueError(f"unet config: not SDXL's kind of UNet: {blocks}")

@@ -1,32 +1,15 @@
 """SDXL's autoencoder: pictures (B, 3, H, W) to latents (B, 4, H/8, W/8) and back.
 
-A variational autoencoder (Kingma & Welling 2014) with convolutions and one self-attention at the bottom (Rombach et
-al. 2022, section 3.1). Parameter names are the released checkpoint's, so load_state_dict is the whole loader; every
-size comes from the folder's vae/config.json. The file reads in the order in which a picture flows through it.
-"""
+A variational autoencoder (Kingma & Welling 2014) with convolutions and one self-attention at the
+bottom (Rombach et al. 2022, section 3.1). Parameter names are the released checkpoint's, so
+load_state_dict is the whole loader; every size comes from the folder's vae/config.json. The file
+reads in the order in which a picture flows through it."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sdxl_unet import Recomputed, Upsample
-
-
-class Resnet(Recomputed):
-    """(B, c_in, h, w) -> (B, c_out, h, w): two 3x3 convolutions around a shortcut."""
-
-    def __init__(self, c_in, c_out, groups):
-        super().__init__()
-        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
-
-    def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))  # (B, c_out, h, w)
-        h = self.conv2(F.silu(self.norm2(h)))  # (B, c_out, h, w)
-        return h + (self.conv_shortcut(x) if self.conv_shortcut else x)
+from sdxl_unet import Resnet, Upsample
 
 
 class Attention(nn.Module):
@@ -36,19 +19,20 @@ class Attention(nn.Module):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, c, eps=1e-6)
         self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
-        self.to_out = nn.ModuleList([nn.Linear(c, c)])  # a list, since the checkpoint calls it to_out.0
+        self.to_out = nn.ModuleList([nn.Linear(c, c)])  # the checkpoint calls it to_out.0
 
     def forward(self, x):
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, h*w, c)
-        q, k, v = (to(tokens).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))  # (B, 1, h*w, c)
-        out = self.to_out[0](F.scaled_dot_product_attention(q, k, v).squeeze(1))  # (B, h*w, c)
+        q, k, v = (to(tokens).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, 1, h*w, c)
+        out = self.to_out[0](out.squeeze(1))  # (B, h*w, c)
         return x + out.transpose(1, 2).reshape(x.shape)
 
 
 class MidBlock(nn.Module):
     def __init__(self, c, groups):
         super().__init__()
-        self.resnets = nn.ModuleList([Resnet(c, c, groups), Resnet(c, c, groups)])
+        self.resnets = nn.ModuleList(Resnet(c, c, None, groups, 1e-6) for _ in range(2))
         self.attentions = nn.ModuleList([Attention(c, groups)])
 
     def forward(self, x):
@@ -70,11 +54,14 @@ class Level(nn.Module):
     """One resolution: a few resnets, then the way to the next resolution (none at the last)."""
 
     def __init__(self, c_in, c_out, resnets, groups, **sampler):
+        """sampler: downsamplers=Downsample(c_out) or upsamplers=..., or nothing."""
         super().__init__()
-        self.resnets = nn.ModuleList(Resnet(c_in if i == 0 else c_out, c_out, groups) for i in range(resnets))
-        for name, module in sampler.items():  # the checkpoint's names: downsamplers.0 or upsamplers.0
-            setattr(self, name, nn.ModuleList([module]))
+        widths = [c_in] + [c_out] * resnets
+        pairs = zip(widths, widths[1:])
+        self.resnets = nn.ModuleList(Resnet(*pair, None, groups, 1e-6) for pair in pairs)
         self.samplers = list(sampler)
+        for name, module in sampler.items():
+            setattr(self, name, nn.ModuleList([module]))
 
     def forward(self, x):
         for resnet in self.resnets:
@@ -85,14 +72,16 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Pictures (B, 3, H, W) -> mean and log variance of the latents, (B, 8, h, w)."""
+
     def __init__(self, config):
         super().__init__()
         widths, groups = config["block_out_channels"], config["norm_num_groups"]
         self.conv_in = nn.Conv2d(config["in_channels"], widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip(widths[:1] + widths[:-1], widths)):
-            sampler = {} if i == len(widths) - 1 else {"downsamplers": Downsample(c_out)}
-            self.down_blocks.append(Level(c_in, c_out, config["layers_per_block"], groups, **sampler))
+            way = {} if i == len(widths) - 1 else {"downsamplers": Downsample(c_out)}
+            self.down_blocks.append(Level(c_in, c_out, config["layers_per_block"], groups, **way))
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config["latent_channels"], 3, padding=1)
@@ -102,19 +91,22 @@ class Encoder(nn.Module):
         for level in self.down_blocks:
             x = level(x)  # (B, c_i, H/2^i, W/2^i)
         x = self.mid_block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, 8, h, w)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class Decoder(nn.Module):
+    """Latents (B, 4, h, w) -> pictures (B, 3, H, W)."""
+
     def __init__(self, config):
         super().__init__()
         widths, groups = config["block_out_channels"][::-1], config["norm_num_groups"]
+        resnets = config["layers_per_block"] + 1
         self.conv_in = nn.Conv2d(config["latent_channels"], widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
         self.up_blocks = nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip(widths[:1] + widths[:-1], widths)):
-            sampler = {} if i == len(widths) - 1 else {"upsamplers": Upsample(c_out)}
-            self.up_blocks.append(Level(c_in, c_out, config["layers_per_block"] + 1, groups, **sampler))
+            way = {} if i == len(widths) - 1 else {"upsamplers": Upsample(c_out)}
+            self.up_blocks.append(Level(c_in, c_out, resnets, groups, **way))
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config["out_channels"], 3, padding=1)
 
@@ -122,11 +114,12 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))  # (B, c3, h, w)
         for level in self.up_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, 3, H, W)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class VAE(nn.Module):
-    """VAE(config): config is the dict in vae/config.json. `factor` is how many pixels a latent is wide (SDXL: 8)."""
+    """VAE(config): config is the dict in vae/config.json. `factor` is how many pixels a latent is
+    wide (SDXL: 8)."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -139,7 +132,8 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(c, c, 1)
 
     def moments(self, pictures):
-        """pictures (B, 3, H, W) in [-1, 1] -> mean, log variance of the unscaled latents, each (B, 4, h, w)."""
+        """pictures (B, 3, H, W) in [-1, 1] -> mean, log variance of the unscaled latents, each (B,
+        4, h, w)."""
         return self.quant_conv(self.encoder(pictures)).chunk(2, dim=1)
 
     def decode_moments(self, z):
@@ -147,28 +141,35 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
     def encode(self, pictures):
-        """pictures (B, 3, H, W) in [-1, 1] -> latents (B, 4, h, w): the mean, scaled to unit variance."""
+        """pictures (B, 3, H, W) in [-1, 1] -> latents (B, 4, h, w): the mean, scaled to unit
+        variance."""
         return self.moments(pictures)[0] * self.config["scaling_factor"]
 
     def decode(self, latents):
-        """latents (B, 4, h, w) -> pictures (B, 3, H, W), about in [-1, 1]; in overlapping tiles if larger than `tile`."""
+        """latents (B, 4, h, w) -> pictures (B, 3, H, W), about in [-1, 1]; in overlapping tiles if
+        larger than `tile`."""
         z = latents / self.config["scaling_factor"]
         return self.decode_moments(z) if max(z.shape[2:]) <= self.tile else self.decode_in_tiles(z)
 
     def decode_in_tiles(self, z):
-        """The same a tile at a time, so that memory does not grow with the picture. Each tile fades out over a quarter of
-        its side into the next; group norms and attention see only the tile, so colours may differ by a shade."""
-        tile, f = self.tile, self.factor
-        starts = lambda n: [*range(0, n - tile, tile - tile // 4), max(n - tile, 0)]  # the last one ends at the edge
-        fade = lambda n: ((torch.arange(n, device=z.device) + 0.5).minimum(n - torch.arange(n, device=z.device) - 0.5) / (tile // 4 * f)).clamp(
-            max=1
-        )  # (n,): up from the edges to 1
+        """The same a tile at a time, so that memory does not grow with the picture. Each tile
+        fades out over a quarter of its side into the next; group norms and attention see only the
+        tile, so colours may differ by a shade."""
+        tile, f, (h, w) = self.tile, self.factor, z.shape[2:]
+        starts = lambda n: [*range(0, n - tile, tile - tile // 4), max(n - tile, 0)]
+
+        def fade(n):  # (n,): up from the edges to 1
+            i = torch.arange(n, device=z.device) + 0.5
+            return (i.minimum(n - i) / (tile // 4 * f)).clamp(max=1)
+
         total = picture = 0
-        for top in starts(z.shape[2]):
-            for left in starts(z.shape[3]):
-                part = self.decode_moments(z[:, :, top : top + tile, left : left + tile])  # (B, 3, <= tile * f, <= tile * f)
-                window = fade(part.shape[2])[:, None] * fade(part.shape[3])
-                around = (left * f, z.shape[3] * f - left * f - part.shape[3], top * f, z.shape[2] * f - top * f - part.shape[2])
+        for top in starts(h):
+            for left in starts(w):
+                part = self.decode_moments(z[:, :, top : top + tile, left : left + tile])
+                below, right = part.shape[2:]  # <= tile * f
+                window = fade(below)[:, None] * fade(right)
+                x, y = left * f, top * f
+                around = (x, w * f - x - right, y, h * f - y - below)
                 picture = picture + F.pad(part * window.to(part.dtype), around)
                 total = total + F.pad(window, around)
         return picture / total.to(picture.dtype)

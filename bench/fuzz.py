@@ -28,11 +28,10 @@ from safetensors.torch import load, save_file
 
 import invert
 import lora
-import pictures
-import training
 from formats import slider_files, weights
 from sdxl import MINIATURE, SDXL
-from unfinished import Unfinished
+from support import images, training
+from support.checkpoint import Checkpoint
 
 CANARY = "code_that_ran"
 
@@ -45,7 +44,12 @@ class Evil:
 
     def __reduce__(self):
         call = f"open({CANARY!r}, 'w')"
-        return {"eval": (eval, (call,)), "exec": (exec, (call,)), "system": (os.system, (f"touch {CANARY}",)), "open": (open, (CANARY, "w"))}[self.how]
+        return {
+            "eval": (eval, (call,)),
+            "exec": (exec, (call,)),
+            "system": (os.system, (f"touch {CANARY}",)),
+            "open": (open, (CANARY, "w")),
+        }[self.how]
 
 
 # ---------------------------------------------------------------------------------------------- ways to break bytes
@@ -58,7 +62,9 @@ def truncated(data, rng):
 def flipped(data, rng):
     data = bytearray(data)
     for _ in range(rng.choice([1, 3, 20])):
-        data[rng.randrange(min(len(data), rng.choice([64, 4096, len(data)])))] ^= 1 << rng.randrange(8)
+        data[rng.randrange(min(len(data), rng.choice([64, 4096, len(data)])))] ^= (
+            1 << rng.randrange(8)
+        )
     return bytes(data)
 
 
@@ -74,7 +80,9 @@ def doubled(data, rng):
 
 
 def nothing(data, rng):
-    return rng.choice([b"", b"\x00", b"{}", b"null", b"[1]", rng.randbytes(500), b"<html>404</html>"])
+    return rng.choice(
+        [b"", b"\x00", b"{}", b"null", b"[1]", rng.randbytes(500), b"<html>404</html>"]
+    )
 
 
 def pickled(data, rng):
@@ -116,7 +124,19 @@ def renamed(data, rng):
     """Names with paths in them, very long ones, none."""
     head, rest = header(data)
     name = rng.choice([k for k in head if k != "__metadata__"])
-    head[rng.choice(["../../etc/passwd", "/etc/passwd", "a" * 100_000, "", "lora_unet_../x.lora_down.weight", "\x00", "unet.\u202e"])] = head.pop(name)
+    head[
+        rng.choice(
+            [
+                "../../etc/passwd",
+                "/etc/passwd",
+                "a" * 100_000,
+                "",
+                "lora_unet_../x.lora_down.weight",
+                "\x00",
+                "unet.\u202e",
+            ]
+        )
+    ] = head.pop(name)
     return with_header(head, rest)
 
 
@@ -128,22 +148,38 @@ def retyped(data, rng):
     change = rng.choice(["dtype", "nan", "shape", "drop", "double", "metadata"])
     t = tensors[name]
     if change == "dtype":
-        tensors[name] = t.to(rng.choice([torch.int64, torch.bool, torch.float64, torch.int8, torch.uint8]))
+        tensors[name] = t.to(
+            rng.choice([torch.int64, torch.bool, torch.float64, torch.int8, torch.uint8])
+        )
     elif change == "nan":
-        tensors[name] = torch.full_like(t, rng.choice([float("nan"), float("inf"), 1e4])) if t.is_floating_point() else t
+        tensors[name] = (
+            torch.full_like(t, rng.choice([float("nan"), float("inf"), 1e4]))
+            if t.is_floating_point()
+            else t
+        )
     elif change == "shape":
-        tensors[name] = t.flatten()[: max(1, t.numel() // 2)].clone() if rng.random() < 0.5 else t.unsqueeze(0).repeat(2, *[1] * t.ndim)
+        tensors[name] = (
+            t.flatten()[: max(1, t.numel() // 2)].clone()
+            if rng.random() < 0.5
+            else t.unsqueeze(0).repeat(2, *[1] * t.ndim)
+        )
     elif change == "drop":
         del tensors[name]
     elif change == "double":
         tensors[name + "x"] = t.clone()
     else:
         metadata |= {
-            rng.choice(["settings", "probe", "meter", "prompts"]): rng.choice(["{", "[" * 5000, "null", "1e999", '{"range": "x"}', '{"range": [1]}', ""])
+            rng.choice(["settings", "probe", "meter", "prompts"]): rng.choice(
+                ["{", "[" * 5000, "null", "1e999", '{"range": "x"}', '{"range": [1]}', ""]
+            )
         }
     out = io.BytesIO()
     with tempfile.NamedTemporaryFile(suffix=".safetensors") as f:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, f.name, {k: str(v) for k, v in metadata.items()} or None)
+        save_file(
+            {k: v.contiguous() for k, v in tensors.items()},
+            f.name,
+            {k: str(v) for k, v in metadata.items()} or None,
+        )
         out.write(Path(f.name).read_bytes())
     return out.getvalue()
 
@@ -159,7 +195,25 @@ def json_broken(data, rng):
         if rng.random() < 0.2:
             del value[key]
         else:
-            value[key] = rng.choice([None, -1, 0, 10**9, 1e308, "x", "../../x", [], [0], [1, 2, 3], {}, True, [[]], "a" * 10_000, [10**7, 10**7]])
+            value[key] = rng.choice(
+                [
+                    None,
+                    -1,
+                    0,
+                    10**9,
+                    1e308,
+                    "x",
+                    "../../x",
+                    [],
+                    [0],
+                    [1, 2, 3],
+                    {},
+                    True,
+                    [[]],
+                    "a" * 10_000,
+                    [10**7, 10**7],
+                ]
+            )
     return json.dumps(value).encode() if rng.random() < 0.95 else b"[" * 100_000
 
 
@@ -167,7 +221,9 @@ def picture_broken(data, rng):
     """PNG: an enormous declared size, absurd chunks."""
     data = bytearray(data)
     if data[:4] == b"\x89PNG":
-        data[16:24] = struct.pack(">II", *rng.choice([(2**31 - 1, 2**31 - 1), (60_000, 60_000), (0, 0), (1, 2**30)]))
+        data[16:24] = struct.pack(
+            ">II", *rng.choice([(2**31 - 1, 2**31 - 1), (60_000, 60_000), (0, 0), (1, 2**30)])
+        )
     return bytes(data)
 
 
@@ -196,23 +252,57 @@ def good_files(folder: Path, model) -> dict:
 
     for naming in slider_files.NAMINGS:
         slider_files.write(folder / "x.safetensors", slider.parts(), about, naming, model.unet)
-        kinds["slider"].append(((folder / "x.safetensors").read_bytes(), "x.safetensors", use, SAFETENSORS))
+        kinds["slider"].append(
+            ((folder / "x.safetensors").read_bytes(), "x.safetensors", use, SAFETENSORS)
+        )
     torch.save({k: v for k, v in slider.state_dict().items()}, folder / "x.pt")
     kinds["slider"].append(((folder / "x.pt").read_bytes(), "x.pt", use, ANY))
 
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8))
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+    )
     for ending in ("png", "jpg", "gif", "bmp", "tif", "webp"):
         picture.save(folder / f"x.{ending}")
-        kinds["picture"].append(((folder / f"x.{ending}").read_bytes(), f"x.{ending}", pictures.read, [*ANY, picture_broken]))
+        kinds["picture"].append(
+            (
+                (folder / f"x.{ending}").read_bytes(),
+                f"x.{ending}",
+                images.read_image,
+                [*ANY, picture_broken],
+            )
+        )
 
-    kept = Unfinished(folder / "u")
+    kept = Checkpoint(folder / "u")
     kept.save({"step": 1, "parameters": [torch.zeros(3)]})
     kept.part("p", lambda: {"x": torch.zeros(100)})
-    kinds["state"].append(((folder / "u" / "state.pt").read_bytes(), "state.pt", lambda p: Unfinished(p.parent).load(), ANY))
-    kinds["state"].append(((folder / "u" / "p.safetensors").read_bytes(), "p.safetensors", lambda p: Unfinished(p.parent).part("p", dict), SAFETENSORS))
-    made = invert.Inversion(torch.zeros(1, 4, 2, 2), [(torch.zeros(1, 7, 3), torch.zeros(1, 3), torch.zeros(1, 6))] * 2)
+    kinds["state"].append(
+        (
+            (folder / "u" / "state.pt").read_bytes(),
+            "state.pt",
+            lambda p: Checkpoint(p.parent).load(),
+            ANY,
+        )
+    )
+    kinds["state"].append(
+        (
+            (folder / "u" / "p.safetensors").read_bytes(),
+            "p.safetensors",
+            lambda p: Checkpoint(p.parent).part("p", dict),
+            SAFETENSORS,
+        )
+    )
+    made = invert.Inversion(
+        torch.zeros(1, 4, 2, 2), [(torch.zeros(1, 7, 3), torch.zeros(1, 3), torch.zeros(1, 6))] * 2
+    )
     invert.kept(folder / "i.safetensors", lambda _: made)
-    kinds["inversion"].append(((folder / "i.safetensors").read_bytes(), "i.safetensors", lambda p: invert.kept(p, lambda _: made), SAFETENSORS))
+    kinds["inversion"].append(
+        (
+            (folder / "i.safetensors").read_bytes(),
+            "i.safetensors",
+            lambda p: invert.kept(p, lambda _: made),
+            SAFETENSORS,
+        )
+    )
     return kinds
 
 
@@ -230,26 +320,51 @@ def cases(n: int, seed: int, model, folder: Path):
     one broken file each."""
     kinds = good_files(folder, model)
     parts = [f for f in sorted(MINIATURE.rglob("*")) if f.is_file()]
-    small, large = [f for f in parts if f.stat().st_size < 2**20], [f for f in parts if f.stat().st_size >= 2**20]
+    small, large = (
+        [f for f in parts if f.stat().st_size < 2**20],
+        [f for f in parts if f.stat().st_size >= 2**20],
+    )
     for i in range(n):
         rng = random.Random(seed * 1_000_003 + i)
         where = folder / "case"
         shutil.rmtree(where, ignore_errors=True)
         where.mkdir()
-        kind = rng.choice(["slider"] * 4 + ["picture"] * 3 + ["state", "inversion"] + ["folder"] * 3 + ["single"])
+        kind = rng.choice(
+            ["slider"] * 4 + ["picture"] * 3 + ["state", "inversion"] + ["folder"] * 3 + ["single"]
+        )
         if kind == "folder":
             model_folder(where)
             file = rng.choice(small * 3 + large)
-            breaks = rng.choice(SAFETENSORS if file.suffix == ".safetensors" else [json_broken] * 3 + ANY if file.suffix == ".json" else ANY)
+            breaks = rng.choice(
+                SAFETENSORS
+                if file.suffix == ".safetensors"
+                else [json_broken] * 3 + ANY
+                if file.suffix == ".json"
+                else ANY
+            )
             target = where / file.relative_to(MINIATURE)
             target.unlink()
             if rng.random() > 0.05:
                 target.write_bytes(broken(breaks, file.read_bytes(), rng))
-            yield f"folder {file.relative_to(MINIATURE)} {breaks.__name__}", lambda p: SDXL.load(p, device="cpu", dtype=torch.float16), where
+            yield (
+                f"folder {file.relative_to(MINIATURE)} {breaks.__name__}",
+                lambda p: SDXL.load(p, device="cpu", dtype=torch.float16),
+                where,
+            )
         elif kind == "single":
             breaks = rng.choice(SAFETENSORS)
-            (where / "x.safetensors").write_bytes(broken(breaks, (MINIATURE / "vae" / "diffusion_pytorch_model.safetensors").read_bytes(), rng))
-            yield f"single {breaks.__name__}", lambda p: weights.find(p, MINIATURE), where / "x.safetensors"
+            (where / "x.safetensors").write_bytes(
+                broken(
+                    breaks,
+                    (MINIATURE / "vae" / "diffusion_pytorch_model.safetensors").read_bytes(),
+                    rng,
+                )
+            )
+            yield (
+                f"single {breaks.__name__}",
+                lambda p: weights.find_weights(p, MINIATURE),
+                where / "x.safetensors",
+            )
         else:
             data, name, reader, ways = rng.choice(kinds[kind])
             breaks = rng.choice(ways)
@@ -281,7 +396,9 @@ def run(n: int, seed: int, slow: float, memory: float) -> tuple[collections.Coun
                     findings.append(f"{what}: {text}")
 
                 at_first, started = training.peak_memory(), time.time()
-                limit = slow + 5 * what.startswith("folder")  # a model folder that is whole after all takes its time to load
+                limit = slow + 5 * what.startswith(
+                    "folder"
+                )  # a model folder that is whole after all takes its time to load
                 try:
                     reader(path)
                     outcomes["read"] += 1
@@ -291,7 +408,9 @@ def run(n: int, seed: int, slow: float, memory: float) -> tuple[collections.Coun
                         finding("an empty message")
                 except Exception as error:
                     outcomes["crashed"] += 1
-                    finding(f"{type(error).__name__}: {str(error)[:200]}\n{''.join(traceback.format_tb(error.__traceback__)[-3:])}")
+                    finding(
+                        f"{type(error).__name__}: {str(error)[:200]}\n{''.join(traceback.format_tb(error.__traceback__)[-3:])}"
+                    )
                 if time.time() - started > limit:
                     finding(f"took {time.time() - started:.1f} s")
                 if training.peak_memory() - at_first > memory * 2**20:
@@ -315,15 +434,29 @@ def run(n: int, seed: int, slow: float, memory: float) -> tuple[collections.Coun
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--cases", type=int, default=2000, help="default: %(default)s")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--slow", type=float, default=1.0, help="seconds that a reader may take (default: %(default)s; a model folder 5 more)")
-    p.add_argument("--memory", type=float, default=600, help="MiB that the peak may rise by (default: %(default)s)")
+    p.add_argument(
+        "--slow",
+        type=float,
+        default=1.0,
+        help="seconds that a reader may take (default: %(default)s; a model folder 5 more)",
+    )
+    p.add_argument(
+        "--memory",
+        type=float,
+        default=600,
+        help="MiB that the peak may rise by (default: %(default)s)",
+    )
     args = p.parse_args()
     outcomes, findings = run(args.cases, args.seed, args.slow, args.memory)
     print(*findings, sep="\n")
-    print(f"{args.cases} cases: {', '.join(f'{n} {what}' for what, n in outcomes.most_common())}; {len(findings)} findings")
+    print(
+        f"{args.cases} cases: {', '.join(f'{n} {what}' for what, n in outcomes.most_common())}; {len(findings)} findings"
+    )
     sys.exit(bool(findings))
 
 

@@ -16,14 +16,38 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
-TEXT = ["train_text.py", "--pos", "a photo of a person, smiling", "--neg", "a photo of a person, frowning", "--trajectories", "4", "--per-trajectory", "2"]
+TEXT = [
+    "train_text.py",
+    "--pos",
+    "a photo of a person, smiling",
+    "--neg",
+    "a photo of a person, frowning",
+    "--trajectories",
+    "4",
+    "--per-trajectory",
+    "2",
+]
 PAIRS = ["train_pairs.py", "--noises", "4", "--prompt", "a photo of a person"]
-SPACE = ["train_space.py", "--prompt", "a photo of a person", "--sliders", "2", "--samples", "24", "--train-samples", "16", "--denoising-steps", "8"]
+SPACE = [
+    "train_space.py",
+    "--prompt",
+    "a photo of a person",
+    "--sliders",
+    "2",
+    "--samples",
+    "24",
+    "--train-samples",
+    "16",
+    "--denoising-steps",
+    "8",
+]
 
 
 def same(one: Path, other: Path) -> bool:
     a, b = load_file(one), load_file(other)
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and a[k].numpy().tobytes() == b[k].numpy().tobytes() for k in a)
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and a[k].numpy().tobytes() == b[k].numpy().tobytes() for k in a
+    )
 
 
 def survives(
@@ -41,7 +65,11 @@ def survives(
 
     def start(name, *words):
         return subprocess.Popen(
-            [sys.executable, *command, *words, "--out", str(folder / out.format(name))], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            [sys.executable, *command, *words, "--out", str(folder / out.format(name))],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
 
     process = start("whole")
@@ -62,32 +90,77 @@ def survives(
             sys.exit(process.stderr.read())
         if done >= kills:
             break  # finished, and no kill is left
-    return {"same": all(same(folder / f.format("whole"), folder / f.format("killed")) for f in files), "kills": done, "left": unfinished.exists()}
+    return {
+        "same": all(same(folder / f.format("whole"), folder / f.format("killed")) for f in files),
+        "kills": done,
+        "left": unfinished.exists(),
+    }
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--kills", type=int, default=20, help="in all (default: %(default)s)")
     p.add_argument("--steps", default="40", help="of each training (default: %(default)s)")
-    p.add_argument("--longest", type=float, default=20.0, help="seconds until a kill, at most (default: %(default)s)")
-    p.add_argument("--seed", type=int, default=int(time.time()), help="of the moments (default: the time)")
+    p.add_argument(
+        "--longest",
+        type=float,
+        default=20.0,
+        help="seconds until a kill, at most (default: %(default)s)",
+    )
+    p.add_argument(
+        "--seed", type=int, default=int(time.time()), help="of the moments (default: the time)"
+    )
     args = p.parse_args()
     rng, bad = random.Random(args.seed), 0
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        subprocess.run([sys.executable, "-m", "miniature.pairs", "--count", "4", "--out", str(folder / "pairs")], cwd=ROOT, check=True)
-        pairs = [*PAIRS, "--neg", str(folder / "pairs" / "0.7"), "--pos", str(folder / "pairs" / "1.5")]
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "miniature.pairs",
+                "--count",
+                "4",
+                "--out",
+                str(folder / "pairs"),
+            ],
+            cwd=ROOT,
+            check=True,
+        )
+        pairs = [
+            *PAIRS,
+            "--neg",
+            str(folder / "pairs" / "0.7"),
+            "--pos",
+            str(folder / "pairs" / "1.5"),
+        ]
         each, probe = args.kills // 3, ["--probe", "0"]
-        space = dict(out="{}", files=("{}/1.safetensors", "{}/2.safetensors"), unfinished="{}/space.json.unfinished")
+        space = dict(
+            out="{}",
+            files=("{}/1.safetensors", "{}/2.safetensors"),
+            unfinished="{}/space.json.unfinished",
+        )
         for name, command, kills, names in (
             ("text", TEXT + probe, args.kills - 2 * each, {}),
             ("pairs", pairs + probe, each, {}),
             ("space", SPACE, each, space),
         ):
             (folder / f"of_{name}").mkdir()
-            found = survives([*command, "--steps", args.steps], folder / f"of_{name}", kills, rng, args.longest, **names)
+            found = survives(
+                [*command, "--steps", args.steps],
+                folder / f"of_{name}",
+                kills,
+                rng,
+                args.longest,
+                **names,
+            )
             bad += not found["same"] or found["left"]
-            print(f"{name}: killed {found['kills']} times, {'the same weights' if found['same'] else 'OTHER WEIGHTS'} as without a break", flush=True)
+            print(
+                f"{name}: killed {found['kills']} times, {'the same weights' if found['same'] else 'OTHER WEIGHTS'} as without a break",
+                flush=True,
+            )
     print(f"seed of the moments: {args.seed}")
     sys.exit(bad)
 

@@ -24,14 +24,17 @@ import invert
 import lora
 import sdxl_unet
 import train_space
-import training
-from cli import DTYPES
 from formats.single_file import SDXL
 from sdxl import MINIATURE
 from sdxl_unet import UNet
 from sdxl_vae import VAE
+from support import training
+from support.cli import DTYPES
 
-CONFIGS = {"miniature": json.loads((MINIATURE / "unet" / "config.json").read_text()), "full": SDXL["unet"]}
+CONFIGS = {
+    "miniature": json.loads((MINIATURE / "unet" / "config.json").read_text()),
+    "full": SDXL["unet"],
+}
 SIDE = {"miniature": 16, "full": 64}  # of the latents
 BATCH = {"miniature": (8, 8), "full": (2, 1)}  # without gradients, in training
 
@@ -60,7 +63,13 @@ def inputs(dtype=torch.bfloat16, side=64, n=1, config=SDXL["unet"]):
     draw = lambda *shape: torch.randn(n, *shape, generator=g).to(dtype)
     time_ids = torch.tensor([[8.0 * side, 8 * side, 0, 0, 8 * side, 8 * side]] * n, dtype=dtype)
     pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-    return draw(4, side, side), torch.tensor([500] * n), draw(77, config["cross_attention_dim"]), draw(pooled), time_ids
+    return (
+        draw(4, side, side),
+        torch.tensor([500] * n),
+        draw(77, config["cross_attention_dim"]),
+        draw(pooled),
+        time_ids,
+    )
 
 
 def ours(config, dtype):
@@ -83,7 +92,12 @@ def theirs(config, dtype):
     unet = empty(lambda c: diffusers.UNet2DConditionModel(**c), dtype, config)
 
     def slider(checkpointing):
-        names = [n for n, m in unet.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)) and re.search(lora.LAYERS["noxattn"], n)]
+        names = [
+            n
+            for n, m in unet.named_modules()
+            if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))
+            and re.search(lora.LAYERS["noxattn"], n)
+        ]
         unet.add_adapter(peft.LoraConfig(r=4, lora_alpha=1, target_modules=names))
         trained = [p for n, p in unet.named_parameters() if "lora_" in n]
         for p in trained:
@@ -94,7 +108,9 @@ def theirs(config, dtype):
             unet.train()
         return trained
 
-    return lambda x, t, context, pooled, ids: unet(x, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}).sample, slider
+    return lambda x, t, context, pooled, ids: unet(
+        x, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}
+    ).sample, slider
 
 
 def measure(who, what, size, dtype, steps):
@@ -115,7 +131,11 @@ def measure(who, what, size, dtype, steps):
             opt.step()
         assert loss.isfinite()
         seconds.append(time.time() - started)
-    print(json.dumps({"seconds": seconds[1:], "first": seconds[0], "GiB": training.peak_memory() / 2**30}))
+    print(
+        json.dumps(
+            {"seconds": seconds[1:], "first": seconds[0], "GiB": training.peak_memory() / 2**30}
+        )
+    )
 
 
 @torch.no_grad()
@@ -124,7 +144,15 @@ def evaluate(side, n):
     unet = empty(UNet)
     before, started = training.peak_memory(), time.time()
     unet(*inputs(side=side, n=n))
-    print(json.dumps({"seconds": [time.time() - started], "GiB": training.peak_memory() / 2**30, "start": before / 2**30}))
+    print(
+        json.dumps(
+            {
+                "seconds": [time.time() - started],
+                "GiB": training.peak_memory() / 2**30,
+                "start": before / 2**30,
+            }
+        )
+    )
 
 
 @torch.no_grad()
@@ -135,7 +163,15 @@ def decode(tile):
     vae.tile = tile
     before, started = training.peak_memory(), time.time()
     vae.decode(torch.randn(1, 4, 128, 128))
-    print(json.dumps({"seconds": [time.time() - started], "GiB": training.peak_memory() / 2**30, "start": before / 2**30}))
+    print(
+        json.dumps(
+            {
+                "seconds": [time.time() - started],
+                "GiB": training.peak_memory() / 2**30,
+                "start": before / 2**30,
+            }
+        )
+    )
 
 
 def null_text(checkpointing):
@@ -145,9 +181,27 @@ def null_text(checkpointing):
     x_t, t, context, pooled, time_ids = inputs()
     before, started = training.peak_memory(), time.time()
     null = context.float().requires_grad_(), pooled.float().requires_grad_()
-    _, loss = invert.step_loss(unet, x_t, 501, 481, x_t, (*(c.to(x_t.dtype) for c in null), time_ids), x_t, alpha_bar=torch.linspace(1, 0, 1000), guidance=5.0)
+    _, loss = invert.step_loss(
+        unet,
+        x_t,
+        501,
+        481,
+        x_t,
+        (*(c.to(x_t.dtype) for c in null), time_ids),
+        x_t,
+        alpha_bar=torch.linspace(1, 0, 1000),
+        guidance=5.0,
+    )
     loss.sum().backward()
-    print(json.dumps({"seconds": [time.time() - started], "GiB": training.peak_memory() / 2**30, "start": before / 2**30}))
+    print(
+        json.dumps(
+            {
+                "seconds": [time.time() - started],
+                "GiB": training.peak_memory() / 2**30,
+                "start": before / 2**30,
+            }
+        )
+    )
 
 
 def space(checkpointing):
@@ -157,21 +211,43 @@ def space(checkpointing):
 
     torch.manual_seed(0)
     vae = VAE(SDXL["vae"]).eval().requires_grad_(False)
-    vit_l = CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14, projection_dim=768)
+    vit_l = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        patch_size=14,
+        projection_dim=768,
+    )
     tower = CLIPVisionModelWithProjection(vit_l).eval().requires_grad_(False)
     see = lambda x: tower(pixel_values=F.adaptive_avg_pool2d((x + 1) / 2, 224)).image_embeds
     unet = empty(UNet)
     sdxl_unet.checkpointing(unet, checkpointing)
     sdxl_unet.checkpointing(vae, checkpointing)
     x_t, t, *cond = inputs()
-    model = SimpleNamespace(unet=unet, vae=vae, alpha_bar=torch.linspace(1, 0, 1000), device="cpu", dtype=torch.bfloat16)
-    samples, zero = train_space.Samples(x_t, x_t[:, None], t[:, None], torch.tensor([0])), torch.tensor([0])
+    model = SimpleNamespace(
+        unet=unet, vae=vae, alpha_bar=torch.linspace(1, 0, 1000), device="cpu", dtype=torch.bfloat16
+    )
+    samples, zero = (
+        train_space.Samples(x_t, x_t[:, None], t[:, None], torch.tensor([0])),
+        torch.tensor([0]),
+    )
     v = F.normalize(torch.randn(1, 768), dim=1)
-    of = train_space.Space(model, see, samples, tuple(cond), tuple(cond), v, rank=1, guidance=1.0, batch=1)
+    of = train_space.Space(
+        model, see, samples, tuple(cond), tuple(cond), v, rank=1, guidance=1.0, batch=1
+    )
     slider = lora.Slider(lora.target_layers(unet, "xattn"), 1).attach(unet)
     before, started = training.peak_memory(), time.time()
     (1 - F.cosine_similarity(*of.change(slider, zero, zero, torch.ones(1)))).sum().backward()
-    print(json.dumps({"seconds": [time.time() - started], "GiB": training.peak_memory() / 2**30, "start": before / 2**30}))
+    print(
+        json.dumps(
+            {
+                "seconds": [time.time() - started],
+                "GiB": training.peak_memory() / 2**30,
+                "start": before / 2**30,
+            }
+        )
+    )
 
 
 def arithmetic():
@@ -180,19 +256,29 @@ def arithmetic():
         unet, x = UNet(CONFIGS["full"]), [v.to("meta") for v in inputs(torch.float32)]
     with FlopCounterMode(display=False) as count:
         unet(*x)
-    saved = sum(2 * 77 * m.weight.numel() for name, m in unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v")))
+    saved = sum(
+        2 * 77 * m.weight.numel()
+        for name, m in unet.named_modules()
+        if name.endswith(("attn2.to_k", "attn2.to_v"))
+    )
     print(
         f"\none sample of 512 pixels: {count.get_total_flops() / 1e12:.2f} TFLOP, of which keys and values of the prompt {saved / count.get_total_flops():.1%}"
     )
 
 
 OTHERS = {
-    "teacher": ("UNet, 8 samples of 512 pixels (the teacher at --batch 2)", lambda: evaluate(64, 8)),
+    "teacher": (
+        "UNet, 8 samples of 512 pixels (the teacher at --batch 2)",
+        lambda: evaluate(64, 8),
+    ),
     "one": ("UNet, 1 sample of 512 pixels", lambda: evaluate(64, 1)),
     "draw": ("UNet, 2 samples of 1024 pixels (drawing, with guidance)", lambda: evaluate(128, 2)),
     "null": ("null-text inversion, a gradient of 1 sample of 512 pixels", lambda: null_text(False)),
     "null-again": ("the same with `--checkpointing`", lambda: null_text(True)),
-    "space": ("SliderSpace, a gradient of 1 sample of 512 pixels, back through CLIP ViT-L, VAE and UNet", lambda: space(False)),
+    "space": (
+        "SliderSpace, a gradient of 1 sample of 512 pixels, back through CLIP ViT-L, VAE and UNet",
+        lambda: space(False),
+    ),
     "space-again": ("the same with `--checkpointing`", lambda: space(True)),
     "decode": ("VAE, 1024 pixels whole", lambda: decode(128)),
     "tiles": ("VAE, 1024 pixels in tiles of 512", lambda: decode(64)),
@@ -201,22 +287,49 @@ OTHERS = {
 
 def alone(*words):
     """Run one measurement in a process of its own."""
-    done = subprocess.run([sys.executable, "-m", "bench.unet", "--only", *words], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.unet", "--only", *words],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--only", nargs="+", help=argparse.SUPPRESS)
-    p.add_argument("--size", choices=CONFIGS, action="append", help="may be repeated (default: both)")
-    p.add_argument("--dtype", choices=["float32", "bfloat16"], action="append", help="may be repeated (default: both)")
-    p.add_argument(
-        "--what", choices=["forward", "train", "checkpointing", "memory", "arithmetic"], action="append", help="may be repeated (default: forward, train)"
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--against", choices=["diffusers", "compiled"], default="diffusers", help="compiled: our own, through torch.compile (default: %(default)s)")
-    p.add_argument("--rounds", type=int, default=3, help="processes of each kind, alternating (default: %(default)s)")
+    p.add_argument("--only", nargs="+", help=argparse.SUPPRESS)
+    p.add_argument(
+        "--size", choices=CONFIGS, action="append", help="may be repeated (default: both)"
+    )
+    p.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        action="append",
+        help="may be repeated (default: both)",
+    )
+    p.add_argument(
+        "--what",
+        choices=["forward", "train", "checkpointing", "memory", "arithmetic"],
+        action="append",
+        help="may be repeated (default: forward, train)",
+    )
+    p.add_argument(
+        "--against",
+        choices=["diffusers", "compiled"],
+        default="diffusers",
+        help="compiled: our own, through torch.compile (default: %(default)s)",
+    )
+    p.add_argument(
+        "--rounds",
+        type=int,
+        default=3,
+        help="processes of each kind, alternating (default: %(default)s)",
+    )
     args = p.parse_args()
     if args.only and args.only[0] in OTHERS:
         return OTHERS[args.only[0]][1]()
@@ -224,7 +337,11 @@ def main():
         who, what, size, dtype, steps = args.only
         return measure(who, what, size, DTYPES[dtype], int(steps))
     what = args.what or ["forward", "train"]
-    print(f"| UNet | dtype | | ours, s (range) | {args.against}, s (range) | ratio of medians | GiB, ours | {args.against} |\n" + "|---" * 8 + "|")
+    print(
+        f"| UNet | dtype | | ours, s (range) | {args.against}, s (range) | ratio of medians | GiB, ours | {args.against} |\n"
+        + "|---" * 8
+        + "|"
+    )
     for size in args.size or CONFIGS:
         for dtype in args.dtype or ["float32", "bfloat16"]:
             for kind in [w for w in what if w not in ("memory", "arithmetic")]:
@@ -235,7 +352,10 @@ def main():
                         seconds[who] += result["seconds"]
                         memory[who] = max(memory[who], result["GiB"])
                 middle = {who: statistics.median(s) for who, s in seconds.items()}
-                cells = [f"{middle[who]:.3g} ({min(s):.3g} to {max(s):.3g})" for who, s in seconds.items()]
+                cells = [
+                    f"{middle[who]:.3g} ({min(s):.3g} to {max(s):.3g})"
+                    for who, s in seconds.items()
+                ]
                 first = f"; compiling took {result['first']:.0f} s" if who == "compiled" else ""
                 print(
                     f"| {size} | {dtype} | {kind} | {cells[0]} | {cells[1]}{first} | {middle['ours'] / middle[who]:.2f} | "
@@ -243,10 +363,15 @@ def main():
                     flush=True,
                 )
     if "memory" in what:
-        print("\n| full size, bfloat16 | s | peak GiB | of it before (weights, Python) |\n|---|---|---|---|")
+        print(
+            "\n| full size, bfloat16 | s | peak GiB | of it before (weights, Python) |\n|---|---|---|---|"
+        )
         for name, (meaning, _) in OTHERS.items():
             result = alone(name)
-            print(f"| {meaning} | {result['seconds'][0]:.1f} | {result['GiB']:.2f} | {result['start']:.2f} |", flush=True)
+            print(
+                f"| {meaning} | {result['seconds'][0]:.1f} | {result['GiB']:.2f} | {result['start']:.2f} |",
+                flush=True,
+            )
     if "arithmetic" in what:
         arithmetic()
 

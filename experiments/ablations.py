@@ -7,8 +7,8 @@ between scales), since a weaker slider disturbs less whatever its kind. Sky and 
 
 import numpy as np
 
-import cli
 from experiments.common import Lab
+from support import cli
 
 RANKS = [1, 2, 4, 16, 64]
 AMOUNT = 0.25
@@ -33,8 +33,13 @@ def at_amount(rows: list[dict], scales, amount: float) -> dict:
 def main():
     lab = Lab(__doc__, "ablations")
     (before,) = lab.draw([[]])
-    kinds = {f"rank {r}": dict(rank=r) for r in RANKS} | {"full": dict(full=True, lr=lab.recipe["lr"] / 400)}
-    kinds |= {"rank 4, P empty": dict(preserve=[]), "full, P empty": dict(full=True, lr=lab.recipe["lr"] / 400, preserve=[])}
+    kinds = {f"rank {r}": dict(rank=r) for r in RANKS} | {
+        "full": dict(full=True, lr=lab.recipe["lr"] / 400)
+    }
+    kinds |= {
+        "rank 4, P empty": dict(preserve=[]),
+        "full, P empty": dict(full=True, lr=lab.recipe["lr"] / 400, preserve=[]),
+    }
     shown = {"plain": before}
     for name, kind in kinds.items():
 

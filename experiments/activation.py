@@ -7,8 +7,8 @@
 
 import functools
 
-import cli
 from experiments.common import Lab
+from support import cli
 
 STARTS = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
 ETAS, PRODUCTS = [0.5, 1.0, 2.0, 4.0], [1.0, 2.0]
@@ -19,7 +19,9 @@ def main():
     (before,) = lab.draw([[]])
     age, shown = lab.text_slider("age"), {"plain": before}
     for start in STARTS:
-        draw = functools.cache(lambda: lab.draw([[(age, 2.0, start)]])[0])  # measured, and some of them shown
+        draw = functools.cache(
+            lambda: lab.draw([[(age, 2.0, start)]])[0]
+        )  # measured, and some of them shown
         lab.once(f"start {start}", lambda: lab.edit("age", before, draw()))
         if start in (0.0, 0.2, 0.4, 0.6):
             shown[f"start {start}"] = draw()

@@ -6,14 +6,18 @@ the concepts' effects with all n at once, added up, as a share of the sum of eac
 how far the attribute moved by the measuring stick, on other models the change in CLIP score.
 """
 
-import cli
-import evaluate
-import pictures
 from experiments.common import TEN, Lab, moved
+from extras import evaluate
+from support import cli, images
 
 COUNTS = [1, 2, 5, 10, 20, 30, 40, 50]
 START = 0.15  # sex and glasses are laid out early
-PROMPTS = ["a photo of a person", "a picture of a person", "a portrait of a person", "a person"]  # that name none of the attributes
+PROMPTS = [
+    "a photo of a person",
+    "a picture of a person",
+    "a portrait of a person",
+    "a person",
+]  # that name none of the attributes
 
 
 def main():
@@ -22,7 +26,12 @@ def main():
 
     def train(i):
         concept = concepts[i % len(concepts)]
-        return concept, lab.text_slider(concept, seed=10 * lab.seed + i // len(concepts), steps=lab.recipe["steps"] // 2, trajectories=8)
+        return concept, lab.text_slider(
+            concept,
+            seed=10 * lab.seed + i // len(concepts),
+            steps=lab.recipe["steps"] // 2,
+            trajectories=8,
+        )
 
     sliders, prompts = [train(i) for i in range(COUNTS[-1])], PROMPTS if lab.small else None
     draw = lambda pairs: lab.draw([[(s, scale, START) for s, scale in pairs]], prompts)[0]
@@ -40,7 +49,9 @@ def main():
         return lab.once(f"alone: {concept}, {k}", lambda: effect(concept, draw(mine)))
 
     for n in COUNTS:
-        of = {c: sum(name == c for name, _ in sliders[:n]) for c, _ in sliders[:n]}  # concept -> how many of it
+        of = {
+            c: sum(name == c for name, _ in sliders[:n]) for c, _ in sliders[:n]
+        }  # concept -> how many of it
         own = {c: alone(c, k) for c, k in of.items()}
 
         def measure():
@@ -62,10 +73,15 @@ def main():
     shown = [draw([(s, 1.0) for _, s in sliders[:n]]) for n in (0, 1, 2, 5, 10)]
     lab.sheet(shown, [f"{n} sliders" for n in (0, 1, 2, 5, 10)])
     lab.seeds = lab.seeds[:1]
-    grid = lab.draw([[(first, a, START), (second, b, START)] for b in scales for a in scales], prompts)
-    names = [pictures.label(s) for s in scales]
-    pictures.save(
-        pictures.sheet([[column[0] for column in grid[5 * i : 5 * i + 5]] for i in range(5)], names, names), lab.path.with_name(lab.path.stem + "_grid.png")
+    grid = lab.draw(
+        [[(first, a, START), (second, b, START)] for b in scales for a in scales], prompts
+    )
+    names = [images.scale_label(s) for s in scales]
+    images.save_image(
+        images.contact_sheet(
+            [[column[0] for column in grid[5 * i : 5 * i + 5]] for i in range(5)], names, names
+        ),
+        lab.path.with_name(lab.path.stem + "_grid.png"),
     )
 
 

@@ -12,11 +12,11 @@ import functools
 
 import torch
 
-import cli
 import lora
 import student
 import train_text
 from experiments.common import Lab
+from support import cli
 
 GUIDANCE = [1.0, 2.0, 3.0, 5.0, 7.5, 10.0]
 
@@ -26,18 +26,40 @@ def changes(lab, concept: str, slider) -> dict:
     """Cosine between the slider's change of eps_u and its change of eps_c, and the length of the first in units of the second's."""
     prompts = lab.encode(concept)
     batch = 4 * lab.recipe["batch"]
-    seen = train_text.collect(lab.model, prompts, eta=1.0, trajectories=8, per_trajectory=4, size=lab.size, seed=1000 + lab.seed, batch=batch)
+    seen = train_text.collect(
+        lab.model,
+        prompts,
+        eta=1.0,
+        trajectories=8,
+        per_trajectory=4,
+        size=lab.size,
+        seed=1000 + lab.seed,
+        batch=batch,
+    )
     at_c = seen[seen.scale > 0]  # every x_t once
     at_u = dataclasses.replace(at_c, cond=prompts[2], prompt=torch.zeros_like(at_c.prompt))
     with lora.hung(lab.model.unet, [(slider, 1.0, 0.0)]):
-        D_c, D_u = (torch.cat([change(lab.model.unet, slider, samples[rows]) for rows in torch.arange(len(samples)).split(batch)]) for samples in (at_c, at_u))
-    return {"cosine": torch.cosine_similarity(D_u.flatten(), D_c.flatten(), 0).item(), "length": (D_u.norm() / D_c.norm()).item()}
+        D_c, D_u = (
+            torch.cat(
+                [
+                    change(lab.model.unet, slider, samples[rows])
+                    for rows in torch.arange(len(samples)).split(batch)
+                ]
+            )
+            for samples in (at_c, at_u)
+        )
+    return {
+        "cosine": torch.cosine_similarity(D_u.flatten(), D_c.flatten(), 0).item(),
+        "length": (D_u.norm() / D_c.norm()).item(),
+    }
 
 
 def change(unet, slider, samples):
     """eps_1 - eps_0, (b, 4, h, w)."""
     off = dataclasses.replace(samples, scale=torch.zeros_like(samples.scale))
-    return student.predict(unet, slider, samples).float() - student.predict(unet, slider, off).float()
+    return (
+        student.predict(unet, slider, samples).float() - student.predict(unet, slider, off).float()
+    )
 
 
 def main():
@@ -47,7 +69,9 @@ def main():
         slider = lab.text_slider(concept)
         lab.once(concept, lambda: changes(lab, concept, slider))
         for g in GUIDANCE:
-            draw = functools.cache(lambda: lab.draw([[(slider, 2.0)]], guidance=g)[0])  # measured, and some of them shown
+            draw = functools.cache(
+                lambda: lab.draw([[(slider, 2.0)]], guidance=g)[0]
+            )  # measured, and some of them shown
             lab.once(f"{concept}: guidance {g:g}", lambda: lab.edit(concept, plain(g), draw()))
             if concept == "age" and g in (1, 5, 10):
                 shown += [(f"guidance {g:g}", plain(g)), ("age 2", draw())]

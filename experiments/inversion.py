@@ -9,14 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-import cli
-import evaluate
 import invert
-import pictures
 import sampler
 import slider
 from experiments.common import Lab
+from extras import evaluate
 from miniature import effect, world
+from support import cli, images
 
 GUIDANCE, STEPS = 5.0, 30
 SCALES = [-2.0, -1.0, 0.0, 1.0, 2.0]
@@ -35,25 +34,46 @@ def main():
     lab = Lab(
         __doc__,
         "inversion",
-        lambda p: p.add_argument("--image", metavar="DIR", help="another model: pictures named by their prompts"),
+        lambda p: p.add_argument(
+            "--image", metavar="DIR", help="another model: pictures named by their prompts"
+        ),
         count=32,
         dtype="float32",
     )
     model = lab.model
     if lab.args.image:
-        files = sorted(f for f in Path(lab.args.image).iterdir() if f.suffix.lower() in pictures.ENDINGS)
-        originals, prompts = [pictures.fit(pictures.read(f), *lab.size) for f in files], [f.stem for f in files]
+        files = sorted(
+            f for f in Path(lab.args.image).iterdir() if f.suffix.lower() in images.ENDINGS
+        )
+        originals, prompts = (
+            [images.crop_and_resize(images.read_image(f), *lab.size) for f in files],
+            [f.stem for f in files],
+        )
     else:
         originals, prompts = held_out(lab.args.pictures, lab.seed)
     settings = dict(alpha_bar=model.alpha_bar, steps=STEPS, guidance=GUIDANCE)
     parts = [slice(i, i + 16) for i in range(0, len(originals), 16)]
-    z, cond, empty = model.latents(originals), model.condition(prompts, lab.size), model.condition([""], lab.size)
+    z, cond, empty = (
+        model.latents(originals),
+        model.condition(prompts, lab.size),
+        model.condition([""], lab.size),
+    )
     roundtrip = model.pictures(z)
     lab.once("VAE alone", lambda: {"psnr": evaluate.interval(evaluate.psnr(originals, roundtrip))})
 
     def inverted(method):
         for part in parts:
-            yield part, invert.invert(model.unet, z[part], tuple(c[part] for c in cond), empty, method=method, **settings)
+            yield (
+                part,
+                invert.invert(
+                    model.unet,
+                    z[part],
+                    tuple(c[part] for c in cond),
+                    empty,
+                    method=method,
+                    **settings,
+                ),
+            )
 
     shown, found = {"original": originals, "VAE": roundtrip}, {}
     for method in reversed(invert.METHODS):
@@ -63,7 +83,15 @@ def main():
             for part, inversion in inverted(method):
                 found[method, part.start] = inversion
                 n += inversion.evaluations
-                drawn += model.pictures(sampler.sample(model.unet, inversion.x_T, tuple(c[part] for c in cond), inversion.uncond, **settings))
+                drawn += model.pictures(
+                    sampler.sample(
+                        model.unet,
+                        inversion.x_T,
+                        tuple(c[part] for c in cond),
+                        inversion.uncond,
+                        **settings,
+                    )
+                )
             shown[method] = drawn
             return {
                 "psnr": evaluate.interval(evaluate.psnr(originals, drawn)),
@@ -79,7 +107,9 @@ def main():
             def edit():
                 one = lab.text_slider(concept)
                 if (method, 0) not in found:
-                    found.update({(method, part.start): inversion for part, inversion in inverted(method)})
+                    found.update(
+                        {(method, part.start): inversion for part, inversion in inverted(method)}
+                    )
                 columns = [[] for _ in SCALES]
                 for i, prompt in enumerate(prompts):
                     inversion, row = found[method, i // 16 * 16], slice(i % 16, i % 16 + 1)
@@ -100,13 +130,21 @@ def main():
                         column += here
                 if method == "null-text":
                     rows = [[o, *(c[i] for c in columns)] for i, o in enumerate(originals[:6])]
-                    pictures.save(
-                        pictures.sheet(rows, ["original", *map(pictures.label, SCALES)], [""] * len(rows)),
+                    images.save_image(
+                        images.contact_sheet(
+                            rows, ["original", *map(images.scale_label, SCALES)], [""] * len(rows)
+                        ),
                         lab.path.with_name(f"{lab.path.stem}_{concept.replace(' ', '_')}.png"),
                     )
-                result = {"lpips at 0": evaluate.interval(evaluate.lpips(lab.judges, originals, columns[SCALES.index(0.0)]))}
+                result = {
+                    "lpips at 0": evaluate.interval(
+                        evaluate.lpips(lab.judges, originals, columns[SCALES.index(0.0)])
+                    )
+                }
                 if lab.small:
-                    result |= effect.summary(effect.table(columns), lab.all_concepts[concept][-1], SCALES)
+                    result |= effect.summary(
+                        effect.table(columns), lab.all_concepts[concept][-1], SCALES
+                    )
                 return result
 
             lab.once(f"{concept} by {method}", edit)

@@ -12,10 +12,10 @@ import random
 from math import comb
 from pathlib import Path
 
-import cli
-import evaluate
 import page as drag
-import pictures
+
+from extras import evaluate
+from support import cli, images
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -89,10 +89,16 @@ save(); show();
 
 def page(a: Path, b: Path, question: str, most: int, seed: int = 0) -> str:
     """The page for the pictures that a and b have by the same name; `most` of them, drawn at random."""
-    files = pictures.matched([a, b])
+    files = images.match_by_name([a, b])
     files = sorted(random.Random(seed).sample(files, min(most, len(files))))
-    address = lambda path: drag.address(pictures.read(path), lossless=True)  # nothing in it tells which picture it is
-    return drag.filled(PAGE, question, [{"name": one.stem, "a": address(one), "b": address(other)} for one, other in files])
+    address = lambda path: drag.address(
+        images.read_image(path), lossless=True
+    )  # nothing in it tells which picture it is
+    return drag.filled(
+        PAGE,
+        question,
+        [{"name": one.stem, "a": address(one), "b": address(other)} for one, other in files],
+    )
 
 
 def count(files: list[Path]) -> dict:
@@ -103,11 +109,19 @@ def count(files: list[Path]) -> dict:
         with open(file, newline="", encoding="utf-8") as f:
             table = csv.DictReader(f)
             if set(table.fieldnames or []) != {"rater", "pair", "left", "side", "choice"}:
-                raise ValueError(f"{file}: not a CSV of votes from the page: its columns are {table.fieldnames}")
+                raise ValueError(
+                    f"{file}: not a CSV of votes from the page: its columns are {table.fieldnames}"
+                )
             rows += list(table)
-    last = {(r["rater"], r["pair"]): r for r in rows}.values()  # a file that was saved twice counts once
-    if bad := [r for r in last if r["choice"] not in ("a", "b", "") or r["side"] not in ("0", "1", "2")]:
-        raise ValueError(f"{files[0]}: a vote for {bad[0]['choice']!r}: only a, b and nothing are known")
+    last = {
+        (r["rater"], r["pair"]): r for r in rows
+    }.values()  # a file that was saved twice counts once
+    if bad := [
+        r for r in last if r["choice"] not in ("a", "b", "") or r["side"] not in ("0", "1", "2")
+    ]:
+        raise ValueError(
+            f"{files[0]}: a vote for {bad[0]['choice']!r}: only a, b and nothing are known"
+        )
     n = {choice: sum(r["choice"] == choice for r in last) for choice in ("a", "b", "")}
     decided = n["a"] + n["b"]
     if not decided:
@@ -128,20 +142,34 @@ def main():
     p = cli.plain_parser(__doc__)
     what = p.add_subparsers(dest="what", required=True)
     make = what.add_parser("page", help="write the page", allow_abbrev=False)
-    make.add_argument("--a", required=True, type=Path, metavar="DIR", help="pictures without the slider")
-    make.add_argument("--b", required=True, type=Path, metavar="DIR", help="the same with it, by the same names")
-    make.add_argument("--question", default="Which picture looks better made?", help="default: %(default)s")
-    make.add_argument("--most", type=int, default=40, help="pairs at most, drawn at random (default: %(default)s)")
-    make.add_argument("--out", default="preference.html", help="file to write (default: %(default)s)")
+    make.add_argument(
+        "--a", required=True, type=Path, metavar="DIR", help="pictures without the slider"
+    )
+    make.add_argument(
+        "--b", required=True, type=Path, metavar="DIR", help="the same with it, by the same names"
+    )
+    make.add_argument(
+        "--question", default="Which picture looks better made?", help="default: %(default)s"
+    )
+    make.add_argument(
+        "--most", type=int, default=40, help="pairs at most, drawn at random (default: %(default)s)"
+    )
+    make.add_argument(
+        "--out", default="preference.html", help="file to write (default: %(default)s)"
+    )
     add = what.add_parser("count", help="add up votes", allow_abbrev=False)
     add.add_argument("votes", nargs="+", type=Path, metavar="CSV", help="files saved from the page")
     args = p.parse_args()
     if args.what == "page":
         text = page(args.a, args.b, args.question, args.most)
         cli.write_text(args.out, text)
-        return print(f"{args.out}: {text.count(chr(34) + 'name' + chr(34))} pairs, {len(text) / 1e6:.1f} MB")
+        return print(
+            f"{args.out}: {text.count(chr(34) + 'name' + chr(34))} pairs, {len(text) / 1e6:.1f} MB"
+        )
     found = count(args.votes)
-    print(f"{found['raters']} raters: {found['b']} votes for b (with), {found['a']} for a (without), {found['neither']} for neither")
+    print(
+        f"{found['raters']} raters: {found['b']} votes for b (with), {found['a']} for a (without), {found['neither']} for neither"
+    )
     print(
         f"b is preferred in {found['share']['mean']:.0%} [{found['share']['low']:.0%}, {found['share']['high']:.0%}] of the decided; sign test p = {found['p']:.2g}"
     )

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-import cli
-import evaluate
-import pictures
 from experiments.common import Lab, moved
+from extras import evaluate
 from miniature import world
 from miniature.measure import measure
+from support import cli, images
 
 SCALE = 2.0
 START = {"faces": 0.3, "hands": 0.15}  # a finger too many is there early in the denoising
@@ -26,10 +25,27 @@ PLAIN = {  # what is repaired -> plain prompts, of which no training used but th
     "hands": ["a hand", "a photo of a hand", "an open hand", "a picture of a person's hand"],
 }
 PLAIN_SDXL = {
-    "faces": ["image of a person, 8k, realistic", "a photo of a man in a street", "a portrait of a woman", "a photo of three friends"],
-    "hands": ["a photo of a hand", "a person waving", "hands holding an apple", "a woman with her hand on her chin"],
+    "faces": [
+        "image of a person, 8k, realistic",
+        "a photo of a man in a street",
+        "a portrait of a woman",
+        "a photo of three friends",
+    ],
+    "hands": [
+        "a photo of a hand",
+        "a person waving",
+        "hands holding an apple",
+        "a woman with her hand on her chin",
+    ],
 }
-KEPT = ["sex", "hair", "background", "glasses", "hat", "hair_length"]  # who a face shows, in words and yes/no
+KEPT = [
+    "sex",
+    "hair",
+    "background",
+    "glasses",
+    "hat",
+    "hair_length",
+]  # who a face shows, in words and yes/no
 
 
 def wrong(readings: dict, what: str) -> np.ndarray:
@@ -41,7 +57,11 @@ def wrong(readings: dict, what: str) -> np.ndarray:
 
 def kept(before: dict, after: dict) -> float:
     """Share of pictures that keep every one of KEPT."""
-    same = lambda name: before[name] == after[name] if before[name].dtype.kind == "U" else (before[name] > 0.5) == (after[name] > 0.5)
+    same = (
+        lambda name: before[name] == after[name]
+        if before[name].dtype.kind == "U"
+        else (before[name] > 0.5) == (after[name] > 0.5)
+    )
     return float(np.mean(np.logical_and.reduce([same(name) for name in KEPT])))
 
 
@@ -52,18 +72,27 @@ def well_made(what: str, n: int, seed: int):
 
 
 def main():
-    lab = Lab(__doc__, "repair", lambda p: p.add_argument("--good", metavar="DIR", help="another model: well-made pictures, for FID"), count=256)
+    lab = Lab(
+        __doc__,
+        "repair",
+        lambda p: p.add_argument(
+            "--good", metavar="DIR", help="another model: well-made pictures, for FID"
+        ),
+        count=256,
+    )
     for what, prompts in (PLAIN if lab.small else PLAIN_SDXL).items():
         slider = lab.text_slider(what)
         good = (
             well_made(what, len(lab.seeds), lab.seed)
             if lab.small
-            else [pictures.read(f) for f in sorted(Path(lab.args.good).iterdir())]
+            else [images.read_image(f) for f in sorted(Path(lab.args.good).iterdir())]
             if lab.args.good
             else None
         )
 
-        every = functools.cache(lambda: lab.draw([[(slider, s, START[what])] for s in (0.0, *SCALES)], prompts))  # drawn if anything is still to be measured
+        every = functools.cache(
+            lambda: lab.draw([[(slider, s, START[what])] for s in (0.0, *SCALES)], prompts)
+        )  # drawn if anything is still to be measured
 
         def measured(after):
             found = {"fid": evaluate.fid(lab.judges, after, good)} if good else {}
@@ -76,20 +105,39 @@ def main():
                     "broken": int((~wrong(a, what) & wrong(b, what)).sum()),
                     "kept": kept(a, b),
                 }
-                found |= {k: v for k, v in moved(every()[0], after, "malformed").items() if "other" in k}
+                found |= {
+                    k: v for k, v in moved(every()[0], after, "malformed").items() if "other" in k
+                }
             return found
 
         for i, scale in enumerate((0.0, *SCALES)):
             lab.once(f"{what}: scale {scale:g}", lambda: measured(every()[i]))
 
         before, after = every()[0], every()[1 + SCALES.index(SCALE)]
-        for seed, one, other in zip(lab.seeds, before, after):  # for the preference study; not in the repository
-            pictures.save(one, Path(lab.args.sliders) / "repair" / what / "without" / f"{seed}.png")
-            pictures.save(other, Path(lab.args.sliders) / "repair" / what / "with" / f"{seed}.png")
+        for seed, one, other in zip(
+            lab.seeds, before, after
+        ):  # for the preference study; not in the repository
+            images.save_image(
+                one, Path(lab.args.sliders) / "repair" / what / "without" / f"{seed}.png"
+            )
+            images.save_image(
+                other, Path(lab.args.sliders) / "repair" / what / "with" / f"{seed}.png"
+            )
         bad = np.flatnonzero(wrong(measure(before), what)) if lab.small else np.arange(16)
-        chosen = [*bad[:12], *[i for i in range(len(before)) if i not in bad][:4]]  # wrong ones, whatever became of them; then good ones
-        rows = [[before[i] for i in chosen[:8]], [after[i] for i in chosen[:8]], [before[i] for i in chosen[8:]], [after[i] for i in chosen[8:]]]
-        pictures.save(pictures.sheet(rows, [""] * len(rows[0]), ["without", "with"] * 2), lab.path.with_name(f"{lab.path.stem}_{what}.png"))
+        chosen = [
+            *bad[:12],
+            *[i for i in range(len(before)) if i not in bad][:4],
+        ]  # wrong ones, whatever became of them; then good ones
+        rows = [
+            [before[i] for i in chosen[:8]],
+            [after[i] for i in chosen[:8]],
+            [before[i] for i in chosen[8:]],
+            [after[i] for i in chosen[8:]],
+        ]
+        images.save_image(
+            images.contact_sheet(rows, [""] * len(rows[0]), ["without", "with"] * 2),
+            lab.path.with_name(f"{lab.path.stem}_{what}.png"),
+        )
 
 
 if __name__ == "__main__":

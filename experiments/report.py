@@ -19,13 +19,28 @@ def ci(v, digits=2) -> str:
 
 
 def table(head: list[str], rows) -> str:
-    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+    return "\n".join(
+        [
+            "| " + " | ".join(head) + " |",
+            "|---" * len(head) + "|",
+            *("| " + " | ".join(map(str, row)) + " |" for row in rows),
+        ]
+    )
 
 
 def edits(results: dict) -> str:
     """Results of Lab.edit, one a row."""
     return table(
-        ["", "change in CLIP score", "LPIPS", "FID", "moved", "most moved other", "mean of the others", "malformed"],
+        [
+            "",
+            "change in CLIP score",
+            "LPIPS",
+            "FID",
+            "moved",
+            "most moved other",
+            "mean of the others",
+            "malformed",
+        ],
         (
             [
                 key,
@@ -46,7 +61,8 @@ def guidance(results: dict) -> str:
     """The changes of both predictions, then the edits."""
     changes = {key: r for key, r in results.items() if "cosine" in r}
     lengths = table(
-        ["slider", "cosine", "length, in units of that in eps_c"], ([key, f"{r['cosine']:.3f}", f"{r['length']:.2f}"] for key, r in changes.items())
+        ["slider", "cosine", "length, in units of that in eps_c"],
+        ([key, f"{r['cosine']:.3f}", f"{r['length']:.2f}"] for key, r in changes.items()),
     )
     return lengths + "\n\n" + edits({key: r for key, r in results.items() if key not in changes})
 
@@ -54,7 +70,16 @@ def guidance(results: dict) -> str:
 def visual_sliders(results: dict) -> str:
     pixels = lambda r: ", ".join(f"{p['mean']:.1f}" for p in r["pixels"])
     return table(
-        ["", "eye size, scales -3 ... 3", "its width in pixels", "moved", "monotonic", "most moved other", "LPIPS at -2, 2", "malformed at -2, 0, 2"],
+        [
+            "",
+            "eye size, scales -3 ... 3",
+            "its width in pixels",
+            "moved",
+            "monotonic",
+            "most moved other",
+            "LPIPS at -2, 2",
+            "malformed at -2, 0, 2",
+        ],
         (
             [
                 key,
@@ -73,7 +98,15 @@ def visual_sliders(results: dict) -> str:
 
 def ablations(results: dict) -> str:
     return table(
-        ["", "scale", "age moved", "LPIPS", "change in CLIP score", "most moved other", "mean of the others"],
+        [
+            "",
+            "scale",
+            "age moved",
+            "LPIPS",
+            "change in CLIP score",
+            "most moved other",
+            "mean of the others",
+        ],
         (
             [
                 key.split(", age moved")[0],
@@ -95,7 +128,14 @@ def composition(results: dict) -> str:
     return table(
         ["", "remains, of all", "each alone", "all at once", "LPIPS", "malformed"],
         (
-            [key, f"{r['remains']:.0%}", moved(r["alone"]), moved(r["together"]), ci(r["lpips"], 2), f"{r['malformed']:.0%}"]
+            [
+                key,
+                f"{r['remains']:.0%}",
+                moved(r["alone"]),
+                moved(r["together"]),
+                ci(r["lpips"], 2),
+                f"{r['malformed']:.0%}",
+            ]
             for key, r in results.items()
             if "sliders" in key
         ),
@@ -104,7 +144,16 @@ def composition(results: dict) -> str:
 
 def repair(results: dict) -> str:
     return table(
-        ["", "wrong", "mended", "broken", "keep who they show", "LPIPS", "most moved other", "FID to well-made ones"],
+        [
+            "",
+            "wrong",
+            "mended",
+            "broken",
+            "keep who they show",
+            "LPIPS",
+            "most moved other",
+            "FID to well-made ones",
+        ],
         (
             [
                 key,
@@ -125,7 +174,12 @@ def inversion(results: dict) -> str:
     drawn = table(
         ["", "PSNR, dB", "LPIPS", "network evaluations"],
         (
-            [key, ci(r["psnr"], 1), ci(r["lpips"]) if "lpips" in r else "", f"{r['evaluations']:.0f}" if "evaluations" in r else ""]
+            [
+                key,
+                ci(r["psnr"], 1),
+                ci(r["lpips"]) if "lpips" in r else "",
+                f"{r['evaluations']:.0f}" if "evaluations" in r else "",
+            ]
             for key, r in results.items()
             if "psnr" in r
         ),
@@ -171,7 +225,15 @@ def space(results: dict) -> str:
         ),
     )
     each = table(
-        ["", "variance", "words, as a hint", "moves most", "then", "cosine", "along its direction, -2 ... 2"],
+        [
+            "",
+            "variance",
+            "words, as a hint",
+            "moves most",
+            "then",
+            "cosine",
+            "along its direction, -2 ... 2",
+        ],
         (
             [
                 i + 1,
@@ -187,9 +249,20 @@ def space(results: dict) -> str:
     )
     variety = table(
         ["", "mean distance between two", "malformed"],
-        ([key, f"{r['distance']:.2f}", f"{r['malformed']:.0%}"] for key, r in results.get("diversity", {}).items()),
+        (
+            [key, f"{r['distance']:.2f}", f"{r['malformed']:.0%}"]
+            for key, r in results.get("diversity", {}).items()
+        ),
     )
-    return "\n\n".join([in_short, "The independent ones:", each, "With all eight at random scales between -2 and 2:", variety])
+    return "\n\n".join(
+        [
+            in_short,
+            "The independent ones:",
+            each,
+            "With all eight at random scales between -2 and 2:",
+            variety,
+        ]
+    )
 
 
 def stylegan(results: dict) -> str:
@@ -213,11 +286,25 @@ def stylegan(results: dict) -> str:
 def numbers(result, path=()) -> dict:
     """Every number of a result but the bounds of intervals: {("lpips", "mean"): 0.2, ...}."""
     if isinstance(result, dict):
-        return {k: v for name, part in result.items() if name not in ("low", "high") for k, v in numbers(part, (*path, name)).items()}
-    return {path: float(result)} if isinstance(result, (int, float)) and not isinstance(result, bool) else {}
+        return {
+            k: v
+            for name, part in result.items()
+            if name not in ("low", "high")
+            for k, v in numbers(part, (*path, name)).items()
+        }
+    return (
+        {path: float(result)}
+        if isinstance(result, (int, float)) and not isinstance(result, bool)
+        else {}
+    )
 
 
-MEASURES = {"clip_change": "change in CLIP score", "lpips": "LPIPS", "moved": "moved", "worst_other_moved": "most moved other"}
+MEASURES = {
+    "clip_change": "change in CLIP score",
+    "lpips": "LPIPS",
+    "moved": "moved",
+    "worst_other_moved": "most moved other",
+}
 
 
 def seeds(_) -> str:
@@ -233,7 +320,10 @@ def seeds(_) -> str:
             groups = {}  # concept -> (value, with the other seed) of each of its ways
             for key in rows:
                 pair = [
-                    next((v for path, v in numbers(r[key]).items() if path[0] == measure), None) if isinstance(r[key], dict) else None for r in (one, other)
+                    next((v for path, v in numbers(r[key]).items() if path[0] == measure), None)
+                    if isinstance(r[key], dict)
+                    else None
+                    for r in (one, other)
                 ]
                 if None not in pair:
                     groups.setdefault(key.split(": ")[0] if ": " in key else "", []).append(pair)
@@ -245,7 +335,9 @@ def seeds(_) -> str:
 
 def spearman(x, y) -> float:
     """The correlation of the ranks, ties sharing theirs. Spearman 1904."""
-    ranks = lambda v: np.array([(np.less(v, a).sum() + np.less_equal(v, a).sum() - 1) / 2 for a in v])
+    ranks = lambda v: np.array(
+        [(np.less(v, a).sum() + np.less_equal(v, a).sum() - 1) / 2 for a in v]
+    )
     a, b = ranks(np.array(x)), ranks(np.array(y))
     return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else float("nan")
 
@@ -272,7 +364,12 @@ def main():
         if name == "end" or (name != "seeds" and not file.exists()):
             continue
         filled = KINDS[name](json.loads(file.read_text()) if name != "seeds" else None)
-        page = re.sub(rf"<!-- {name} -->.*?<!-- end -->", lambda _: f"<!-- {name} -->\n\n{filled}\n\n<!-- end -->", page, flags=re.S)
+        page = re.sub(
+            rf"<!-- {name} -->.*?<!-- end -->",
+            lambda _: f"<!-- {name} -->\n\n{filled}\n\n<!-- end -->",
+            page,
+            flags=re.S,
+        )
     PAGE.write_text(page)
     print(f"{PAGE}: written")
 

@@ -9,8 +9,8 @@ Four concepts. All methods edit the same seeds, whose prompts (miniature/effect.
 
 import functools
 
-import cli
 from experiments.common import Lab
+from support import cli
 
 
 def main():

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 
-def written(path: Path, write):
+def write_atomically(path: Path, write):
     """write(temporary path), then rename: the file is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -12,7 +12,9 @@ def written(path: Path, write):
         write(temporary)
         umask = os.umask(0)  # to read it is to set it
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # as any other file: safetensors makes its own readable to their owner alone
+        os.chmod(
+            temporary, 0o666 & ~umask
+        )  # as any other file: safetensors makes its own readable to their owner alone
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -5,7 +5,7 @@ OpenCLIP for the second text encoder), so reading one is renaming: `rename` give
 it belongs to, its released name, and what else is to be done to it. `configs` reads every size from the shapes.
 
 What the file does not hold (tokenizers, noise schedule, what shapes cannot tell) comes from a base folder, or is SDXL
-1.0's; see weights.in_single_file.
+1.0's; see weights.from_single_file.
 """
 
 import re
@@ -21,7 +21,7 @@ PARTS = {
 
 # Never used: integers 0 ... 76, the contrastive temperature, the first encoder's projection, buffers of the training code, a
 # merged-in EMA's bookkeeping.
-UNUSED = re.compile(
+IGNORED = re.compile(
     r"(.*\.)?(position_ids|logit_scale|attn_mask)$|conditioner\.embedders\.0\.(transformer\.)?text_projection(\.weight)?$|denoiser\.|model_ema\.|(betas|alphas_cumprod.*|sqrt_.*|"
     r"log_one_.*|posterior_.*|model\.diffusion_model\.(betas|alphas).*)$"
 )
@@ -43,14 +43,26 @@ UNET_ENDS = {
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
-VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+VAE_ATTENTION = {
+    "norm": "group_norm",
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "proj_out": "to_out.0",
+}
 OPENCLIP = {
     "token_embedding.weight": "embeddings.token_embedding.weight",
     "positional_embedding": "embeddings.position_embedding.weight",
     "ln_final.weight": "final_layer_norm.weight",
     "ln_final.bias": "final_layer_norm.bias",
 }
-OPENCLIP_LAYER = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2", "attn.out_proj": "self_attn.out_proj"}
+OPENCLIP_LAYER = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
 
 
 def rename(shapes: dict[str, tuple]) -> dict[str, list[tuple[str, str, str]]]:
@@ -62,9 +74,12 @@ def rename(shapes: dict[str, tuple]) -> dict[str, list[tuple[str, str, str]]]:
     out: dict[str, list] = {part: [] for part in PARTS.values()}
     strangers: list[str] = []
     per_level = _first_level(shapes)
-    vae_levels = 1 + max([int(n.split(".")[3]) for n in shapes if n.startswith("first_stage_model.decoder.up.")], default=-1)
+    vae_levels = 1 + max(
+        [int(n.split(".")[3]) for n in shapes if n.startswith("first_stage_model.decoder.up.")],
+        default=-1,
+    )
     for name, shape in shapes.items():
-        if UNUSED.match(name):
+        if IGNORED.match(name):
             continue
         prefix = next((p for p in PARTS if name.startswith(p)), "")
         short = name.removeprefix(prefix)
@@ -85,13 +100,19 @@ def rename(shapes: dict[str, tuple]) -> dict[str, list[tuple[str, str, str]]]:
         for new, action in renamed:
             out[PARTS[prefix]].append((new, name, action))
     if strangers:
-        raise ValueError(f"{len(strangers)} tensors that SDXL does not have, such as {strangers[0]}")
+        raise ValueError(
+            f"{len(strangers)} tensors that SDXL does not have, such as {strangers[0]}"
+        )
     return out
 
 
 def _first_level(shapes) -> int:
     """Input blocks in a level: its layers and a downsampler, 3 in SDXL."""
-    downs = [int(n.split(".")[3]) for n in shapes if re.match(r"model\.diffusion_model\.input_blocks\.\d+\.0\.op\.weight", n)]
+    downs = [
+        int(n.split(".")[3])
+        for n in shapes
+        if re.match(r"model\.diffusion_model\.input_blocks\.\d+\.0\.op\.weight", n)
+    ]
     return min(downs, default=3)
 
 
@@ -101,7 +122,9 @@ def _unet(module: str, per_level: int) -> str | None:
         return UNET_ENDS[module]
     if m := re.match(r"(input|output)_blocks\.(\d+)\.(\d)\.(.*)", module):
         side, n, slot, rest = m[1], int(m[2]), int(m[3]), m[4]
-        level, layer = divmod(n - 1 if side == "input" else n, per_level)  # input block 0 is conv_in
+        level, layer = divmod(
+            n - 1 if side == "input" else n, per_level
+        )  # input block 0 is conv_in
         where = f"down_blocks.{level}" if side == "input" else f"up_blocks.{level}"
         if rest == "op":
             return f"{where}.downsamplers.0.conv"
@@ -124,7 +147,10 @@ def original_names(layers, per_level: int) -> dict[str, str]:
     inside = {new: old for old, new in RESNET.items()}
     out = {}
     for name in layers:
-        m = re.match(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)", name)
+        m = re.match(
+            r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)",
+            name,
+        )
         if not m:
             out[name] = back[name]
             continue
@@ -135,9 +161,15 @@ def original_names(layers, per_level: int) -> dict[str, str]:
             out[name] = f"middle_block.{1 if slot else 2 * layer}.{rest}"
         elif kind == "downsamplers":
             out[name] = f"input_blocks.{(level + 1) * per_level}.0.op"
-        elif kind == "upsamplers":  # after the level's last resnet and, where there is one, transformer
-            has_attention = any(other.startswith(f"up_blocks.{level}.attentions.") for other in layers)
-            out[name] = f"output_blocks.{(level + 1) * per_level - 1}.{2 if has_attention else 1}.conv"
+        elif (
+            kind == "upsamplers"
+        ):  # after the level's last resnet and, where there is one, transformer
+            has_attention = any(
+                other.startswith(f"up_blocks.{level}.attentions.") for other in layers
+            )
+            out[name] = (
+                f"output_blocks.{(level + 1) * per_level - 1}.{2 if has_attention else 1}.conv"
+            )
         elif side == "down":
             out[name] = f"input_blocks.{1 + level * per_level + layer}.{slot}.{rest}"
         else:
@@ -148,15 +180,24 @@ def original_names(layers, per_level: int) -> dict[str, str]:
 def _vae(module: str, levels: int) -> str | None:
     """decoder.up.3.block.0.conv1 -> decoder.up_blocks.0.resnets.0.conv1: the original counts its decoder backwards."""
     module = module.replace("nin_shortcut", "conv_shortcut").replace("norm_out", "conv_norm_out")
-    if m := re.match(r"(encoder|decoder)\.(down|up)\.(\d+)\.(block\.(\d+)\.(\w+)|(?:down|up)sample\.conv)$", module):
+    if m := re.match(
+        r"(encoder|decoder)\.(down|up)\.(\d+)\.(block\.(\d+)\.(\w+)|(?:down|up)sample\.conv)$",
+        module,
+    ):
         side, way, level, rest, layer, leaf = m.groups()
         level = int(level) if way == "down" else levels - 1 - int(level)
-        return f"{side}.{way}_blocks.{level}." + (f"resnets.{layer}.{leaf}" if layer else f"{way}samplers.0.conv")
+        return f"{side}.{way}_blocks.{level}." + (
+            f"resnets.{layer}.{leaf}" if layer else f"{way}samplers.0.conv"
+        )
     if m := re.match(r"(encoder|decoder)\.mid\.block_([12])\.(\w+)$", module):
         return f"{m[1]}.mid_block.resnets.{int(m[2]) - 1}.{m[3]}"
     if m := re.match(r"(encoder|decoder)\.mid\.attn_1\.(\w+)$", module):
-        return m[2] in VAE_ATTENTION and f"{m[1]}.mid_block.attentions.0.{VAE_ATTENTION[m[2]]}" or None
-    known = re.fullmatch(r"(post_)?quant_conv|(encoder|decoder)\.(conv_in|conv_out|conv_norm_out)", module)
+        return (
+            m[2] in VAE_ATTENTION and f"{m[1]}.mid_block.attentions.0.{VAE_ATTENTION[m[2]]}" or None
+        )
+    known = re.fullmatch(
+        r"(post_)?quant_conv|(encoder|decoder)\.(conv_in|conv_out|conv_norm_out)", module
+    )
     return module if known else None
 
 
@@ -175,7 +216,7 @@ def _openclip(name: str) -> list[tuple[str, str]]:
     return [(f"{layer}{OPENCLIP_LAYER[m[2]]}.{m[3]}", "")] if m[2] in OPENCLIP_LAYER else []
 
 
-def act(tensor: torch.Tensor, action: str) -> torch.Tensor:
+def transform(tensor: torch.Tensor, action: str) -> torch.Tensor:
     """Do to a tensor what `rename` said. Views where possible: no copy of the mapped file."""
     if action == "squeeze":
         return tensor.flatten(1)
@@ -233,10 +274,24 @@ SDXL = {  # the configurations of SDXL 1.0, for what shapes do not tell
     ),
     "text_encoder": CLIP
     | dict(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, hidden_act="quick_gelu", projection_dim=768, pad_token_id=49407
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        hidden_act="quick_gelu",
+        projection_dim=768,
+        pad_token_id=49407,
     ),
     "text_encoder_2": CLIP
-    | dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, hidden_act="gelu", projection_dim=1280, pad_token_id=0),
+    | dict(
+        hidden_size=1280,
+        intermediate_size=5120,
+        num_hidden_layers=32,
+        num_attention_heads=20,
+        hidden_act="gelu",
+        projection_dim=1280,
+        pad_token_id=0,
+    ),
 }
 
 
@@ -248,10 +303,20 @@ def configs(shapes: dict[str, tuple], base: dict[str, dict]) -> dict[str, dict]:
 
     unet, per_level = out["unet"], _first_level(shapes)
     levels = -(-(count(r"model\.diffusion_model\.input_blocks\.(\d+)\.") - 1) // per_level)
-    width = lambda level: shape("unet", f"input_blocks.{1 + level * per_level}.0.out_layers.3.weight")[0]
+    width = lambda level: shape(
+        "unet", f"input_blocks.{1 + level * per_level}.0.out_layers.3.weight"
+    )[0]
     widths = [width(level) for level in range(levels)]
-    depths = [count(rf"model\.diffusion_model\.input_blocks\.{1 + level * per_level}\.1\.transformer_blocks\.(\d+)\.") or 1 for level in range(levels)]
-    head = unet["block_out_channels"][0] // unet["attention_head_dim"][0]  # channels in a head: no shape tells
+    depths = [
+        count(
+            rf"model\.diffusion_model\.input_blocks\.{1 + level * per_level}\.1\.transformer_blocks\.(\d+)\."
+        )
+        or 1
+        for level in range(levels)
+    ]
+    head = (
+        unet["block_out_channels"][0] // unet["attention_head_dim"][0]
+    )  # channels in a head: no shape tells
     unet |= dict(
         block_out_channels=widths,
         layers_per_block=per_level - 1,
@@ -261,26 +326,37 @@ def configs(shapes: dict[str, tuple], base: dict[str, dict]) -> dict[str, dict]:
         out_channels=shape("unet", "out.2.weight")[0],
         projection_class_embeddings_input_dim=shape("unet", "label_emb.0.0.weight")[1],
     )
-    context = next(s[1] for n, s in shapes.items() if n.startswith("model.diffusion_model.") and n.endswith("attn2.to_k.weight"))
+    context = next(
+        s[1]
+        for n, s in shapes.items()
+        if n.startswith("model.diffusion_model.") and n.endswith("attn2.to_k.weight")
+    )
     unet["cross_attention_dim"] = context
 
     vae = out["vae"]
     vae_levels = count(r"first_stage_model\.encoder\.down\.(\d+)\.")
     vae |= dict(
-        block_out_channels=[shape("vae", f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(vae_levels)],
+        block_out_channels=[
+            shape("vae", f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(vae_levels)
+        ],
         layers_per_block=count(r"first_stage_model\.encoder\.down\.0\.block\.(\d+)\."),
         latent_channels=shape("vae", "decoder.conv_in.weight")[1],
     )
 
     one, two = out["text_encoder"], out["text_encoder_2"]
-    head = {part: out[part]["hidden_size"] // out[part]["num_attention_heads"] for part in ("text_encoder", "text_encoder_2")}
+    head = {
+        part: out[part]["hidden_size"] // out[part]["num_attention_heads"]
+        for part in ("text_encoder", "text_encoder_2")
+    }
     table = shape("text_encoder", "text_model.embeddings.token_embedding.weight")
     one |= dict(
         vocab_size=table[0],
         hidden_size=table[1],
         num_attention_heads=table[1] // head["text_encoder"],
         intermediate_size=shape("text_encoder", "text_model.encoder.layers.0.mlp.fc1.weight")[0],
-        num_hidden_layers=count(r"conditioner\.embedders\.0\.transformer\.text_model\.encoder\.layers\.(\d+)\."),
+        num_hidden_layers=count(
+            r"conditioner\.embedders\.0\.transformer\.text_model\.encoder\.layers\.(\d+)\."
+        ),
     )
     table = shape("text_encoder_2", "token_embedding.weight")
     two |= dict(
@@ -289,7 +365,9 @@ def configs(shapes: dict[str, tuple], base: dict[str, dict]) -> dict[str, dict]:
         num_attention_heads=table[1] // head["text_encoder_2"],
         intermediate_size=shape("text_encoder_2", "transformer.resblocks.0.mlp.c_fc.weight")[0],
         projection_dim=shape("text_encoder_2", "text_projection")[1],
-        num_hidden_layers=count(r"conditioner\.embedders\.1\.model\.transformer\.resblocks\.(\d+)\."),
+        num_hidden_layers=count(
+            r"conditioner\.embedders\.1\.model\.transformer\.resblocks\.(\d+)\."
+        ),
     )
     return out
 
@@ -297,20 +375,37 @@ def configs(shapes: dict[str, tuple], base: dict[str, dict]) -> dict[str, dict]:
 # ---------------------------------------------------------------------------------------- what a file is
 
 
-def kind_of(shapes: dict[str, tuple], metadata: dict[str, str]) -> str:
+def identify(shapes: dict[str, tuple], metadata: dict[str, str]) -> str:
     """ "sdxl", or in words what else a file with these tensors and this metadata is."""
-    if any(re.search(r"lora_(up|down|[AB])\b|\.lora\.|lokr_|hada_|\.dora_scale|\.lora_", n) for n in shapes):
+    if any(
+        re.search(r"lora_(up|down|[AB])\b|\.lora\.|lokr_|hada_|\.dora_scale|\.lora_", n)
+        for n in shapes
+    ):
         return "a LoRA or slider file, which changes a model and is none (--slider takes sliders, --merge other LoRAs)"
     if any(n.startswith("cond_stage_model.model.") for n in shapes):
         return "a Stable Diffusion 2 checkpoint; only SDXL is supported"
     if any(n.startswith("cond_stage_model.") for n in shapes):
         return "a Stable Diffusion 1.x checkpoint; only SDXL is supported"
-    if any(n.startswith(("joint_blocks.", "model.diffusion_model.joint_blocks.", "double_blocks.", "model.diffusion_model.double_blocks.")) for n in shapes):
+    if any(
+        n.startswith(
+            (
+                "joint_blocks.",
+                "model.diffusion_model.joint_blocks.",
+                "double_blocks.",
+                "model.diffusion_model.double_blocks.",
+            )
+        )
+        for n in shapes
+    ):
         return "a diffusion transformer (SD 3 or Flux); only SDXL is supported"
     if "conditioner.embedders.0.model.ln_final.weight" in shapes:
         return "the SDXL refiner, which has one text encoder; sliders need the base model"
-    if "v_pred" in shapes or metadata.get("modelspec.prediction_type", "epsilon").lower().startswith("v"):
-        return "a v-prediction SDXL checkpoint; only models that predict the noise (eps) are supported"
+    if "v_pred" in shapes or metadata.get(
+        "modelspec.prediction_type", "epsilon"
+    ).lower().startswith("v"):
+        return (
+            "a v-prediction SDXL checkpoint; only models that predict the noise (eps) are supported"
+        )
     has = {part: any(n.startswith(prefix) for n in shapes) for prefix, part in PARTS.items()}
     if not any(has.values()):
         if "conv_in.weight" in shapes and "add_embedding.linear_1.weight" in shapes:

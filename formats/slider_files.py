@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from formats import single_file, weights, written
+from formats import single_file, weights, write_atomically
 
 NAMINGS = ("kohya", "ldm", "peft")
 ENDINGS = {
@@ -51,7 +51,7 @@ OTHER_KINDS = {  # what their tensors' names contain
     r"\.diff(_b)?$": "whole weights",
 }
 ADAPTER = "lora_adapter_metadata"  # diffusers' name for it
-TEXT = re.compile(r"(lora_te\d?_|text_encoder(_2)?\.|te\d?\.)")
+TEXT_ENCODER = re.compile(r"(lora_te\d?_|text_encoder(_2)?\.|te\d?\.)")
 LARGEST = 4 * 2**30  # bytes: no LoRA is larger, and a pickle of that size is not read
 
 
@@ -59,7 +59,7 @@ Layer = nn.Linear | nn.Conv2d  # what a slider can change
 
 
 @dataclass
-class Part:
+class Delta:
     """The change of one layer, (alpha / r) B A: A (r, in) or (r, in, k, k), B (out, r) or (out, r, 1, 1)."""
 
     down: torch.Tensor
@@ -67,53 +67,62 @@ class Part:
     alpha: float
 
 
-def stacked(pairs) -> tuple[torch.Tensor, torch.Tensor]:
-    """[(Part, weight)] of one layer -> A (R, in) or (R, in, k, k), B (out, R) or (out, R, 1, 1) of their weighted sum,
+def concatenate(pairs) -> tuple[torch.Tensor, torch.Tensor]:
+    """[(Delta, weight)] of one layer -> A (R, in) or (R, in, k, k), B (out, R) or (out, R, 1, 1) of their weighted sum,
     R = r_1 + r_2 + ...: exact, the A's stacked, the B's side by side, each times its weight * alpha / r."""
-    return (torch.cat([part.down for part, _ in pairs]), torch.cat([weight * (part.alpha / len(part.down)) * part.up for part, weight in pairs], 1))
+    return (
+        torch.cat([part.down for part, _ in pairs]),
+        torch.cat([weight * (part.alpha / len(part.down)) * part.up for part, weight in pairs], 1),
+    )
 
 
-def dense(A, B) -> torch.Tensor:
+def delta_weight(A, B) -> torch.Tensor:
     """B A in the shape of the layer's weight, float32: (out, in) or (out, in, k, k)."""
     return (B.flatten(1).float() @ A.flatten(1).float()).view(len(B), *A.shape[1:])
 
 
 @dataclass
-class File:
-    parts: dict[str, Part]  # by the layer's name in kohya's naming
+class SliderFile:
+    parts: dict[str, Delta]  # by the layer's name in kohya's naming
     naming: str
     metadata: dict[str, str] = field(default_factory=dict)
-    text: list[str] = field(default_factory=list)  # names of text-encoder tensors, which are not applied
+    text: list[str] = field(
+        default_factory=list
+    )  # names of text-encoder tensors, which are not applied
 
 
 # ---------------------------------------------------------------------------------------- names
 
 
-def file_name(layer: str) -> str:
+def kohya_name(layer: str) -> str:
     """'down_blocks.1.attentions.0...to_q' -> 'lora_unet_down_blocks_1_attentions_0_..._to_q', kohya's naming."""
     return "lora_unet_" + layer.replace(".", "_")
 
 
-def layers_by_file_name(unet: nn.Module) -> dict[str, tuple[str, Layer]]:
+def layers_by_kohya_name(unet: nn.Module) -> dict[str, tuple[str, Layer]]:
     """{kohya name: (name in the UNet, layer)} of every layer that a slider could change."""
-    return {file_name(name): (name, m) for name, m in unet.named_modules() if isinstance(m, Layer)}
+    return {kohya_name(name): (name, m) for name, m in unet.named_modules() if isinstance(m, Layer)}
 
 
-def names(unet) -> dict[str, dict[str, str]]:
+def layer_names(unet) -> dict[str, dict[str, str]]:
     """{naming: {kohya name: name in that naming}} of the same layers; "dotted", the original names as they are, is only read."""
-    layers = {stem: name for stem, (name, _) in layers_by_file_name(unet).items()}
-    original = single_file.original_names(list(layers.values()), unet.config["layers_per_block"] + 1)
+    layers = {stem: name for stem, (name, _) in layers_by_kohya_name(unet).items()}
+    original = single_file.original_names(
+        list(layers.values()), unet.config["layers_per_block"] + 1
+    )
     return {
         "kohya": {stem: stem for stem in layers},
-        "ldm": {stem: file_name(original[name]) for stem, name in layers.items()},
+        "ldm": {stem: kohya_name(original[name]) for stem, name in layers.items()},
         "peft": {stem: f"unet.{name}" for stem, name in layers.items()},
         "dotted": {stem: f"unet.{original[name]}" for stem, name in layers.items()},
     }
 
 
-def split(name: str) -> tuple[str, str] | None:
+def split_name(name: str) -> tuple[str, str] | None:
     """'...to_q.lora_down.weight' -> ('...to_q', 'down'); None for no LoRA's name. Prefixes of peft's names are made one."""
-    old = re.match(r"(.*)\.processor\.to_(q|k|v|out)_lora\.(down|up)\.weight$", name)  # diffusers before peft
+    old = re.match(
+        r"(.*)\.processor\.to_(q|k|v|out)_lora\.(down|up)\.weight$", name
+    )  # diffusers before peft
     if old:
         name = f"{old[1]}.to_{old[2]}{'.0' if old[2] == 'out' else ''}.lora.{old[3]}.weight"
     if not name.startswith("lora_"):
@@ -125,43 +134,76 @@ def split(name: str) -> tuple[str, str] | None:
 # ---------------------------------------------------------------------------------------- in
 
 
-def read(path, unet) -> File:
+def read(path, unet) -> SliderFile:
     """Read any LoRA file for `unet`; nothing of it is changed. Raises ValueError, one line that names the file, if it is not
     a plain low-rank one, damaged, or made for another model. Warns of parts for the text encoders, which are left out."""
     path = Path(path)
-    tensors, metadata = raw(path)
-    odd = next(((kind, name) for name in tensors for word, kind in OTHER_KINDS.items() if re.search(word, name)), None)
+    tensors, metadata = load_tensors(path)
+    odd = next(
+        (
+            (kind, name)
+            for name in tensors
+            for word, kind in OTHER_KINDS.items()
+            if re.search(word, name)
+        ),
+        None,
+    )
     if odd:
-        raise ValueError(f"{path}: a {odd[0]} file ({odd[1]}); only plain low-rank ones (LoRA, LoCon) can be used")
-    stems = {theirs: (stem, naming) for naming, table in names(unet).items() for stem, theirs in table.items()}
-    layers = layers_by_file_name(unet)
+        raise ValueError(
+            f"{path}: a {odd[0]} file ({odd[1]}); only plain low-rank ones (LoRA, LoCon) can be used"
+        )
+    stems = {
+        theirs: (stem, naming)
+        for naming, table in layer_names(unet).items()
+        for stem, theirs in table.items()
+    }
+    layers = layers_by_kohya_name(unet)
     found: dict[str, dict] = {}
     naming, text = "kohya", []
     for name, tensor in tensors.items():
-        if TEXT.match(name):
+        if TEXT_ENCODER.match(name):
             text.append(name)
             continue
-        layer, which = split(name) or (None, None)
+        layer, which = split_name(name) or (None, None)
         if which is None:
             raise ValueError(f"{path}: not a slider or LoRA file: {name} is no part of one")
         if layer not in stems:
-            raise ValueError(f"{path}: was made for another model: it changes {layer}, which this one does not have")
+            raise ValueError(
+                f"{path}: was made for another model: it changes {layer}, which this one does not have"
+            )
         stem, naming = stems[layer]
         found.setdefault(stem, {})[which] = tensor
     if not found:
         raise ValueError(f"{path}: not a slider or LoRA file: it holds nothing for a UNet")
     if text:
         warnings.warn(
-            f"{path}: its {len({(split(n) or (n,))[0] for n in text})} changes of the text encoders are left out: sliders change the UNet alone", stacklevel=2
+            f"{path}: its {len({(split_name(n) or (n,))[0] for n in text})} changes of the text encoders are left out: sliders change the UNet alone",
+            stacklevel=2,
         )
-    adapter = json_of(metadata.pop(ADAPTER, "{}"), path)  # diffusers' own place for alpha, in force where it is given
-    parts = {stem: checked(path, stem, layers[stem][1], here) for stem, here in found.items()}
+    adapter = parse_json_object(
+        metadata.pop(ADAPTER, "{}"), path
+    )  # diffusers' own place for alpha, in force where it is given
+    parts = {stem: check_delta(path, stem, layers[stem][1], here) for stem, here in found.items()}
     for stem, part in parts.items():
         part.alpha = adapter_alpha(adapter, layers[stem][0], part)
-    return File(parts, naming, metadata, text)
+    return SliderFile(parts, naming, metadata, text)
 
 
-def json_of(text: str, path) -> dict:
+def list_files(path) -> list[str]:
+    """The slider files that `path` names: itself, or if it is a folder all in it, 2 before 10.
+    ValueError if there is none."""
+    path = Path(path)
+    if path.is_file():
+        return [str(path)]
+    if not path.exists():
+        raise ValueError(f"{path}: no such file")
+    files = sorted(path.glob("*.safetensors"), key=lambda f: (len(f.stem), f.stem))
+    if not files:
+        raise ValueError(f"{path}: holds no slider files")
+    return [str(f) for f in files]
+
+
+def parse_json_object(text: str, path) -> dict:
     """A JSON object out of a file's metadata. Raises ValueError, naming the file, for anything else."""
     try:
         value = json.loads(text)
@@ -176,13 +218,17 @@ def useful_range(metadata: dict[str, str], path="the slider file") -> tuple[floa
     """Lowest and highest scale that are of use (training.probe), if the file's metadata says. ValueError if it says nonsense."""
     if "probe" not in metadata:
         return None
-    found = json_of(metadata["probe"], path).get("range")
-    if not (isinstance(found, list) and len(found) == 2 and all(isinstance(x, int | float) and abs(x) < 1e6 for x in found)):
+    found = parse_json_object(metadata["probe"], path).get("range")
+    if not (
+        isinstance(found, list)
+        and len(found) == 2
+        and all(isinstance(x, int | float) and abs(x) < 1e6 for x in found)
+    ):
         raise ValueError(f"{path}: damaged: its useful range is {str(found)[:50]}")
     return found[0], found[1]
 
 
-def adapter_alpha(adapter: dict, layer: str, part: Part) -> float:
+def adapter_alpha(adapter: dict, layer: str, part: Delta) -> float:
     """alpha of a layer from diffusers' metadata ("unet.lora_alpha", and by layer "unet.alpha_pattern"); else as it was."""
     alpha = adapter.get("unet.lora_alpha")
     for pattern, value in (adapter.get("unet.alpha_pattern") or {}).items():
@@ -193,7 +239,7 @@ def adapter_alpha(adapter: dict, layer: str, part: Part) -> float:
     return float(alpha) * (len(part.down) ** 0.5 if adapter.get("unet.use_rslora") else 1.0)
 
 
-def raw(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors and the metadata of a .safetensors file, or of a .pt one, which is unpickled with weights_only=True."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
@@ -204,19 +250,25 @@ def raw(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged one can raise anything
             reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-            raise ValueError(f"{path}: not a file of tensors alone, or damaged; it was not read ({reason})") from None
+            raise ValueError(
+                f"{path}: not a file of tensors alone, or damaged; it was not read ({reason})"
+            ) from None
         tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else tensors
-        if not isinstance(tensors, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in tensors.items()):
+        if not isinstance(tensors, dict) or not all(
+            isinstance(k, str) and torch.is_tensor(v) for k, v in tensors.items()
+        ):
             raise ValueError(f"{path}: not a dict of tensors")
         return tensors, {}
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: {weights.what_is(path)} ({str(error).splitlines()[0]})") from None
+        raise ValueError(
+            f"{path}: {weights.describe_file(path)} ({str(error).splitlines()[0]})"
+        ) from None
 
 
-def checked(path, name: str, layer: Layer, here: dict) -> Part:
+def check_delta(path, name: str, layer: Layer, here: dict) -> Delta:
     """The Part of one layer in float32. Raises ValueError unless its tensors fit each other and the layer."""
     for which in ("down", "up"):
         if which not in here:
@@ -229,7 +281,12 @@ def checked(path, name: str, layer: Layer, here: dict) -> Part:
     if layer.weight.ndim == 2 and down.ndim == up.ndim == 4:
         down, up = down.flatten(1), up.flatten(1)
     r = len(down)
-    fits = r and up.ndim == down.ndim == layer.weight.ndim and down.shape[1:] == layer.weight.shape[1:] and up.shape[:2] == (len(layer.weight), r)
+    fits = (
+        r
+        and up.ndim == down.ndim == layer.weight.ndim
+        and down.shape[1:] == layer.weight.shape[1:]
+        and up.shape[:2] == (len(layer.weight), r)
+    )
     if not fits or (up.ndim == 4 and up.shape[2:] != (1, 1)):
         raise ValueError(
             f"{path}: was made for another model, or is damaged: {name} is {tuple(layer.weight.shape)}, its lora_down "
@@ -238,17 +295,28 @@ def checked(path, name: str, layer: Layer, here: dict) -> Part:
     alpha = here.get("alpha", torch.tensor(float(r)))
     if alpha.numel() != 1 or not all(t.isfinite().all() for t in (down, up, alpha)):
         raise ValueError(f"{path}: {name} holds NaN, infinite numbers or more than one alpha")
-    return Part(down, up, float(alpha))
+    return Delta(down, up, float(alpha))
 
 
 # ---------------------------------------------------------------------------------------- out
 
 
-def write(path, parts: dict[str, Part], metadata: dict, naming: str = "kohya", unet=None, dtype=torch.float16):
+def write(
+    path,
+    parts: dict[str, Delta],
+    metadata: dict,
+    naming: str = "kohya",
+    unet=None,
+    dtype=torch.float16,
+):
     """Write a slider file. metadata: any JSON values. unet: the model that
     the names are of, needed for the namings that are not kohya's."""
-    theirs = names(unet)[naming] if naming != "kohya" else {stem: stem for stem in parts}
-    down, up = ("lora_A.weight", "lora_B.weight") if naming == "peft" else ("lora_down.weight", "lora_up.weight")
+    theirs = layer_names(unet)[naming] if naming != "kohya" else {stem: stem for stem in parts}
+    down, up = (
+        ("lora_A.weight", "lora_B.weight")
+        if naming == "peft"
+        else ("lora_down.weight", "lora_up.weight")
+    )
     tensors = {}
     for stem, part in parts.items():
         B = part.up.detach().cpu().float()
@@ -259,17 +327,17 @@ def write(path, parts: dict[str, Part], metadata: dict, naming: str = "kohya", u
         tensors[f"{theirs[stem]}.{down}"] = part.down.detach().cpu().to(dtype).contiguous()
         tensors[f"{theirs[stem]}.{up}"] = B.to(dtype).contiguous()
     metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
-    save(path, tensors, tool_metadata(parts, metadata) | metadata)
+    save_tensors(path, tensors, tool_metadata(parts, metadata) | metadata)
 
 
-def save(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None):
+def save_tensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None):
     """A .safetensors file, written under a temporary name, then renamed."""
-    written(Path(path), lambda p: save_file(tensors, p, metadata=metadata))
+    write_atomically(Path(path), lambda p: save_file(tensors, p, metadata=metadata))
 
 
-def tool_metadata(parts: dict[str, Part], metadata: dict[str, str]) -> dict[str, str]:
+def tool_metadata(parts: dict[str, Delta], metadata: dict[str, str]) -> dict[str, str]:
     """What ComfyUI, A1111 and model browsers display, in their keys: kohya's ss_..., and Stability's modelspec."""
-    settings = json_of(metadata.get("settings", "{}"), "the slider file")
+    settings = parse_json_object(metadata.get("settings", "{}"), "the slider file")
     rank = max((len(part.down) for part in parts.values()), default=0)
     alpha = max((part.alpha for part in parts.values()), default=0.0)
     said = {
@@ -283,9 +351,18 @@ def tool_metadata(parts: dict[str, Part], metadata: dict[str, str]) -> dict[str,
         "modelspec.implementation": "diffusers",
         "modelspec.title": metadata.get("kind", "slider"),
     }
-    for key, name in (("ss_learning_rate", "lr"), ("ss_max_train_steps", "steps"), ("ss_seed", "seed"), ("modelspec.resolution", "size")):
+    for key, name in (
+        ("ss_learning_rate", "lr"),
+        ("ss_max_train_steps", "steps"),
+        ("ss_seed", "seed"),
+        ("modelspec.resolution", "size"),
+    ):
         if settings.get(name):
-            said[key] = f"{settings[name]}x{settings[name]}" if name == "size" else str(settings[name])
+            said[key] = (
+                f"{settings[name]}x{settings[name]}" if name == "size" else str(settings[name])
+            )
     if settings.get("pos"):
-        said["modelspec.description"] = f"concept slider: + {settings['pos']} - {settings.get('neg')}"
+        said["modelspec.description"] = (
+            f"concept slider: + {settings['pos']} - {settings.get('neg')}"
+        )
     return said

@@ -17,29 +17,41 @@ from formats import single_file
 
 PARTS = ["unet", "vae", "text_encoder", "text_encoder_2"]
 SDXL_ID = "stabilityai/stable-diffusion-xl-base-1.0"
-OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # some released VAEs'
+OLD_VAE_ATTENTION = {
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "proj_attn": "to_out.0",
+}  # some released VAEs'
 
 
 @dataclass
-class Files:
+class ModelFiles:
     """A model on disk."""
 
     configs: dict[str, dict]  # of each of PARTS, "scheduler" and "model_index"
-    where: dict[str, dict[str, tuple[Path, str, str]]]  # part -> released name -> file, name there, what to do to it
+    # part -> released name -> (file, name there, what to do to the tensor)
+    locations: dict[str, dict[str, tuple[Path, str, str]]]
     tokenizers: list[Path]  # two folders; none where a single file has none
+    folder: Path | None = None  # None for a single file
+
+    def known_words(self) -> set[str] | None:
+        """The words that the model was trained on, if it lists them (released SDXL does not)."""
+        path = self.tokenizers[0] / "known_words.txt"
+        return set(path.read_text().split()) if path.exists() else None
 
 
-def find(path_or_id, base=None) -> Files:
+def find_weights(path_or_id, base=None) -> ModelFiles:
     """A folder or file as it is; otherwise a Hub id, downloaded into huggingface_hub's cache.
 
     base: the SDXL folder or Hub id that a single file takes its tokenizers from. Raises ValueError, one line.
     """
     path = Path(path_or_id)
     if path.is_dir():
-        return in_folder(path)
+        return from_folder(path)
     if path.is_file():
-        return in_single_file(path, base)
-    return in_folder(from_hub(path_or_id))
+        return from_single_file(path, base)
+    return from_folder(from_hub(path_or_id))
 
 
 def from_hub(name, patterns=("*.json", "*.txt", "*/*.safetensors"), **options) -> Path:
@@ -52,31 +64,40 @@ def from_hub(name, patterns=("*.json", "*.txt", "*/*.safetensors"), **options) -
         return Path(snapshot_download(str(name), allow_patterns=list(patterns), **options))
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{name}: no such folder or file, and not to be had from the Hub ({reason})") from None
+        raise ValueError(
+            f"{name}: no such folder or file, and not to be had from the Hub ({reason})"
+        ) from None
 
 
 # ------------------------------------------------------------------------------------------ an SDXL folder
 
 
-def in_folder(root: Path) -> Files:
+def from_folder(root: Path) -> ModelFiles:
     if not (root / "model_index.json").exists():
         raise ValueError(f"{root}: not an SDXL folder: it has no model_index.json")
     index = read_json(root / "model_index.json")
-    if "Refiner" in str(index.get("_class_name")) or index.get("text_encoder", "") in (None, [None, None]):
-        raise ValueError(f"{root}: the SDXL refiner, which has one text encoder; sliders need the base model")
+    kind, encoder = index.get("_class_name", "model"), index.get("text_encoder", "")
+    if "Refiner" in str(kind) or encoder in (None, [None, None]):
+        remedy = "sliders need the base model"
+        raise ValueError(f"{root}: the SDXL refiner, which has one text encoder; {remedy}")
     if "text_encoder_2" not in index:
-        raise ValueError(f"{root}: holds a {index.get('_class_name', 'model')} without a second text encoder; only SDXL is supported")
+        lacks = "without a second text encoder; only SDXL is supported"
+        raise ValueError(f"{root}: holds a {kind} {lacks}")
     configs = {part: read_json(root / part / "config.json") for part in PARTS}
-    configs |= {"model_index": index, "scheduler": read_json(root / "scheduler" / "scheduler_config.json")}
-    return Files(configs, {part: table(root, part) for part in PARTS}, [root / "tokenizer", root / "tokenizer_2"])
+    scheduler = read_json(root / "scheduler" / "scheduler_config.json")
+    configs |= {"model_index": index, "scheduler": scheduler}
+    locations = {part: locate_tensors(root, part) for part in PARTS}
+    return ModelFiles(configs, locations, [root / "tokenizer", root / "tokenizer_2"], root)
 
 
-def table(root: Path, part: str) -> dict[str, tuple[Path, str, str]]:
+def locate_tensors(root: Path, part: str) -> dict[str, tuple[Path, str, str]]:
     """Where each tensor of one part of a folder is."""
     out = {}
     for file in weight_files(root / part):
-        for name, shape in header(file).items():
-            old_attention = part == "vae" and ".attentions." in name and len(shape) == 4  # as 1x1 convolutions
+        for name, shape in read_header(file).items():
+            old_attention = (
+                part == "vae" and ".attentions." in name and len(shape) == 4
+            )  # as 1x1 convolutions
             if not name.endswith("position_ids"):
                 out[released(part, name)] = (file, name, "squeeze" if old_attention else "")
     return out
@@ -85,7 +106,11 @@ def table(root: Path, part: str) -> dict[str, tuple[Path, str, str]]:
 def released(part: str, name: str) -> str:
     """The name that a released folder of today gives a tensor: some older VAEs', and transformers 5's, are others."""
     if part == "vae":
-        return re.sub(r"(attentions\.0)\.(query|key|value|proj_attn)\b", lambda m: f"{m[1]}.{OLD_VAE_ATTENTION[m[2]]}", name)
+        return re.sub(
+            r"(attentions\.0)\.(query|key|value|proj_attn)\b",
+            lambda m: f"{m[1]}.{OLD_VAE_ATTENTION[m[2]]}",
+            name,
+        )
     if part.startswith("text_encoder") and not name.startswith(("text_model.", "text_projection.")):
         return "text_model." + name
     return name
@@ -95,18 +120,27 @@ def weight_files(folder: Path) -> list[Path]:
     """The .safetensors files of one part: the whole or its shards, plain or fp16, the plain ones first."""
     stem = "model" if folder.name.startswith("text_encoder") else "diffusion_pytorch_model"
     for variant in ("", ".fp16"):
-        whole, index = folder / f"{stem}{variant}.safetensors", folder / f"{stem}.safetensors.index{variant}.json"
+        whole, index = (
+            folder / f"{stem}{variant}.safetensors",
+            folder / f"{stem}.safetensors.index{variant}.json",
+        )
         if whole.exists():
             return [whole]
         if index.exists():
-            names = sorted({str(name) for name in dict(read_json(index).get("weight_map", {})).values()})
+            names = sorted(
+                {str(name) for name in dict(read_json(index).get("weight_map", {})).values()}
+            )
             odd = [name for name in names if Path(name).name != name]
             if odd or not names:
-                raise ValueError(f"{index}: names no files beside it" + (f": {odd[0]!r}" if odd else ""))
+                raise ValueError(
+                    f"{index}: names no files beside it" + (f": {odd[0]!r}" if odd else "")
+                )
             return [folder / name for name in names]
     pickled = next((f.name for f in folder.glob("*.bin")), None)
     if pickled:
-        raise ValueError(f"{folder}: has only {pickled}, a pickle; only .safetensors files are read")
+        raise ValueError(
+            f"{folder}: has only {pickled}, a pickle; only .safetensors files are read"
+        )
     raise ValueError(f"{folder / stem}.safetensors: missing from the model folder")
 
 
@@ -122,7 +156,7 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def header(file: Path) -> dict[str, tuple]:
+def read_header(file: Path) -> dict[str, tuple]:
     """{name: shape} of a .safetensors file; reads its header alone."""
     try:
         with safe_open(file, "pt") as f:
@@ -130,10 +164,10 @@ def header(file: Path) -> dict[str, tuple]:
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file") from None
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: {what_is(file)} ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{file}: {describe_file(file)} ({str(error).splitlines()[0]})") from None
 
 
-def what_is(file: Path) -> str:
+def describe_file(file: Path) -> str:
     with open(file, "rb") as f:
         start = f.read(4)
     if start[:2] == b"PK" or start[:1] == b"\x80":
@@ -144,32 +178,51 @@ def what_is(file: Path) -> str:
 # ------------------------------------------------------------------------------------------ one file
 
 
-def in_single_file(path: Path, base=None) -> Files:
+def from_single_file(path: Path, base=None) -> ModelFiles:
     """A checkpoint in one file holds no tokenizers and no noise schedule: those come from `base`; without it from the
     file's own folder, then from SDXL 1.0's folder where huggingface_hub has cached it before."""
-    shapes = header(path)
+    shapes = read_header(path)
     with safe_open(path, "pt") as f:
-        kind = single_file.kind_of(shapes, f.metadata() or {})
+        kind = single_file.identify(shapes, f.metadata() or {})
     if kind != "sdxl":
         raise ValueError(f"{path}: {kind}")
     root = base_folder(path, base)
     # What the base folder says of a part; without one, what SDXL 1.0's does.
-    said = lambda part, *file: read_json(root.joinpath(*file)) if root and root.joinpath(*file).exists() else single_file.SDXL[part]
+    said = (
+        lambda part, *file: read_json(root.joinpath(*file))
+        if root and root.joinpath(*file).exists()
+        else single_file.SDXL[part]
+    )
     try:
         renamed = single_file.rename(shapes)
-        configs = single_file.configs(shapes, {part: said(part, part, "config.json") for part in PARTS})
+        configs = single_file.configs(
+            shapes, {part: said(part, part, "config.json") for part in PARTS}
+        )
     except (KeyError, IndexError, StopIteration) as error:
         raise ValueError(f"{path}: an incomplete SDXL checkpoint: it lacks {error}") from None
-    configs |= {"model_index": said("model_index", "model_index.json"), "scheduler": said("scheduler", "scheduler", "scheduler_config.json")}
-    where = {part: {new: (path, old, action) for new, old, action in entries} for part, entries in renamed.items()}
-    return Files(configs, where, [root / "tokenizer", root / "tokenizer_2"] if root else [])
+    configs |= {
+        "model_index": said("model_index", "model_index.json"),
+        "scheduler": said("scheduler", "scheduler", "scheduler_config.json"),
+    }
+    locations = {
+        part: {new: (path, old, action) for new, old, action in entries}
+        for part, entries in renamed.items()
+    }
+    return ModelFiles(
+        configs, locations, [root / "tokenizer", root / "tokenizer_2"] if root else []
+    )
 
 
 def base_folder(path: Path, base) -> Path | None:
     """The folder that has tokenizers for a single file; None if there is none and none was named."""
-    has = lambda folder: all((folder / t / "vocab.json").exists() or (folder / t / "tokenizer.json").exists() for t in ("tokenizer", "tokenizer_2"))
+    has = lambda folder: all(
+        (folder / t / "vocab.json").exists() or (folder / t / "tokenizer.json").exists()
+        for t in ("tokenizer", "tokenizer_2")
+    )
     if base:
-        root = Path(base) if Path(base).is_dir() else from_hub(base, ("*.json", "*/*.json", "*/*.txt"))
+        root = (
+            Path(base) if Path(base).is_dir() else from_hub(base, ("*.json", "*/*.json", "*/*.txt"))
+        )
         if not has(root):
             raise ValueError(f"{base}: has no tokenizer/ and tokenizer_2/ to use with {path.name}")
         return root
@@ -185,64 +238,95 @@ def base_folder(path: Path, base) -> Path | None:
 # ------------------------------------------------------------------------------------------ pouring
 
 
-def tensors(where: dict, device, dtype, chunk: int = 2**28):
+def read_tensors(locations: dict, device, dtype, chunk: int = 2**28):
     """Yield {released name: tensor} some `chunk` bytes at a time, each tensor on `device` in `dtype`.
 
     The file is mapped, not read: a tensor that is already as it is wanted stays a view of the mapping, and costs no
     memory of its own; one that is converted is copied, and its chunk's mapping closed before the next is opened.
     """
-    rest = sorted(where.items(), key=lambda item: (str(item[1][0]), item[1][1]))
+    rest = sorted(locations.items(), key=lambda item: (str(item[1][0]), item[1][1]))
     while rest:
         file, part, size = rest[0][1][0], {}, 0
         with safe_open(file, "pt") as f:
             while rest and rest[0][1][0] == file and size < chunk:
                 name, (_, old, action) = rest.pop(0)
-                tensor = single_file.act(f.get_tensor(old), action)
+                tensor = single_file.transform(f.get_tensor(old), action)
                 part[name] = tensor.to(device, dtype)
                 size += tensor.nbytes
                 del tensor
         yield part
 
 
-def pour(kind, config: dict, where: dict, device, dtype, part: str):
+def load_module(kind, config: dict, locations: dict, device, dtype, part: str):
     """Build kind(config) without memory, then fill it. Raises ValueError unless names and shapes fit exactly."""
     try:
         with torch.device("meta"):
             module = kind(config)
     except (KeyError, TypeError, IndexError, ZeroDivisionError, RuntimeError) as error:
         raise ValueError(f"{part}/config.json: missing or odd: {error}") from None
-    check_names(module.state_dict(), where, part)
+    check_names(module.state_dict(), locations, part)
     try:
-        for some in tensors(where, device, dtype):
+        for some in read_tensors(locations, device, dtype):
             module.load_state_dict(some, strict=False, assign=True)
     except torch.OutOfMemoryError:
         raise
     except (SafetensorError, RuntimeError, OSError) as error:
-        raise ValueError(f"{part}: the weights do not fit config.json: {str(error).splitlines()[-1].strip()}") from None
+        raise ValueError(
+            f"{part}: the weights do not fit config.json: {str(error).splitlines()[-1].strip()}"
+        ) from None
     return module.eval().requires_grad_(False)
 
 
-def pour_text_encoder(kind, config: dict, where: dict, device, dtype, part: str):
+def load_text_encoder(kind, config: dict, locations: dict, device, dtype, part: str):
     """The same for transformers' `kind`, by its own loading: its names for the parameters change with its version."""
     try:
-        settings = kind.config_class(**{k: v for k, v in config.items() if k not in ("architectures", "transformers_version", "dtype", "torch_dtype")})
+        settings = kind.config_class(
+            **{
+                k: v
+                for k, v in config.items()
+                if k not in ("architectures", "transformers_version", "dtype", "torch_dtype")
+            }
+        )
     except Exception as error:  # its checks of a damaged config raise anything
-        raise ValueError(f"{part}/config.json: missing or odd: {' '.join(str(error).split())[:200]}") from None
-    state = {name: t for some in tensors(where, "cpu", dtype) for name, t in some.items()}
+        raise ValueError(
+            f"{part}/config.json: missing or odd: {' '.join(str(error).split())[:200]}"
+        ) from None
+    state = {name: t for some in read_tensors(locations, "cpu", dtype) for name, t in some.items()}
     try:
-        module, info = kind.from_pretrained(None, config=settings, state_dict=state, dtype=dtype, output_loading_info=True)
+        module, info = kind.from_pretrained(
+            None, config=settings, state_dict=state, dtype=dtype, output_loading_info=True
+        )
     except Exception as error:  # a config that its checks let pass can still raise anything
-        raise ValueError(f"{part}: the weights do not fit config.json: {(str(error).splitlines() or [type(error).__name__])[-1].strip()}") from None
+        raise ValueError(
+            f"{part}: the weights do not fit config.json: {(str(error).splitlines() or [type(error).__name__])[-1].strip()}"
+        ) from None
     lacking = [n for n in info["missing_keys"] if not n.endswith("position_ids")]
     if lacking or info["unexpected_keys"] or info["mismatched_keys"]:
-        raise ValueError(f"{part}: the weights do not fit config.json: {[*lacking, *info['unexpected_keys'], *info['mismatched_keys']][0]}")
+        raise ValueError(
+            f"{part}: the weights do not fit config.json: {[*lacking, *info['unexpected_keys'], *info['mismatched_keys']][0]}"
+        )
     return module.to(device).eval().requires_grad_(False)
 
 
-def check_names(wanted, where: dict, part: str):
-    missing, extra = wanted.keys() - where.keys(), where.keys() - wanted.keys()
-    if missing or extra:
-        raise ValueError(
-            f"{part}: the weights do not fit config.json: "
-            + "; ".join(f"{len(names)} {what}, such as {min(names)}" for names, what in ((missing, "missing"), (extra, "too many")) if names)
-        )
+def check_names(expected, locations: dict, part: str):
+    missing, extra = expected.keys() - locations.keys(), locations.keys() - expected.keys()
+    kinds = ((missing, "missing"), (extra, "too many"))
+    found = [f"{len(names)} {kind}, such as {min(names)}" for names, kind in kinds if names]
+    if found:
+        raise ValueError(f"{part}: the weights do not fit config.json: {'; '.join(found)}")
+
+
+def load_tokenizers(path_or_id, files: ModelFiles) -> list:
+    """Both tokenizers, transformers'. ValueError if there are none, or they are damaged."""
+    from transformers import CLIPTokenizer
+
+    if not files.tokenizers:
+        remedy = f"name an SDXL folder, or {SDXL_ID}, with --base"
+        raise ValueError(f"{path_or_id}: one file holds no tokenizers: {remedy}")
+    try:
+        load = lambda folder: CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        return [load(folder) for folder in files.tokenizers]
+    except Exception as error:  # of a damaged one the tokenizers library raises Exception itself
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        where = files.tokenizers[0].parent
+        raise ValueError(f"{where}: the tokenizers cannot be read: {reason}") from None

@@ -9,13 +9,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cli
 import lora
 from miniature.effect import readings
+from support import cli
 
 PERSON = "a photo of a person"
 SLIDERS = {  # attribute -> words of its positive and of its negative end, what is preserved
-    "age": ("very old", "very young", ["with glasses, without glasses", "with a hat, without a hat"]),
+    "age": (
+        "very old",
+        "very young",
+        ["with glasses, without glasses", "with a hat, without a hat"],
+    ),
     "smile": ("with a big smile", "with a big frown", ["man, woman"]),
     "eye_size": ("with big eyes", "with small eyes", ["man, woman"]),
     "sex": ("man", "woman", ["old, young"]),
@@ -33,15 +37,30 @@ def train(attribute: str, folder: Path) -> Path:
     path = folder / f"{attribute.replace(' ', '_')}.safetensors"
     if not path.exists():
         pos, neg, preserve = SLIDERS[attribute]
-        command = ["train_text.py", "--prompt", PERSON, "--pos", f"{PERSON}, {pos}", "--neg", f"{PERSON}, {neg}", "--out", str(path)]
-        subprocess.run([sys.executable, *command, *(word for p in preserve for word in ("--preserve", p))], check=True)
+        command = [
+            "train_text.py",
+            "--prompt",
+            PERSON,
+            "--pos",
+            f"{PERSON}, {pos}",
+            "--neg",
+            f"{PERSON}, {neg}",
+            "--out",
+            str(path),
+        ]
+        subprocess.run(
+            [sys.executable, *command, *(word for p in preserve for word in ("--preserve", p))],
+            check=True,
+        )
     return path
 
 
 def main():
-    p = cli.parser(__doc__)
+    p = cli.model_parser(__doc__)
     p.add_argument("--out", default="out/ten", help="folder of the sliders (default: %(default)s)")
-    p.add_argument("--seeds", type=cli.integers, default=list(range(1000, 1064)), help="default: 1000-1063")
+    p.add_argument(
+        "--seeds", type=cli.seed_list, default=list(range(1000, 1064)), help="default: 1000-1063"
+    )
     p.add_argument("--steps", type=int, default=30)
     args = p.parse_args()
     files = {attribute: train(attribute, Path(args.out)) for attribute in SLIDERS}
@@ -50,8 +69,14 @@ def main():
 
     for pair in PAIRS:
         for one, other in (pair, pair[::-1]):
-            columns = [[(sliders[one], s), (sliders[other], held)] for held in (-2.0, 0.0, 2.0) for s in (-2.0, 2.0)]
-            means = readings(model, columns, args.seeds, steps=args.steps)[one].mean(1).reshape(3, 2)
+            columns = [
+                [(sliders[one], s), (sliders[other], held)]
+                for held in (-2.0, 0.0, 2.0)
+                for s in (-2.0, 2.0)
+            ]
+            means = (
+                readings(model, columns, args.seeds, steps=args.steps)[one].mean(1).reshape(3, 2)
+            )
             effects = means[:, 1] - means[:, 0]
             print(
                 f"{one} from scale -2 to 2, {other} held at -2, 0, 2: moves {', '.join(f'{e:.3f}' for e in effects)}, "

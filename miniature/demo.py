@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-import cli
+from support import cli
 
 OUT = Path("out") / "demo"
 SCALES, SEEDS = ["-3", "-2", "-1", "0", "+1", "+2", "+3"], range(1, 7)
@@ -14,7 +14,10 @@ START = "0.5"  # later than the default: age moves less far, and brings less els
 
 
 def step(*command):
-    print("\n$ python " + " ".join(f'"{word}"' if " " in word else word for word in command), flush=True)
+    print(
+        "\n$ python " + " ".join(f'"{word}"' if " " in word else word for word in command),
+        flush=True,
+    )
     if status := subprocess.run([sys.executable, *command]).returncode:
         sys.exit(status)
 
@@ -53,7 +56,9 @@ def main():
     )
     from miniature import effect
 
-    columns = [[Image.open(OUT / f"seed{seed}_scale{scale}.png") for seed in SEEDS] for scale in SCALES]
+    columns = [
+        [Image.open(OUT / f"seed{seed}_scale{scale}.png") for seed in SEEDS] for scale in SCALES
+    ]
     found = effect.summary(effect.table(columns), "age", [float(s) for s in SCALES])
     print("\nage (0 young, 1 old) as the measuring stick reads it, mean of the rows:")
     for scale, mean in zip(SCALES, found["means"]):

@@ -9,12 +9,12 @@ import json
 import numpy as np
 from tqdm import tqdm
 
-import cli
 import lora
 import slider
 from miniature import world
 from miniature.measure import WORDS, measure
 from sdxl import split_words
+from support import cli
 
 PROMPTS = [
     "a portrait of a woman with brown hair",
@@ -26,7 +26,11 @@ PROMPTS = [
     "a woman, blue background",
     "a portrait of a male person with black hair",
 ]
-NAMED = {"hair_length": {"long", "short"}, "skin": {"skin"}, "sex": {"man", "woman", "male", "female"}}  # what PROMPTS say of these they hold fast
+NAMED = {
+    "hair_length": {"long", "short"},
+    "skin": {"skin"},
+    "sex": {"man", "woman", "male", "female"},
+}  # what PROMPTS say of these they hold fast
 SCALES = [-3, -2, -1, 0, 1, 2, 3]
 
 
@@ -66,10 +70,23 @@ def said(columns, count: int) -> list[list[str]]:
     """For each picture of each column what the measuring stick reads of the `count` attributes that move most from column to
     column: "measured age 0.31 (0 to 1), smile -0.20 (-1 to 1)"."""
     rows = table(columns)
-    reach = lambda name: float(np.median(np.ptp(rows[name], 0))) / span(name)  # in the middle picture: a hat that comes and goes in one does not count
-    most = sorted(rows, key=lambda name: (reach(name), moved(rows[name], name)), reverse=True)[:count]
-    one = lambda name, value: f"{name.replace('_', ' ')} {value:.2f} ({' to '.join(f'{end:g}' for end in world.RANGES.get(name, (0, 1)))})"
-    return [["measured " + ", ".join(one(name, rows[name][c, i]) for name in most) for i in range(len(column))] for c, column in enumerate(columns)]
+    reach = lambda name: float(np.median(np.ptp(rows[name], 0))) / span(
+        name
+    )  # in the middle picture: a hat that comes and goes in one does not count
+    most = sorted(rows, key=lambda name: (reach(name), moved(rows[name], name)), reverse=True)[
+        :count
+    ]
+    one = (
+        lambda name,
+        value: f"{name.replace('_', ' ')} {value:.2f} ({' to '.join(f'{end:g}' for end in world.RANGES.get(name, (0, 1)))})"
+    )
+    return [
+        [
+            "measured " + ", ".join(one(name, rows[name][c, i]) for name in most)
+            for i in range(len(column))
+        ]
+        for c, column in enumerate(columns)
+    ]
 
 
 def span(name: str) -> float:
@@ -104,18 +121,32 @@ def summary(table, attribute, scales=SCALES) -> dict:
 
 def order(means) -> str:
     steps = np.diff(means)
-    return "rises at every scale" if (steps > 0).all() else "FALLS at every scale" if (steps < 0).all() else "NOT in order of the scales"
+    return (
+        "rises at every scale"
+        if (steps > 0).all()
+        else "FALLS at every scale"
+        if (steps < 0).all()
+        else "NOT in order of the scales"
+    )
 
 
 def main():
-    p = cli.parser(__doc__)
+    p = cli.model_parser(__doc__)
     p.add_argument("slider", help="slider file")
-    p.add_argument("--attribute", required=True, choices=world.RANGES, help="what it is meant to move")
-    p.add_argument("--prompt", action="append", help="instead of the eight, less those that name the attribute; may be repeated, seeds take them in turn")
-    p.add_argument("--seeds", type=cli.integers, default=list(range(1000, 1064)), help="default: 1000-1063")
+    p.add_argument(
+        "--attribute", required=True, choices=world.RANGES, help="what it is meant to move"
+    )
+    p.add_argument(
+        "--prompt",
+        action="append",
+        help="instead of the eight, less those that name the attribute; may be repeated, seeds take them in turn",
+    )
+    p.add_argument(
+        "--seeds", type=cli.seed_list, default=list(range(1000, 1064)), help="default: 1000-1063"
+    )
     p.add_argument("--scales", type=cli.numbers, default=SCALES)
     p.add_argument("--steps", type=int, default=30)
-    p.add_argument("--start", type=cli.share, default=0.3)
+    p.add_argument("--start", type=cli.fraction, default=0.3)
     p.add_argument("--guidance", type=cli.guidance, default=5.0)
     p.add_argument("--json", help="also write the summary and the means to this file")
     args = p.parse_args()
@@ -124,11 +155,23 @@ def main():
         raise ValueError("--scales: two at least, or nothing can move")
     model = cli.load_model(args)
     loaded = lora.load(args.slider, model.unet)
-    prompts = args.prompt or [p for p in PROMPTS if not NAMED.get(args.attribute, set()) & set(split_words(p))]
-    table = readings(model, [[(loaded, scale)] for scale in args.scales], args.seeds, prompts, steps=args.steps, start=args.start, guidance=args.guidance)
+    prompts = args.prompt or [
+        p for p in PROMPTS if not NAMED.get(args.attribute, set()) & set(split_words(p))
+    ]
+    table = readings(
+        model,
+        [[(loaded, scale)] for scale in args.scales],
+        args.seeds,
+        prompts,
+        steps=args.steps,
+        start=args.start,
+        guidance=args.guidance,
+    )
     print(f"{'':18}" + "".join(f"{s:+8g}" for s in args.scales) + "   moved")
     for name, rows in table.items():
-        print(f"{name:18}" + "".join(f"{m:8.2f}" for m in rows.mean(1)) + f"{moved(rows, name):8.0%}")
+        print(
+            f"{name:18}" + "".join(f"{m:8.2f}" for m in rows.mean(1)) + f"{moved(rows, name):8.0%}"
+        )
     result = summary(table, args.attribute, args.scales)
     print(
         f"{args.attribute}: moves {result['moved']:.0%} of its range, {order(result['means'])}; "

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from evaluate import Judges
+from extras.evaluate import Judges
 from miniature.measure import Judge, judge, tensor
 from sdxl import SDXL
 
@@ -20,7 +20,9 @@ from sdxl import SDXL
 def vision_tower() -> Judge:
     """pictures (B, 3, 128, 128) in [-1, 1] -> (B, 128), in the space of the second text encoder's pooled output."""
     tower = Judge(outputs=128)
-    tower.load_state_dict({k: v.float() for k, v in load_file(Path(__file__).parent / "vision.safetensors").items()})
+    tower.load_state_dict(
+        {k: v.float() for k, v in load_file(Path(__file__).parent / "vision.safetensors").items()}
+    )
     return tower.eval().requires_grad_(False)
 
 
@@ -46,4 +48,6 @@ def miniature_judges(model: SDXL | None = None) -> Judges:
         return out
 
     seen = lambda net: torch.no_grad()(lambda images: net(tensor(images)))
-    return Judges(seen(tower), clip_prompts, layers, seen(lambda x: judge().head[:2](judge().features(x))))
+    return Judges(
+        seen(tower), clip_prompts, layers, seen(lambda x: judge().head[:2](judge().features(x)))
+    )

@@ -36,7 +36,11 @@ class Judge(nn.Module):
     def __init__(self, outputs: int = OUTPUTS):
         super().__init__()
         c = [24, 48, 96, 160]
-        layers = [nn.Conv2d(3, c[0], 5, stride=2, padding=2), nn.BatchNorm2d(c[0]), nn.ReLU()]  # 64x64
+        layers = [
+            nn.Conv2d(3, c[0], 5, stride=2, padding=2),
+            nn.BatchNorm2d(c[0]),
+            nn.ReLU(),
+        ]  # 64x64
         for c_in, c_out in zip(c, c[1:]):
             layers += [
                 nn.Conv2d(c_in, c_out, 3, stride=2, padding=1),
@@ -46,7 +50,9 @@ class Judge(nn.Module):
                 nn.BatchNorm2d(c_out),
                 nn.ReLU(),
             ]  # 32, 16, 8
-        self.features = nn.Sequential(*layers, nn.Conv2d(c[-1], 48, 1), nn.ReLU(), nn.Flatten())  # (B, 48 * 8 * 8)
+        self.features = nn.Sequential(
+            *layers, nn.Conv2d(c[-1], 48, 1), nn.ReLU(), nn.Flatten()
+        )  # (B, 48 * 8 * 8)
         self.head = nn.Sequential(nn.Linear(48 * 64, 160), nn.ReLU(), nn.Linear(160, outputs))
 
     def forward(self, x):
@@ -56,7 +62,12 @@ class Judge(nn.Module):
 def targets(a: dict) -> list[float]:
     """What the judge should say of attributes `a`: numbers in [-1, 1], chances 0 or 1, word indices; NaN where a hand
     has no such thing."""
-    scale = lambda name: 2 * (a[name] - world.RANGES[name][0]) / (world.RANGES[name][1] - world.RANGES[name][0]) - 1
+    scale = (
+        lambda name: 2
+        * (a[name] - world.RANGES[name][0])
+        / (world.RANGES[name][1] - world.RANGES[name][0])
+        - 1
+    )
     return (
         [scale(n) if n in a else math.nan for n in NUMBERS]
         + [a.get(n, math.nan) for n in CHANCES]
@@ -70,7 +81,9 @@ def judge_loss(out, target):
     given = ~target.isnan()
     loss = 4 * F.mse_loss(out[:, :n][given[:, :n]], target[:, :n][given[:, :n]])
     chances, known = target[:, n : n + len(CHANCES)], given[:, n : n + len(CHANCES)]
-    loss = loss + F.binary_cross_entropy_with_logits(out[:, n : n + len(CHANCES)][known], chances[known])
+    loss = loss + F.binary_cross_entropy_with_logits(
+        out[:, n : n + len(CHANCES)][known], chances[known]
+    )
     at = n + len(CHANCES)
     for i, words in enumerate(WORDS.values()):
         column = target[:, n + len(CHANCES) + i]
@@ -95,7 +108,9 @@ def judge() -> Judge:
 
 def tensor(pictures: list[Image.Image]) -> torch.Tensor:
     """What the judge looks at: (N, 3, 128, 128) in [-1, 1]."""
-    x = torch.from_numpy(np.stack([np.asarray(p.convert("RGB").resize((world.SIZE,) * 2)) for p in pictures]))
+    x = torch.from_numpy(
+        np.stack([np.asarray(p.convert("RGB").resize((world.SIZE,) * 2)) for p in pictures])
+    )
     return x.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -113,8 +128,12 @@ def measure(pictures: list[Image.Image]) -> dict[str, np.ndarray]:
     for name, words in WORDS.items():
         readings[name] = np.array(words)[out[:, at : at + len(words)].argmax(1).numpy()]
         at += len(words)
-    readings["fingers"] = np.array([count_fingers(p) if kind == "hand" else 0 for p, kind in zip(pictures, readings["kind"])])
-    readings["eye_pixels"] = np.array([eye_pixels(p) if kind == "face" else 0.0 for p, kind in zip(pictures, readings["kind"])])
+    readings["fingers"] = np.array(
+        [count_fingers(p) if kind == "hand" else 0 for p, kind in zip(pictures, readings["kind"])]
+    )
+    readings["eye_pixels"] = np.array(
+        [eye_pixels(p) if kind == "face" else 0.0 for p, kind in zip(pictures, readings["kind"])]
+    )
     return readings
 
 
@@ -124,13 +143,24 @@ def measure(pictures: list[Image.Image]) -> dict[str, np.ndarray]:
 def count_fingers(picture: Image.Image) -> int:
     """Fingers of an open hand: peaks of the outline's distance from the palm's centre, the wrist's side left out."""
     x = np.asarray(picture.convert("RGB")).astype(float)
-    ground = np.median(np.concatenate([x[:6].reshape(-1, 3), x[:60, :4].reshape(-1, 3), x[:60, -4:].reshape(-1, 3)]), 0)
+    ground = np.median(
+        np.concatenate(
+            [x[:6].reshape(-1, 3), x[:60, :4].reshape(-1, 3), x[:60, -4:].reshape(-1, 3)]
+        ),
+        0,
+    )
     hand = np.abs(x - ground).sum(-1) > 40  # (H, W)
     # The palm's centre is the middle of the largest disc that fits: what survives erosion longest.
     hand_left, left, radius = hand.copy(), hand, 0
     while left.any():
         hand_left, radius = left, radius + 1
-        left = left & np.roll(left, 1, 0) & np.roll(left, -1, 0) & np.roll(left, 1, 1) & np.roll(left, -1, 1)
+        left = (
+            left
+            & np.roll(left, 1, 0)
+            & np.roll(left, -1, 0)
+            & np.roll(left, 1, 1)
+            & np.roll(left, -1, 1)
+        )
         left[0] = left[-1] = left[:, 0] = left[:, -1] = False
     if radius < 8:
         return 0
@@ -194,16 +224,30 @@ def check(n: int = 1000) -> dict[str, float]:
     result = {}
     for name in NUMBERS:
         known = faces if name != "skin" else np.ones(n, bool)
-        result[name] = float(np.corrcoef([a[name] for a, k in zip(truth, known) if k], readings[name][known])[0, 1])
+        result[name] = float(
+            np.corrcoef([a[name] for a, k in zip(truth, known) if k], readings[name][known])[0, 1]
+        )
     for name in CHANCES:
         known = faces if name != "malformed" else np.ones(n, bool)
-        result[name] = float(np.mean([bool(a[name]) == (r > 0.5) for a, r, k in zip(truth, readings[name], known) if k]))
+        result[name] = float(
+            np.mean(
+                [bool(a[name]) == (r > 0.5) for a, r, k in zip(truth, readings[name], known) if k]
+            )
+        )
     for name in WORDS:
         known = faces if name == "hair" else np.ones(n, bool)
-        result[name] = float(np.mean([a[name] == r for a, r, k in zip(truth, readings[name], known) if k]))
-    result["fingers"] = float(np.mean([a["fingers"] == r for a, r, k in zip(truth, readings["fingers"], faces) if not k]))
+        result[name] = float(
+            np.mean([a[name] == r for a, r, k in zip(truth, readings[name], known) if k])
+        )
+    result["fingers"] = float(
+        np.mean([a["fingers"] == r for a, r, k in zip(truth, readings["fingers"], faces) if not k])
+    )
     fine = np.array([bool(f) and not a["malformed"] for f, a in zip(faces, truth)])
-    result["eye_pixels"] = float(np.corrcoef([a["eye_size"] for a, k in zip(truth, fine) if k], readings["eye_pixels"][fine])[0, 1])
+    result["eye_pixels"] = float(
+        np.corrcoef(
+            [a["eye_size"] for a, k in zip(truth, fine) if k], readings["eye_pixels"][fine]
+        )[0, 1]
+    )
     return result
 
 

@@ -7,21 +7,30 @@ from pathlib import Path
 
 import numpy as np
 
-import cli
-import pictures
 from miniature import world
+from support import cli, images
 
 
 def draw(attribute: str, values, count: int, seed: int = 0):
     """`count` lists of pictures: a face with each of the values of its attribute."""
-    faces = [world.sample(np.random.default_rng([seed, i]), kind="face", malformed=0) for i in range(count)]
+    faces = [
+        world.sample(np.random.default_rng([seed, i]), kind="face", malformed=0)
+        for i in range(count)
+    ]
     return [[world.draw(face | {attribute: value}) for value in values] for face in faces]
 
 
 def main():
     p = cli.plain_parser(__doc__)
-    p.add_argument("--attribute", default="eye_size", choices=[n for n in world.RANGES if n != "malformed"])
-    p.add_argument("--values", type=cli.numbers, default=[0.7, 1.5], help="one folder for each (default: 0.7,1.5)")
+    p.add_argument(
+        "--attribute", default="eye_size", choices=[n for n in world.RANGES if n != "malformed"]
+    )
+    p.add_argument(
+        "--values",
+        type=cli.numbers,
+        default=[0.7, 1.5],
+        help="one folder for each (default: 0.7,1.5)",
+    )
     p.add_argument("--count", type=int, default=16, help="faces (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="pairs", help="folder to write to (default: %(default)s)")
@@ -33,8 +42,10 @@ def main():
         raise ValueError(f"--count must be at least 1, not {args.count}")
     for i, group in enumerate(draw(args.attribute, args.values, args.count, args.seed)):
         for value, picture in zip(args.values, group):
-            pictures.save(picture, Path(args.out) / f"{value:g}" / f"{i:03}.png")
-    print(f"{args.out}: {args.count} faces with {args.attribute} at {', '.join(f'{v:g}' for v in args.values)}")
+            images.save_image(picture, Path(args.out) / f"{value:g}" / f"{i:03}.png")
+    print(
+        f"{args.out}: {args.count} faces with {args.attribute} at {', '.join(f'{v:g}' for v in args.values)}"
+    )
 
 
 if __name__ == "__main__":

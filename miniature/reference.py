@@ -6,18 +6,22 @@ slider at the scale at which its meter says that it makes all of the teacher's c
 
 import json
 
-import cli
 import lora
 import train_text
 from miniature import world
 from miniature.effect import readings
+from support import cli
 
 
 def main():
-    p = cli.parser(__doc__)
+    p = cli.model_parser(__doc__)
     p.add_argument("slider", help="text slider file")
-    p.add_argument("--attribute", required=True, choices=world.RANGES, help="what it is meant to move")
-    p.add_argument("--seeds", type=cli.integers, default=list(range(1000, 1064)), help="default: 1000-1063")
+    p.add_argument(
+        "--attribute", required=True, choices=world.RANGES, help="what it is meant to move"
+    )
+    p.add_argument(
+        "--seeds", type=cli.seed_list, default=list(range(1000, 1064)), help="default: 1000-1063"
+    )
     p.add_argument("--steps", type=int, default=30)
     args = p.parse_args()
     model = cli.load_model(args)
@@ -25,11 +29,18 @@ def main():
     trained, meter = json.loads(slider.metadata["settings"]), json.loads(slider.metadata["meter"])
     eta, scales = trained["eta"], [-1 / meter["minus"], 0.0, 1 / meter["plus"]]
     _, ends, _ = train_text.encode(
-        model, json.loads(slider.metadata["prompts"]), trained["pos"], trained["neg"], json.loads(slider.metadata["preserved"]), (model.size,) * 2
+        model,
+        json.loads(slider.metadata["prompts"]),
+        trained["pos"],
+        trained["neg"],
+        json.loads(slider.metadata["preserved"]),
+        (model.size,) * 2,
     )
     found = {
         "slider": readings(model, [[(slider, s)] for s in scales], args.seeds, steps=args.steps),
-        "eq. (8)": readings(model, [[]] * 3, args.seeds, steps=args.steps, ends=ends, etas=[-eta, 0.0, eta]),
+        "eq. (8)": readings(
+            model, [[]] * 3, args.seeds, steps=args.steps, ends=ends, etas=[-eta, 0.0, eta]
+        ),
     }
     shift = {}
     for name, table in found.items():

@@ -80,7 +80,10 @@ class Checkpoint:
 
     def save(self, step):
         temporary = self.path.with_suffix(".tmp")
-        torch.save({"step": step, **{name: part.state_dict() for name, part in self.parts.items()}}, temporary)
+        torch.save(
+            {"step": step, **{name: part.state_dict() for name, part in self.parts.items()}},
+            temporary,
+        )
         os.replace(temporary, self.path)
 
 
@@ -91,7 +94,11 @@ def warm_then_cosine(step, steps, warm=100):
 
 def save_half(state, path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.half().contiguous() if v.is_floating_point() else v for k, v in state.items()}, path, metadata={"format": "pt"})
+    save_file(
+        {k: v.half().contiguous() if v.is_floating_point() else v for k, v in state.items()},
+        path,
+        metadata={"format": "pt"},
+    )
 
 
 def grid(pictures, path, columns=8):
@@ -106,7 +113,11 @@ def grid(pictures, path, columns=8):
 
 def two_rounds(step, first, second):
     """Learning-rate factor of two schedules, one after the other, the second at half the height."""
-    return warm_then_cosine(step, first) if step < first else 0.5 * warm_then_cosine(step - first, second)
+    return (
+        warm_then_cosine(step, first)
+        if step < first
+        else 0.5 * warm_then_cosine(step - first, second)
+    )
 
 
 class Muon(torch.optim.Optimizer):
@@ -123,23 +134,33 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[p]
                 m = state.setdefault("m", torch.zeros_like(p))
                 m.mul_(group["momentum"]).add_(p.grad)
-                x = (p.grad + group["momentum"] * m).reshape(len(p), -1).bfloat16()  # (out, in * k * k)
+                x = (
+                    (p.grad + group["momentum"] * m).reshape(len(p), -1).bfloat16()
+                )  # (out, in * k * k)
                 x = x / (x.norm() + 1e-7)
                 wide = x if x.shape[0] <= x.shape[1] else x.T
                 for _ in range(5):  # Newton-Schulz: all singular values toward 1
                     a = wide @ wide.T
                     wide = 3.4445 * wide + (-4.7750 * a + 2.0315 * a @ a) @ wide
                 x = wide if x.shape[0] <= x.shape[1] else wide.T
-                p.add_(x.reshape(p.shape).to(p.dtype), alpha=-group["lr"] * max(1, x.shape[0] / x.shape[1]) ** 0.5)
+                p.add_(
+                    x.reshape(p.shape).to(p.dtype),
+                    alpha=-group["lr"] * max(1, x.shape[0] / x.shape[1]) ** 0.5,
+                )
 
 
 class Optimiser:
     """Muon for the matrices of `module`, AdamW for the rest (biases, norms, thin layers), on one schedule."""
 
     def __init__(self, module, lr_muon, lr_adam):
-        matrices = [p for p in module.parameters() if p.ndim > 1 and min(len(p), p[0].numel()) >= 16]
+        matrices = [
+            p for p in module.parameters() if p.ndim > 1 and min(len(p), p[0].numel()) >= 16
+        ]
         others = [p for p in module.parameters() if not any(p is q for q in matrices)]
-        self.parts = [Muon(matrices, lr_muon), torch.optim.AdamW(others, lr_adam, betas=(0.9, 0.99), weight_decay=0.0)]
+        self.parts = [
+            Muon(matrices, lr_muon),
+            torch.optim.AdamW(others, lr_adam, betas=(0.9, 0.99), weight_decay=0.0),
+        ]
         self.lrs = [lr_muon, lr_adam]
 
     def step(self, loss, module, factor):
@@ -167,10 +188,14 @@ def make_data():
     pictures_path, attributes_path = WORK / "pictures.npy", WORK / "attributes.json"
     if not attributes_path.exists():
         shape = (PICTURES, world.SIZE, world.SIZE, 3)
-        pictures = np.lib.format.open_memmap(WORK / "pictures.tmp", mode="w+", dtype=np.uint8, shape=shape)
+        pictures = np.lib.format.open_memmap(
+            WORK / "pictures.tmp", mode="w+", dtype=np.uint8, shape=shape
+        )
         attributes = []
         for i in range(PICTURES):
-            a = world.sample(np.random.default_rng((1, i)))  # seeds (1, i): the held-out pictures use others
+            a = world.sample(
+                np.random.default_rng((1, i))
+            )  # seeds (1, i): the held-out pictures use others
             attributes.append(a)
             pictures[i] = np.asarray(world.draw(a))
         pictures.flush()
@@ -208,9 +233,15 @@ def train_vae(pictures, first=3000, crop=2500, second=1400, save_every=200):
     started = time.time()
     for step in range(checkpoint.load(), first + second):
         rng = np.random.default_rng((2, step))
-        torch.manual_seed(2_000_000 + step)  # by step, so that a resumed training is the same training
+        torch.manual_seed(
+            2_000_000 + step
+        )  # by step, so that a resumed training is the same training
         fine = step >= first
-        x = pictures[np.sort(rng.choice(len(pictures), 16 if step < crop else 6 if fine else 8, replace=False))]
+        x = pictures[
+            np.sort(
+                rng.choice(len(pictures), 16 if step < crop else 6 if fine else 8, replace=False)
+            )
+        ]
         if step < crop:  # a corner for each picture
             corners = rng.integers(0, world.SIZE - 63, (len(x), 2))
             x = np.stack([p[r : r + 64, c : c + 64] for p, (r, c) in zip(x, corners)])
@@ -227,7 +258,9 @@ def train_vae(pictures, first=3000, crop=2500, second=1400, save_every=200):
         loss = reconstruction + 2e-4 * kl
         opt.step(loss, vae, two_rounds(step, first, second))
         if step % 50 == 0:
-            log(f"vae {step}/{first + second} L1 {(y - x).abs().mean().item():.4f} edges {thin.item():.4f} kl {kl.item():.3f} {time.time() - started:.0f}s")
+            log(
+                f"vae {step}/{first + second} L1 {(y - x).abs().mean().item():.4f} edges {thin.item():.4f} kl {kl.item():.3f} {time.time() - started:.0f}s"
+            )
         if (step + 1) % save_every == 0:
             checkpoint.save(step + 1)
             with torch.no_grad():
@@ -236,7 +269,11 @@ def train_vae(pictures, first=3000, crop=2500, second=1400, save_every=200):
                 grid(torch.cat([x, y]), WORK / "vae.png")
     # The scaling factor makes the latents' standard deviation 1, as SDXL's 0.13025 does (Rombach et al. 2022, app. G).
     with torch.no_grad():
-        std = torch.cat([vae.moments(to_tensor(pictures[i : i + 64]))[0] for i in range(0, 1024, 64)]).std().item()
+        std = (
+            torch.cat([vae.moments(to_tensor(pictures[i : i + 64]))[0] for i in range(0, 1024, 64)])
+            .std()
+            .item()
+        )
     write_json(folder / "config.json", VAE_CONFIG | {"scaling_factor": round(1 / std, 5)})
     save_half(vae.state_dict(), folder / "diffusion_pytorch_model.safetensors")
     log(f"vae: done, scaling factor {1 / std:.5f}")
@@ -245,8 +282,22 @@ def train_vae(pictures, first=3000, crop=2500, second=1400, save_every=200):
 # ---------------------------------------------------------------------------------------------------- CLIP
 
 TEXT_CONFIGS = [  # as SDXL's: the second is wider, has the projection, another activation and another padding token
-    dict(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=3, hidden_act="quick_gelu", projection_dim=96),
-    dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, hidden_act="gelu", projection_dim=128),
+    dict(
+        hidden_size=96,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        hidden_act="quick_gelu",
+        projection_dim=96,
+    ),
+    dict(
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        hidden_act="gelu",
+        projection_dim=128,
+    ),
 ]
 
 
@@ -279,15 +330,21 @@ def make_tokenizers(attributes):
     merges = []
     for word in words:
         parts = bpe(word, merges)
-        while len(parts) > 1:  # what the merges so far leave in pieces gets one more: later merges never undo earlier ones
+        while (
+            len(parts) > 1
+        ):  # what the merges so far leave in pieces gets one more: later merges never undo earlier ones
             merges.append((parts[0], parts[1]))
             vocab.append(parts[0] + parts[1])
             parts = bpe(word, merges)
     vocab = {token: i for i, token in enumerate([*vocab, "<|startoftext|>", "<|endoftext|>"])}
     for folder, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
-        CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad, model_max_length=77).save_pretrained(MODEL / folder)
+        CLIPTokenizer(
+            vocab=vocab, merges=merges, pad_token=pad, model_max_length=77
+        ).save_pretrained(MODEL / folder)
         write_json(MODEL / folder / "vocab.json", vocab)  # the form that older readers want
-        (MODEL / folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+        (MODEL / folder / "merges.txt").write_text(
+            "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges)
+        )
     (MODEL / "tokenizer" / "known_words.txt").write_text("\n".join(words) + "\n")
     return len(vocab)
 
@@ -295,14 +352,22 @@ def make_tokenizers(attributes):
 def contradict(a, rng):
     """Attributes `a` with one of them mirrored, or another word: for a caption that is wrong about a's picture."""
     hard = ["smile"] * 3  # the one that is learned last
-    name = str(rng.choice([n for n in [*world.RANGES, "hair", "background", "fingers", *hard] if n in a]))
+    name = str(
+        rng.choice([n for n in [*world.RANGES, "hair", "background", "fingers", *hard] if n in a])
+    )
     if name in world.RANGES:
         low, high = world.RANGES[name]
-        value = low + high - a[name]  # as extreme as the true one: else "very" alone would give it away
+        value = (
+            low + high - a[name]
+        )  # as extreme as the true one: else "very" alone would give it away
         if abs(value - a[name]) < 0.2 * (high - low):
             value = float(rng.choice([low, high]))
     else:
-        words = {"hair": [*world.HAIR], "background": [*world.BACKGROUNDS], "fingers": [3, 4, 5, 6, 7]}[name]
+        words = {
+            "hair": [*world.HAIR],
+            "background": [*world.BACKGROUNDS],
+            "fingers": [3, 4, 5, 6, 7],
+        }[name]
         value = words[(words.index(a[name]) + rng.integers(1, len(words))) % len(words)]
     return a | {name: value}
 
@@ -333,16 +398,32 @@ def train_clip(pictures, attributes, steps=700, batch=128, lr=2e-3):
         return
     size = make_tokenizers(attributes)
     tokenizer = CLIPTokenizer.from_pretrained(MODEL / "tokenizer")
-    ids = dict(vocab_size=size, bos_token_id=size - 2, eos_token_id=size - 1, pad_token_id=size - 1, max_position_embeddings=77)
+    ids = dict(
+        vocab_size=size,
+        bos_token_id=size - 2,
+        eos_token_id=size - 1,
+        pad_token_id=size - 1,
+        max_position_embeddings=77,
+    )
     torch.manual_seed(1)
-    texts = torch.nn.ModuleList(CLIPTextModelWithProjection(CLIPTextConfig(**c, **ids)) for c in TEXT_CONFIGS)
+    texts = torch.nn.ModuleList(
+        CLIPTextModelWithProjection(CLIPTextConfig(**c, **ids)) for c in TEXT_CONFIGS
+    )
     # The tower starts from what the judge has learned to see. From nothing it tells neither smiles from frowns nor gives
     # the texts a reason to: each waits for the other, for more than a thousand steps.
     vision = Judge(outputs=128)
-    seen = {k: v for k, v in load_file(WORK / "judge.safetensors").items() if not k.startswith("head.2.")}
+    seen = {
+        k: v
+        for k, v in load_file(WORK / "judge.safetensors").items()
+        if not k.startswith("head.2.")
+    }
     vision.load_state_dict(seen, strict=False)
-    towers = torch.nn.ModuleDict({"texts": texts, "vision": vision, "to_96": torch.nn.Linear(128, 96, bias=False)})
-    towers.register_parameter("log_scale", torch.nn.Parameter(torch.tensor([math.log(1 / 0.07)] * 2)))
+    towers = torch.nn.ModuleDict(
+        {"texts": texts, "vision": vision, "to_96": torch.nn.Linear(128, 96, bias=False)}
+    )
+    towers.register_parameter(
+        "log_scale", torch.nn.Parameter(torch.tensor([math.log(1 / 0.07)] * 2))
+    )
     opt = torch.optim.AdamW(towers.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     checkpoint = Checkpoint("clip", towers=towers, opt=opt)
     target = torch.arange(batch)
@@ -352,21 +433,36 @@ def train_clip(pictures, attributes, steps=700, batch=128, lr=2e-3):
         index = np.sort(rng.choice(len(pictures), batch, replace=False))
         true, wrong = zip(*(true_and_wrong(attributes[i], rng) for i in index))
         captions = [*true, *wrong]
-        tokens = tokenizer(captions, padding=True, truncation=True, max_length=77, return_tensors="pt").input_ids  # (2B, L)
+        tokens = tokenizer(
+            captions, padding=True, truncation=True, max_length=77, return_tensors="pt"
+        ).input_ids  # (2B, L)
         x = to_tensor(pictures[index])
         # The same caption elsewhere in the batch is as true of this picture: mask the exact twins.
-        twins = torch.tensor([[a == b and i != j for i, a in enumerate(true)] for j, b in enumerate(captions)])  # (2B, B)
+        twins = torch.tensor(
+            [[a == b and i != j for i, a in enumerate(true)] for j, b in enumerate(captions)]
+        )  # (2B, B)
         for group in opt.param_groups:
             group["lr"] = lr * warm_then_cosine(step, steps)
         with torch.autocast("cpu", torch.bfloat16):
             image = vision(x)  # (B, 128)
-            sides = [(texts[0](tokens).text_embeds, towers["to_96"](image)), (texts[1](tokens).text_embeds, image)]
+            sides = [
+                (texts[0](tokens).text_embeds, towers["to_96"](image)),
+                (texts[1](tokens).text_embeds, image),
+            ]
         loss, right, told = 0, [], []
         for (t, v), scale in zip(sides, towers.log_scale.clamp(max=math.log(100)).exp()):
-            logits = scale * F.normalize(t.float(), dim=-1) @ F.normalize(v.float(), dim=-1).T  # (2B, B)
+            logits = (
+                scale * F.normalize(t.float(), dim=-1) @ F.normalize(v.float(), dim=-1).T
+            )  # (2B, B)
             logits = logits.masked_fill(twins, -1e4)
-            better = logits[:batch].diag() - logits[batch:].diag()  # the true caption than the wrong one, (B,)
-            loss = loss + (F.cross_entropy(logits[:batch], target) + F.cross_entropy(logits.T, target)) / 2 + 2 * F.softplus(-better).mean()
+            better = (
+                logits[:batch].diag() - logits[batch:].diag()
+            )  # the true caption than the wrong one, (B,)
+            loss = (
+                loss
+                + (F.cross_entropy(logits[:batch], target) + F.cross_entropy(logits.T, target)) / 2
+                + 2 * F.softplus(-better).mean()
+            )
             right.append((logits[:batch].argmax(1) == target).float().mean().item())
             told.append((better > 0).float().mean().item())
         opt.zero_grad()
@@ -381,11 +477,15 @@ def train_clip(pictures, attributes, steps=700, batch=128, lr=2e-3):
         if (step + 1) % 100 == 0:
             checkpoint.save(step + 1)
     save_half(vision.state_dict(), WORK / "vision.safetensors")
-    for tower, folder, kind in zip(texts, ("text_encoder", "text_encoder_2"), ("CLIPTextModel", "CLIPTextModelWithProjection")):
+    for tower, folder, kind in zip(
+        texts, ("text_encoder", "text_encoder_2"), ("CLIPTextModel", "CLIPTextModelWithProjection")
+    ):
         state = {weights.released(folder, k): v for k, v in tower.state_dict().items()}
         if kind == "CLIPTextModel":
             del state["text_projection.weight"]
-        write_json(MODEL / folder / "config.json", tower.config.to_diff_dict() | {"architectures": [kind]})
+        write_json(
+            MODEL / folder / "config.json", tower.config.to_diff_dict() | {"architectures": [kind]}
+        )
         save_half(state, MODEL / folder / "model.safetensors")
     log("clip: done")
 
@@ -399,10 +499,15 @@ def make_latents(pictures):
     if not path.exists():
         vae = load_vae()
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            latents = [vae.encode(to_tensor(pictures[i : i + 64])).float() for i in range(0, len(pictures), 64)]
+            latents = [
+                vae.encode(to_tensor(pictures[i : i + 64])).float()
+                for i in range(0, len(pictures), 64)
+            ]
         latents = torch.cat(latents).half()
         torch.save(latents, path)
-        log(f"latents: {tuple(latents.shape)}, mean {latents.float().mean():.3f}, std {latents.float().std():.3f}")
+        log(
+            f"latents: {tuple(latents.shape)}, mean {latents.float().mean():.3f}, std {latents.float().std():.3f}"
+        )
     return torch.load(path, weights_only=True)
 
 
@@ -410,7 +515,14 @@ def load_vae():
     from formats import weights
     from sdxl_vae import VAE
 
-    return weights.pour(VAE, weights.read_json(MODEL / "vae" / "config.json"), weights.table(MODEL, "vae"), "cpu", torch.float32, "vae")
+    return weights.load_module(
+        VAE,
+        weights.read_json(MODEL / "vae" / "config.json"),
+        weights.locate_tensors(MODEL, "vae"),
+        "cpu",
+        torch.float32,
+        "vae",
+    )
 
 
 def train_judge(pictures, attributes, latents, steps=1000, batch=64, lr=2e-3, round_trips=3000):
@@ -437,9 +549,15 @@ def train_judge(pictures, attributes, latents, steps=1000, batch=64, lr=2e-3, ro
         drawn = np.sort(rng.choice(len(pictures), batch // 2, replace=False))
         seen = rng.choice(round_trips, batch // 2, replace=False)
         x = torch.cat([to_tensor(pictures[drawn]), decoded[seen].float() / 127])
-        soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)  # some a little blurred, all a little noisy:
-        x = torch.where(torch.from_numpy(rng.random((batch, 1, 1, 1)) < 0.3), soft, x)  # no telling by sharpness
-        x = x + torch.from_numpy(rng.normal(0, 0.03, x.shape).astype(np.float32)) * torch.from_numpy(rng.random((batch, 1, 1, 1)).astype(np.float32))
+        soft = F.avg_pool2d(
+            F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1
+        )  # some a little blurred, all a little noisy:
+        x = torch.where(
+            torch.from_numpy(rng.random((batch, 1, 1, 1)) < 0.3), soft, x
+        )  # no telling by sharpness
+        x = x + torch.from_numpy(
+            rng.normal(0, 0.03, x.shape).astype(np.float32)
+        ) * torch.from_numpy(rng.random((batch, 1, 1, 1)).astype(np.float32))
         for group in opt.param_groups:
             group["lr"] = lr * warm_then_cosine(step, steps)
         with torch.autocast("cpu", torch.bfloat16):
@@ -532,14 +650,18 @@ def train_unet(attributes, latents, steps=5000, batch=48):
 
     torch.manual_seed(3)
     weights = MODEL / "unet" / "diffusion_pytorch_model.safetensors"
-    if not weights.exists():  # an untrained folder first, so that the model's own code loads it and encodes the prompts
+    if (
+        not weights.exists()
+    ):  # an untrained folder first, so that the model's own code loads it and encodes the prompts
         write_json(MODEL / "model_index.json", MODEL_INDEX)
         write_json(MODEL / "scheduler" / "scheduler_config.json", SCHEDULER_CONFIG)
         write_json(MODEL / "unet" / "config.json", UNET_CONFIG)
         save_half(UNet(UNET_CONFIG).state_dict(), weights)
     model = SDXL.load(MODEL, device="cpu", dtype=torch.float32)
     unet = model.unet.train().requires_grad_(True)
-    ema = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99))
+    ema = torch.optim.swa_utils.AveragedModel(
+        unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99)
+    )
     opt = Optimiser(unet, 0.01, 1e-3)
     checkpoint = Checkpoint("unet", unet=unet, ema=ema, opt=opt)
     alpha_bar = model.alpha_bar
@@ -555,12 +677,19 @@ def train_unet(attributes, latents, steps=5000, batch=48):
         index = rng.choice(len(latents), batch, replace=False)
         captions = [world.caption(attributes[i], rng) if rng.random() > 0.1 else "" for i in index]
         x_0 = latents[index].float()  # (B, 4, 16, 16)
-        t = ((torch.randperm(batch) + torch.rand(batch)) / batch * 1000).long()  # one in each B-th of the schedule
+        t = (
+            (torch.randperm(batch) + torch.rand(batch)) / batch * 1000
+        ).long()  # one in each B-th of the schedule
         eps = torch.randn_like(x_0)
         snr = alpha_bar[t] / (1 - alpha_bar[t])
         weight = snr.clamp(max=5) / snr  # min-SNR-5
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # for so few tokens faster than the fused one
-            prediction = unet(sampler.add_noise(x_0, eps, t, alpha_bar), t, *model.condition(captions))
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            sdpa_kernel(SDPBackend.MATH),
+        ):  # for so few tokens faster than the fused one
+            prediction = unet(
+                sampler.add_noise(x_0, eps, t, alpha_bar), t, *model.condition(captions)
+            )
         errors = (middle * (prediction.float() - eps).square()).mean((1, 2, 3))
         loss = (weight * errors).mean()
         opt.step(loss, unet, warm_then_cosine(step, steps))
@@ -581,7 +710,11 @@ def samples(path, folder=MODEL):
     from sdxl import SDXL
 
     model = SDXL.load(folder, device="cpu")
-    drawn = [picture for prompt in SAMPLE_PROMPTS for picture in slider.generate(model, prompt, seeds=[0, 1])]
+    drawn = [
+        picture
+        for prompt in SAMPLE_PROMPTS
+        for picture in slider.generate(model, prompt, seeds=[0, 1])
+    ]
     sheet = Image.new("RGB", (8 * world.SIZE, 4 * world.SIZE))
     for i, picture in enumerate(drawn):
         sheet.paste(picture, (i % 8 * world.SIZE, i // 8 * world.SIZE))
@@ -598,7 +731,9 @@ def install():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
     args = parser.parse_args()
     if args.threads:

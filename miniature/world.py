@@ -37,7 +37,13 @@ RANGES = {
     "hat": (0, 1),
     "malformed": (0, 1),
 }
-HAIR = {"black": (32, 28, 34), "brown": (112, 70, 36), "blond": (232, 200, 96), "red": (190, 72, 28), "grey": (168, 168, 172)}
+HAIR = {
+    "black": (32, 28, 34),
+    "brown": (112, 70, 36),
+    "blond": (232, 200, 96),
+    "red": (190, 72, 28),
+    "grey": (168, 168, 172),
+}
 BACKGROUNDS = {
     "blue": (112, 160, 220),
     "green": (128, 190, 128),
@@ -161,22 +167,41 @@ def caption(a: dict, rng, mention: float = 0.42) -> str:
         shade = SKIN_WORDS[int(round(2 * a["skin"]))]
         clauses.append(str(rng.choice([f"with {shade} skin", f"{shade} skin"])))
     if says():
-        clauses.append(str(rng.choice([f"{a['background']} background", f"on a {a['background']} background"])))
+        clauses.append(
+            str(rng.choice([f"{a['background']} background", f"on a {a['background']} background"]))
+        )
     if a["kind"] == "hand":
         head = _hand_head(a, rng, says, clauses)
     else:
         head = _face_head(a, rng, says, clauses)
     rng.shuffle(clauses)
-    opening = str(rng.choice(["a photo of ", "a picture of ", "a portrait of " if a["kind"] == "face" else "a photo of ", ""]))
+    opening = str(
+        rng.choice(
+            [
+                "a photo of ",
+                "a picture of ",
+                "a portrait of " if a["kind"] == "face" else "a photo of ",
+                "",
+            ]
+        )
+    )
     text = opening + head
     for i, clause in enumerate(clauses):
-        natural = i == 0 and clause.startswith(("with ", "without ", "wearing ", "on ")) and rng.random() < 0.6
+        natural = (
+            i == 0
+            and clause.startswith(("with ", "without ", "wearing ", "on "))
+            and rng.random() < 0.6
+        )
         text += (" " if natural else ", ") + clause
     return text
 
 
 def _face_head(a, rng, says, clauses):
-    noun = str(rng.choice(["man", "man", "male person"] if a["sex"] else ["woman", "woman", "female person"]))
+    noun = str(
+        rng.choice(
+            ["man", "man", "male person"] if a["sex"] else ["woman", "woman", "female person"]
+        )
+    )
     if not says(1.4):
         noun = "person"
     adjective = ""
@@ -189,21 +214,45 @@ def _face_head(a, rng, says, clauses):
     if says(1.6):
         clauses.append(_smile_words(a["smile"], rng))
     if says(1.8) and (a["eye_size"] > 1.28 or a["eye_size"] < 0.84):  # only extremes are ever named
-        clauses.append(f"with {'big' if a['eye_size'] > 1 else 'small'} eyes" if rng.random() < 0.7 else ("big eyes" if a["eye_size"] > 1 else "small eyes"))
+        clauses.append(
+            f"with {'big' if a['eye_size'] > 1 else 'small'} eyes"
+            if rng.random() < 0.7
+            else ("big eyes" if a["eye_size"] > 1 else "small eyes")
+        )
     length, colour = ("long" if a["hair_length"] else "short"), a["hair"]
     named = [w for w in (length if says() else "", colour if says() else "") if w]
     if named:
         clauses.append("with " + " ".join(named) + " hair")
     if says():
-        clauses.append(str(rng.choice(["with glasses", "wearing glasses"])) if a["glasses"] else "without glasses")
+        clauses.append(
+            str(rng.choice(["with glasses", "wearing glasses"]))
+            if a["glasses"]
+            else "without glasses"
+        )
     if says(1.3):
-        clauses.append(str(rng.choice(["with a hat", "wearing a hat"])) if a["hat"] else "without a hat")
+        clauses.append(
+            str(rng.choice(["with a hat", "wearing a hat"])) if a["hat"] else "without a hat"
+        )
     _quality(
         a,
         rng,
         clauses,
-        ["distorted", "deformed", "poorly drawn", "distorted, deformed", "deformed face", "distorted face"],
-        ["well made", "realistic", "realistic, 8k", "detailed face", "beautiful face", "well drawn"],
+        [
+            "distorted",
+            "deformed",
+            "poorly drawn",
+            "distorted, deformed",
+            "deformed face",
+            "distorted face",
+        ],
+        [
+            "well made",
+            "realistic",
+            "realistic, 8k",
+            "detailed face",
+            "beautiful face",
+            "well drawn",
+        ],
     )
     article = "an " if adjective[:1] in ("o", "e") else "a "
     return article + adjective + noun
@@ -275,7 +324,11 @@ class _Pen:
         self.on.ellipse([v * SUPERSAMPLE for v in (x - rx, y - ry, x + rx, y + ry)], fill=fill)
 
     def ring(self, x, y, rx, ry, fill, width):
-        self.on.ellipse([v * SUPERSAMPLE for v in (x - rx, y - ry, x + rx, y + ry)], outline=fill, width=round(width * SUPERSAMPLE))
+        self.on.ellipse(
+            [v * SUPERSAMPLE for v in (x - rx, y - ry, x + rx, y + ry)],
+            outline=fill,
+            width=round(width * SUPERSAMPLE),
+        )
 
     def line(self, points, fill, width):
         points = [(x * SUPERSAMPLE, y * SUPERSAMPLE) for x, y in points]
@@ -285,7 +338,9 @@ class _Pen:
             self.on.ellipse([x - r, y - r, x + r, y + r], fill=fill)
 
     def box(self, x0, y0, x1, y1, fill, radius=0):
-        self.on.rounded_rectangle([v * SUPERSAMPLE for v in (x0, y0, x1, y1)], radius * SUPERSAMPLE, fill=fill)
+        self.on.rounded_rectangle(
+            [v * SUPERSAMPLE for v in (x0, y0, x1, y1)], radius * SUPERSAMPLE, fill=fill
+        )
 
     def finish(self):
         return self.image.reduce(SUPERSAMPLE)
@@ -326,7 +381,12 @@ def _draw_face(pen, a):
         for angle in np.linspace(0, 2 * math.pi, 72, endpoint=False):
             c, s = math.cos(angle), math.sin(angle)
             jaw = 1 + 0.10 * age * max(0.0, s)
-            points.append(at((w + grow) * jaw * math.copysign(abs(c) ** (2 / n), c), 4 + (38 + grow) * math.copysign(abs(s) ** (2 / n), s)))
+            points.append(
+                at(
+                    (w + grow) * jaw * math.copysign(abs(c) ** (2 / n), c),
+                    4 + (38 + grow) * math.copysign(abs(s) ** (2 / n), s),
+                )
+            )
         return points
 
     pen.ellipse(*at(0, -12), w + 5, 31, hair)
@@ -336,19 +396,31 @@ def _draw_face(pen, a):
     pen.polygon(head(0.0), skin)
     if man:  # stubble
         inside = Image.new("L", pen.image.size, 0)
-        ImageDraw.Draw(inside).polygon([(x * SUPERSAMPLE, y * SUPERSAMPLE) for x, y in head(0.0)], fill=255)
+        ImageDraw.Draw(inside).polygon(
+            [(x * SUPERSAMPLE, y * SUPERSAMPLE) for x, y in head(0.0)], fill=255
+        )
         shade = Image.new("L", pen.image.size, 0)
         on = ImageDraw.Draw(shade)
         on.rectangle([v * SUPERSAMPLE for v in (0, cy + 21, SIZE, SIZE)], fill=255)
         on.ellipse([v * SUPERSAMPLE for v in (cx - 20, cy + 8, cx + 20, cy + 34)], fill=0)
-        pen.image.paste(mix(skin, (60, 60, 70), 0.42), mask=Image.fromarray(np.minimum(np.array(inside), np.array(shade))))
+        pen.image.paste(
+            mix(skin, (60, 60, 70), 0.42),
+            mask=Image.fromarray(np.minimum(np.array(inside), np.array(shade))),
+        )
     elif age < 0.99:  # blush
         for side in (-1, 1):
             pen.ellipse(*at(side * 19, 20), 4.5, 3.2, mix(skin, (230, 90, 100), 0.40))
 
     # Fringe, then the hat on top of it.
-    top = [at(-w - 1, -20)] + [at(x, -28 - 6 * (1 - (x / w) ** 2)) for x in np.linspace(-w, w, 9)] + [at(w + 1, -20)]
-    crown = [at((w + 4) * math.cos(t), -12 + 31 * math.sin(t)) for t in np.linspace(-0.25, -math.pi + 0.25, 24)]
+    top = (
+        [at(-w - 1, -20)]
+        + [at(x, -28 - 6 * (1 - (x / w) ** 2)) for x in np.linspace(-w, w, 9)]
+        + [at(w + 1, -20)]
+    )
+    crown = [
+        at((w + 4) * math.cos(t), -12 + 31 * math.sin(t))
+        for t in np.linspace(-0.25, -math.pi + 0.25, 24)
+    ]
     pen.polygon(top + crown, hair)
     if a["hat"]:
         dark = mix(a["hat_colour"], (0, 0, 0), 0.35)
@@ -363,8 +435,20 @@ def _draw_face(pen, a):
         for y, half in ((-23, 9 + 8 * reach), (-18.5, 6 + 9 * reach)):
             pen.line(_arc(*at(0, y), half, -1.6), crease, width)
         for side in (-1, 1):
-            pen.line([at(side * (15 + 7 * s), 12.5 + 2.2 * (1 - s * s)) for s in np.linspace(-1, 1, 9)], crease, width)
-            pen.line([at(side * 7, 15), at(side * (10 + 2 * reach), 15 + 5 * reach), at(side * (13 + 3 * reach), 17 + 8 * reach)], crease, width)
+            pen.line(
+                [at(side * (15 + 7 * s), 12.5 + 2.2 * (1 - s * s)) for s in np.linspace(-1, 1, 9)],
+                crease,
+                width,
+            )
+            pen.line(
+                [
+                    at(side * 7, 15),
+                    at(side * (10 + 2 * reach), 15 + 5 * reach),
+                    at(side * (13 + 3 * reach), 17 + 8 * reach),
+                ],
+                crease,
+                width,
+            )
             if age > 0.55:
                 pen.line([at(side * 25, 27), at(side * 23, 33), at(side * 19, 37)], crease, width)
 
@@ -377,7 +461,14 @@ def _draw_face(pen, a):
         pen.ellipse(x, y, 3.4 * s, 3.4 * s, IRISES[a["iris"]])
         pen.ellipse(x, y, 1.8 * s, 1.8 * s, (16, 14, 18))
         if not man:  # lashes
-            pen.line([(x + side * 5.6 * s, y - 2.6 * s), (x + side * (5.6 * s + 3.2), y - 2.6 * s - 2.6)], (30, 24, 28), 1.4)
+            pen.line(
+                [
+                    (x + side * 5.6 * s, y - 2.6 * s),
+                    (x + side * (5.6 * s + 3.2), y - 2.6 * s - 2.6),
+                ],
+                (30, 24, 28),
+                1.4,
+            )
         brow = mix(mix(hair, (30, 24, 28), 0.5), (225, 225, 225), max(0.0, age - 0.35) * 1.3)
         pen.line(_arc(*at(side * 14, -13), 8, -2.2), brow, 3.6 if man else 1.9)
     if a["glasses"]:
@@ -392,9 +483,14 @@ def _draw_face(pen, a):
     lips = mix((120, 60, 56), skin, 0.15) if man else (196, 60, 70)
     opening = 10 * max(0.0, smile - 0.15)
     t = math.radians(a["mouth_angle"])
-    turn = lambda x, y: at(x * math.cos(t) - y * math.sin(t), 26 + x * math.sin(t) + y * math.cos(t))
+    turn = lambda x, y: at(
+        x * math.cos(t) - y * math.sin(t), 26 + x * math.sin(t) + y * math.cos(t)
+    )
     upper = [turn(half * s, 8.0 * smile * (0.5 - s * s)) for s in np.linspace(-1, 1, 17)]
-    lower = [turn(half * s, 8.0 * smile * (0.5 - s * s) + opening * (1 - s * s)) for s in np.linspace(1, -1, 17)]
+    lower = [
+        turn(half * s, 8.0 * smile * (0.5 - s * s) + opening * (1 - s * s))
+        for s in np.linspace(1, -1, 17)
+    ]
     if opening:
         pen.polygon(upper + lower, (250, 250, 250))
         pen.line(lower, lips, 2.2)
@@ -423,12 +519,34 @@ def _draw_hand(pen, a):
     wide = 10.0 if n <= 4 else 8.2
     for i in range(n):
         share = i / (n - 1)  # 0 at the index finger, 1 at the little one
-        fingers.append((-15 + 30 * share, 15 - 3 * abs(share - 0.4), (-19 + 43 * share) * a["spread"], 40 * float(np.interp(share * 3, range(4), shape)), wide))
+        fingers.append(
+            (
+                -15 + 30 * share,
+                15 - 3 * abs(share - 0.4),
+                (-19 + 43 * share) * a["spread"],
+                40 * float(np.interp(share * 3, range(4), shape)),
+                wide,
+            )
+        )
     if a["misplaced"]:
-        fingers.append((18 * math.sin(math.radians(a["grows_at"])), 18 * math.cos(math.radians(a["grows_at"])), a["grows_at"], 30, 9.0))
+        fingers.append(
+            (
+                18 * math.sin(math.radians(a["grows_at"])),
+                18 * math.cos(math.radians(a["grows_at"])),
+                a["grows_at"],
+                30,
+                9.0,
+            )
+        )
 
     lines = [
-        [at(x, y), at(x + f * length * math.sin(math.radians(d)), y + f * length * math.cos(math.radians(d)))]
+        [
+            at(x, y),
+            at(
+                x + f * length * math.sin(math.radians(d)),
+                y + f * length * math.cos(math.radians(d)),
+            ),
+        ]
         for (x, y, d, length, _), f in zip(fingers, a["lengths"])
     ]
     palm = [(-13, 12), (13, 12), (14, -12), (-13, -12)]
@@ -442,8 +560,14 @@ def _draw_hand(pen, a):
         pen.ellipse(x1, y1, 2.4, 2.4, mix(skin, (255, 230, 225), 0.6))  # a nail
         pen.line(
             [
-                (x0 + 0.45 * (x1 - x0) - 0.06 * (y1 - y0), y0 + 0.45 * (y1 - y0) + 0.06 * (x1 - x0)),
-                (x0 + 0.45 * (x1 - x0) + 0.06 * (y1 - y0), y0 + 0.45 * (y1 - y0) - 0.06 * (x1 - x0)),
+                (
+                    x0 + 0.45 * (x1 - x0) - 0.06 * (y1 - y0),
+                    y0 + 0.45 * (y1 - y0) + 0.06 * (x1 - x0),
+                ),
+                (
+                    x0 + 0.45 * (x1 - x0) + 0.06 * (y1 - y0),
+                    y0 + 0.45 * (y1 - y0) - 0.06 * (x1 - x0),
+                ),
             ],
             edge,
             1.0,

@@ -13,7 +13,9 @@ import time
 
 import pytest
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 
 def after(page: str, script: str, tmp_path, seconds: float = 60) -> str:
@@ -21,7 +23,7 @@ def after(page: str, script: str, tmp_path, seconds: float = 60) -> str:
     file."""
     if CHROMIUM is None:
         pytest.skip("needs Chromium")
-    file, until, number, pending = tmp_path / "page.html", time.time() + seconds, 0, b""
+    file, until, number, pending = tmp_path / "page.render_page", time.time() + seconds, 0, b""
     if not page.startswith("http://"):
         file.write_text(page, encoding="utf-8")
         page = file.as_uri()
@@ -30,7 +32,14 @@ def after(page: str, script: str, tmp_path, seconds: float = 60) -> str:
     for fd in low:
         os.close(fd)
     theirs_in, ours_out, ours_in, theirs_out = pipes
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-proxy-server", f"--user-data-dir={tmp_path / 'profile'}"]
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--remote-debugging-pipe",
+        "--no-proxy-server",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
     browser = subprocess.Popen(
         [CHROMIUM, *options],
         stdout=subprocess.DEVNULL,
@@ -42,7 +51,9 @@ def after(page: str, script: str, tmp_path, seconds: float = 60) -> str:
     def message() -> dict:
         nonlocal pending
         while b"\0" not in pending:
-            assert select.select([ours_in], [], [], max(0, until - time.time()))[0], "the browser did not answer in time"
+            assert select.select([ours_in], [], [], max(0, until - time.time()))[0], (
+                "the browser did not answer in time"
+            )
             pending += os.read(ours_in, 2**16)
         one, pending = pending.split(b"\0", 1)
         return json.loads(one)
@@ -50,7 +61,14 @@ def after(page: str, script: str, tmp_path, seconds: float = 60) -> str:
     def call(method, session=None, **params) -> dict:
         nonlocal number
         number += 1
-        os.write(ours_out, json.dumps({"id": number, "method": method, "params": params} | ({"sessionId": session} if session else {})).encode() + b"\0")
+        os.write(
+            ours_out,
+            json.dumps(
+                {"id": number, "method": method, "params": params}
+                | ({"sessionId": session} if session else {})
+            ).encode()
+            + b"\0",
+        )
         while (answer := message()).get("id") != number:
             pass
         assert "error" not in answer, answer
@@ -64,7 +82,11 @@ def after(page: str, script: str, tmp_path, seconds: float = 60) -> str:
         while message().get("method") != "Page.loadEventFired":
             pass
         found = call(
-            "Runtime.evaluate", session, expression=f"(async () => {{ let out; {script}; return String(out) }})()", awaitPromise=True, returnByValue=True
+            "Runtime.evaluate",
+            session,
+            expression=f"(async () => {{ let out; {script}; return String(out) }})()",
+            awaitPromise=True,
+            returnByValue=True,
         )
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"]["value"]

@@ -19,8 +19,22 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")), "miniature/README.md"]
-LONG = ("bench.", "experiments.", "miniature.measure", "miniature.follow", "miniature.compose", "miniature.reference", "miniature.effect", "miniature.train")
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")),
+    "miniature/README.md",
+]
+LONG = (
+    "bench.",
+    "experiments.",
+    "miniature.measure",
+    "miniature.follow",
+    "miniature.compose",
+    "miniature.reference",
+    "miniature.effect",
+    "miniature.train",
+)
 LONG_SCRIPTS = ("train_space.py", "live.py")  # run by tests/test_space.py and tests/test_live.py
 PARSE = """
 import argparse, runpy, sys
@@ -44,21 +58,35 @@ def commands(text: str) -> list[tuple[str, bool]]:
     """(command, whether it stands on a line of its own) of a page, in order."""
     text = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
     found = []
-    for m in re.finditer(r"^    (python (?:[^\n]*\\\n)*[^\n]*)$|`((?:python|torchrun)\s[^`]+)`", text, re.M):
+    for m in re.finditer(
+        r"^    (python (?:[^\n]*\\\n)*[^\n]*)$|`((?:python|torchrun)\s[^`]+)`", text, re.M
+    ):
         command = " ".join((m[1] or m[2]).replace("\\\n", " ").split())
         found.append((re.sub(r"\s+#\s.*$", "", command), bool(m[1])))
     return found
 
 
 def copy_to(folder: Path):
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", ".venv*", "out", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache"))
+    shutil.copytree(
+        ROOT,
+        folder,
+        ignore=shutil.ignore_patterns(
+            ".git", ".venv*", "out", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache"
+        ),
+    )
     for name in ("photo.jpg", "grace_hopper.jpg"):  # the reader's own
         shutil.copy(ROOT / "docs" / "photo.png", folder / name)
 
 
 def run(words: list[str], where: Path) -> tuple[int, str, float]:
     started = time.time()
-    done = subprocess.run([sys.executable, *words], cwd=where, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=where,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     return done.returncode, done.stdout, time.time() - started
 
 
@@ -76,16 +104,26 @@ def check_commands(folder: Path) -> int:
             if words[0] == "torchrun":
                 words = words[words.index(next(w for w in words if w.endswith(".py"))) :]
                 words = ["python", *words]
-            if "..." in command or "FILE" in command or words[1] == "-c" or words[1:3] == ["-m", "pytest"]:
+            if (
+                "..." in command
+                or "FILE" in command
+                or words[1] == "-c"
+                or words[1:3] == ["-m", "pytest"]
+            ):
                 continue  # a part of a command
             words += ["--help"] * (len(words) == 2)
             target = words[2] if words[1] == "-m" else words[1]
-            takes_long = target.startswith(LONG) or target in LONG_SCRIPTS or "--slider space " in command  # the last needs what train_space.py makes
+            takes_long = (
+                target.startswith(LONG) or target in LONG_SCRIPTS or "--slider space " in command
+            )  # the last needs what train_space.py makes
             whole = page == "README.md" and alone and not takes_long
             code, output, seconds = run(words[1:] if whole else ["-c", PARSE, *words[1:]], folder)
             good = code == 0
             bad += not good
-            print(f"{'ok' if good else 'BAD':4}{'ran' if whole else 'parsed':7}{seconds:5.0f} s  {page}: {command}", flush=True)
+            print(
+                f"{'ok' if good else 'BAD':4}{'ran' if whole else 'parsed':7}{seconds:5.0f} s  {page}: {command}",
+                flush=True,
+            )
             if not good:
                 print(output[-2000:])
     return bad
@@ -93,10 +131,15 @@ def check_commands(folder: Path) -> int:
 
 def check_python(folder: Path) -> int:
     bad = 0
-    for block in re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S):
+    for block in re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S
+    ):
         code, output, seconds = run(["-c", block], folder)
         bad += code != 0
-        print(f"{'ok' if not code else 'BAD':4}{'ran':7}{seconds:5.0f} s  README.md: {block.splitlines()[0]} ...", flush=True)
+        print(
+            f"{'ok' if not code else 'BAD':4}{'ran':7}{seconds:5.0f} s  README.md: {block.splitlines()[0]} ...",
+            flush=True,
+        )
         if code:
             print(output[-2000:])
     return bad
@@ -116,7 +159,14 @@ def exercises(text: str) -> list[dict]:
             patches.append((file, side(" -"), side(" +")))
         shows = re.search(r"<!-- shows: (.*?) -->", part)
         if shows:
-            found.append({"name": part.splitlines()[0], "patches": patches, "commands": [c for c, alone in commands(part) if alone], "shows": shows[1]})
+            found.append(
+                {
+                    "name": part.splitlines()[0],
+                    "patches": patches,
+                    "commands": [c for c, alone in commands(part) if alone],
+                    "shows": shows[1],
+                }
+            )
     return found
 
 
@@ -131,20 +181,27 @@ def check_exercises(only: str = "") -> int:
             for file, old, new in exercise["patches"]:
                 text = (folder / file).read_text()
                 if text.count(old) != 1:
-                    raise SystemExit(f"{exercise['name']}: {file} holds the lines to change {text.count(old)} times")
+                    raise SystemExit(
+                        f"{exercise['name']}: {file} holds the lines to change {text.count(old)} times"
+                    )
                 (folder / file).write_text(text.replace(old, new))
             done = [run(shlex.split(command)[1:], folder) for command in exercise["commands"]]
         output, seconds = "\n".join(text for _, text, _ in done), sum(t for _, _, t in done)
         good = re.search(exercise["shows"], output) is not None
         bad += not good
-        print(f"{'ok' if good else 'BAD':4}{'ran':7}{seconds:5.0f} s  {exercise['name']}: {exercise['shows']}", flush=True)
+        print(
+            f"{'ok' if good else 'BAD':4}{'ran':7}{seconds:5.0f} s  {exercise['name']}: {exercise['shows']}",
+            flush=True,
+        )
         lines = [line for line in output.splitlines() if "\r" not in line][-6:]
         print("\n".join(f"        {line}" for line in lines), flush=True)
     return bad
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--only", choices=["commands", "exercises"])
     p.add_argument("--exercise", default="", help="only those whose name holds this")
     args = p.parse_args()

@@ -13,33 +13,66 @@ from PIL import Image
 from safetensors import safe_open
 
 ROOT = Path(__file__).parent.parent
-TRAIN = ["train_text.py", "--pos", "a photo of a person, smiling", "--neg", "a photo of a person, frowning"]
+TRAIN = [
+    "train_text.py",
+    "--pos",
+    "a photo of a person, smiling",
+    "--neg",
+    "a photo of a person, frowning",
+]
 PAIRS = ["train_pairs.py", "--neg", "tests/facts"]
 DRAW = ["slider.py", "--prompt", "a photo of a person"]
 
 
 def run(*command, cwd=ROOT):
     env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-    return subprocess.run([sys.executable, ROOT / command[0], *map(str, command[1:])], cwd=cwd, env=env, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, ROOT / command[0], *map(str, command[1:])],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A quickly trained slider, and what its training printed."""
     path = tmp_path_factory.mktemp("cli") / "smile.safetensors"
-    done = run(*TRAIN, "--preserve", "man, woman", "--steps", 4, "--trajectories", 2, "--per-trajectory", 3, "--denoising-steps", 6, "--out", path)
+    done = run(
+        *TRAIN,
+        "--preserve",
+        "man, woman",
+        "--steps",
+        4,
+        "--trajectories",
+        2,
+        "--per-trajectory",
+        3,
+        "--denoising-steps",
+        6,
+        "--out",
+        path,
+    )
     assert done.returncode == 0, done.stderr
     return path, done
 
 
 def test_training_reports_and_records_itself(trained):
     path, done = trained
-    assert "target: a photo of a person\n" in done.stdout and "teacher's change on unseen x_t" in done.stdout
+    assert (
+        "target: a photo of a person\n" in done.stdout
+        and "teacher's change on unseen x_t" in done.stdout
+    )
     assert "learned" in done.stderr and "loss" in done.stderr  # the progress bar with the meter
     with safe_open(path, "pt") as f:
         metadata = f.metadata()
     settings = json.loads(metadata["settings"])
-    assert settings["pos"] == "a photo of a person, smiling" and settings["preserve"] == ["man, woman"] and settings["rank"] == 4
+    assert (
+        settings["pos"] == "a photo of a person, smiling"
+        and settings["preserve"] == ["man, woman"]
+        and settings["rank"] == 4
+    )
     assert (
         settings["lr"] > 0
         and json.loads(metadata["prompts"]) == ["a photo of a person"]
@@ -49,23 +82,63 @@ def test_training_reports_and_records_itself(trained):
 
 
 def test_a_strip_and_single_files_from_any_folder(trained, tmp_path):
-    done = run(*DRAW, "--slider", trained[0], "--scales", "-2,0,+2", "--seeds", "1-2", "--steps", 3, "--out", tmp_path / "o", cwd=tmp_path)
+    done = run(
+        *DRAW,
+        "--slider",
+        trained[0],
+        "--scales",
+        "-2,0,+2",
+        "--seeds",
+        "1-2",
+        "--steps",
+        3,
+        "--out",
+        tmp_path / "o",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
-    names = {f"seed{s}_scale{x}.png" for s in (1, 2) for x in ("-2", "0", "+2")} | {"strip.png", "sweep.gif"}
+    names = {f"seed{s}_scale{x}.png" for s in (1, 2) for x in ("-2", "0", "+2")} | {
+        "strip.png",
+        "sweep.gif",
+    }
     assert {f.name for f in (tmp_path / "o").iterdir()} == names
     assert Image.open(tmp_path / "o" / "sweep.gif").n_frames == 4  # there and back
-    single, strip = Image.open(tmp_path / "o" / "seed1_scale0.png"), Image.open(tmp_path / "o" / "strip.png")
+    single, strip = (
+        Image.open(tmp_path / "o" / "seed1_scale0.png"),
+        Image.open(tmp_path / "o" / "strip.png"),
+    )
     assert single.size == (128, 128) and strip.width > 3 * 128 and strip.height > 2 * 128
     # Scale 0 is the untouched model, bit for bit, and the same seed is the same picture.
     plain = run(*DRAW, "--seeds", "1-2", "--steps", 3, "--out", tmp_path / "p")
-    assert plain.returncode == 0 and (tmp_path / "p" / "seed1.png").read_bytes() == (tmp_path / "o" / "seed1_scale0.png").read_bytes()
+    assert (
+        plain.returncode == 0
+        and (tmp_path / "p" / "seed1.png").read_bytes()
+        == (tmp_path / "o" / "seed1_scale0.png").read_bytes()
+    )
 
 
 def test_a_grid_and_eq_8_without_a_slider(trained, tmp_path):
     path = trained[0]
-    done = run(*DRAW, "--slider", path, "--slider", f"{path}@0.5", "--grid", "--scales", "-1,1", "--seeds", "0", "--steps", 2, "--out", tmp_path / "g")
+    done = run(
+        *DRAW,
+        "--slider",
+        path,
+        "--slider",
+        f"{path}@0.5",
+        "--grid",
+        "--scales",
+        "-1,1",
+        "--seeds",
+        "0",
+        "--steps",
+        2,
+        "--out",
+        tmp_path / "g",
+    )
     assert done.returncode == 0, done.stderr
-    assert {f.name for f in (tmp_path / "g").iterdir()} == {f"seed0_scale{a}_{b}.png" for a in ("-1", "+1") for b in ("-1", "+1")} | {"grid_seed0.png"}
+    assert {f.name for f in (tmp_path / "g").iterdir()} == {
+        f"seed0_scale{a}_{b}.png" for a in ("-1", "+1") for b in ("-1", "+1")
+    } | {"grid_seed0.png"}
     done = run(
         *DRAW,
         "--guide",
@@ -83,7 +156,9 @@ def test_a_grid_and_eq_8_without_a_slider(trained, tmp_path):
         tmp_path / "e",
     )
     assert done.returncode == 0 and "6 network evaluations" in done.stdout
-    assert (tmp_path / "e" / "seed0_scale0.png").read_bytes() != (tmp_path / "e" / "seed0_scale+1.png").read_bytes()
+    assert (tmp_path / "e" / "seed0_scale0.png").read_bytes() != (
+        tmp_path / "e" / "seed0_scale+1.png"
+    ).read_bytes()
 
 
 def test_a_real_picture_is_inverted_once_and_edited(trained, tmp_path):
@@ -91,21 +166,58 @@ def test_a_real_picture_is_inverted_once_and_edited(trained, tmp_path):
 
     from miniature import world
 
-    world.draw(world.sample(np.random.default_rng(1), kind="face")).resize((200, 160)).save(tmp_path / "me.png")
-    command = [*DRAW, "--image", tmp_path / "me.png", "--slider", trained[0], "--scales", "0,2", "--steps", 3, "--out", tmp_path / "o"]
+    world.draw(world.sample(np.random.default_rng(1), kind="face")).resize((200, 160)).save(
+        tmp_path / "me.png"
+    )
+    command = [
+        *DRAW,
+        "--image",
+        tmp_path / "me.png",
+        "--slider",
+        trained[0],
+        "--scales",
+        "0,2",
+        "--steps",
+        3,
+        "--out",
+        tmp_path / "o",
+    ]
     done = run(*command)
     assert done.returncode == 0, done.stderr
-    assert "200x160, brought to 128x128" in done.stdout and "at most 39 network evaluations" in done.stdout
+    assert (
+        "200x160, brought to 128x128" in done.stdout
+        and "at most 39 network evaluations" in done.stdout
+    )
     (kept,) = (tmp_path / "o").glob("inversion-*.safetensors")
-    assert {f.name for f in (tmp_path / "o").iterdir()} == {"me_scale0.png", "me_scale+2.png", "strip.png", "sweep.gif", kept.name}
+    assert {f.name for f in (tmp_path / "o").iterdir()} == {
+        "me_scale0.png",
+        "me_scale+2.png",
+        "strip.png",
+        "sweep.gif",
+        kept.name,
+    }
     first, age = (tmp_path / "o" / "me_scale+2.png").read_bytes(), kept.stat().st_mtime_ns
     done = run(*command)
-    assert done.returncode == 0 and "network evaluations" not in done.stdout and kept.stat().st_mtime_ns == age
+    assert (
+        done.returncode == 0
+        and "network evaluations" not in done.stdout
+        and kept.stat().st_mtime_ns == age
+    )
     assert (tmp_path / "o" / "me_scale+2.png").read_bytes() == first
-    done = run(*command, "--guidance", 3, "--invert", "negative-prompt")  # other settings, another inversion
-    assert done.returncode == 0 and len(list((tmp_path / "o").glob("inversion-*"))) == 2 and "\nnegative-prompt inversion: 3 network" in done.stdout
+    done = run(
+        *command, "--guidance", 3, "--invert", "negative-prompt"
+    )  # other settings, another inversion
+    assert (
+        done.returncode == 0
+        and len(list((tmp_path / "o").glob("inversion-*"))) == 2
+        and "\nnegative-prompt inversion: 3 network" in done.stdout
+    )
     done = run(*command, "--strength", 0.5, "--seeds", "1,2", "--out", tmp_path / "s")
-    assert done.returncode == 0 and (tmp_path / "s" / "seed2_scale+2.png").exists() and not list((tmp_path / "s").glob("inversion-*"))
+    assert (
+        done.returncode == 0
+        and (tmp_path / "s" / "seed2_scale+2.png").exists()
+        and not list((tmp_path / "s").glob("inversion-*"))
+    )
 
 
 def test_pages_with_a_slider_and_with_a_plane(trained, tmp_path):
@@ -113,16 +225,43 @@ def test_pages_with_a_slider_and_with_a_plane(trained, tmp_path):
     done = run(*one, "--scales", "-1,0,1", "--html", tmp_path / "p" / "one.html")
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "p" / "one.html").read_text()
-    assert text.count("data:image/png") == 6 and "seed1" in text and '"say": "' in text and '"scales": [-1.0, 0.0, 1.0]' in text
-    done = run(*one, "--slider", f"{trained[0]}@0.5", "--grid", "--scales", "-1,1", "--html", tmp_path / "p" / "two.html")
-    assert done.returncode == 0 and (tmp_path / "p" / "two.html").read_text().count("data:image/png") == 8, done.stderr
+    assert (
+        text.count("data:image/png") == 6
+        and "seed1" in text
+        and '"say": "' in text
+        and '"scales": [-1.0, 0.0, 1.0]' in text
+    )
+    done = run(
+        *one,
+        "--slider",
+        f"{trained[0]}@0.5",
+        "--grid",
+        "--scales",
+        "-1,1",
+        "--html",
+        tmp_path / "p" / "two.html",
+    )
+    assert (
+        done.returncode == 0
+        and (tmp_path / "p" / "two.html").read_text().count("data:image/png") == 8
+    ), done.stderr
 
 
 def test_a_folder_of_sliders_each_and_at_random(trained, tmp_path):
     (tmp_path / "space").mkdir()
     for i in (1, 2):
         (tmp_path / "space" / f"{i}.safetensors").write_bytes(trained[0].read_bytes())
-    command = [*DRAW, "--slider", tmp_path / "space", "--scales", "-1,0,1", "--seeds", "0,1", "--steps", 2]
+    command = [
+        *DRAW,
+        "--slider",
+        tmp_path / "space",
+        "--scales",
+        "-1,0,1",
+        "--seeds",
+        "0,1",
+        "--steps",
+        2,
+    ]
     done = run(*command, "--each", "--out", tmp_path / "e")
     assert done.returncode == 0, done.stderr
     assert {f.name for f in (tmp_path / "e").iterdir()} == {"each_seed0.png", "each_seed1.png"}
@@ -134,7 +273,20 @@ def test_a_folder_of_sliders_each_and_at_random(trained, tmp_path):
 
 def test_pairs_train_and_preview(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "miniature.pairs", "--count", "3", "--values", "0.6,1.1,1.6", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+        [
+            sys.executable,
+            "-m",
+            "miniature.pairs",
+            "--count",
+            "3",
+            "--values",
+            "0.6,1.1,1.6",
+            "--out",
+            str(tmp_path),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     done = run(
@@ -161,11 +313,16 @@ def test_pairs_train_and_preview(tmp_path):
     assert "3 groups of 3" in done.stdout and "teacher's change on unseen x_t" in done.stdout
     assert Image.open(tmp_path / "eyes.png").width > 3 * 128
     with safe_open(tmp_path / "eyes.safetensors", "pt") as f:
-        assert json.loads(f.metadata()["settings"])["at"] == [["0.2", str(tmp_path / "1.1")]] and f.metadata()["kind"] == "visual slider"
+        assert (
+            json.loads(f.metadata()["settings"])["at"] == [["0.2", str(tmp_path / "1.1")]]
+            and f.metadata()["kind"] == "visual slider"
+        )
 
 
 def test_an_unknown_word_is_named(tmp_path):
-    done = run("slider.py", "--prompt", "a photo of a zebra", "--seeds", 0, "--steps", 1, "--out", tmp_path)
+    done = run(
+        "slider.py", "--prompt", "a photo of a zebra", "--seeds", 0, "--steps", 1, "--out", tmp_path
+    )
     assert done.returncode == 0 and "'zebra'" in done.stderr and "photo" not in done.stderr
 
 
@@ -182,7 +339,10 @@ BAD = [
     ([*TRAIN, "--size", "100"], "size: 100x100"),
     ([*TRAIN, "--out", "tests"], "is a folder"),
     ([*TRAIN, "--out", "docs/age.png", "--overwrite"], "is to be a .safetensors file"),
-    (["train_text.py", "--pos", "a man, old", "--neg", "a man, old"], "--pos and --neg are the same"),
+    (
+        ["train_text.py", "--pos", "a man, old", "--neg", "a man, old"],
+        "--pos and --neg are the same",
+    ),
     ([*DRAW, "--scales", "nan"], "'nan' is not a list of numbers"),
     ([*DRAW, "--seeds", "5-2"], "'5-2' is not a list of whole numbers"),
     ([*DRAW, "--seeds", "-3"], "'-3' is not a list of whole numbers"),
@@ -250,20 +410,35 @@ def test_bad_input_is_one_clear_line(command, names, monkeypatch, capsys):
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # cli.run sets it: put back
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(command[0], run_name="__main__")
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: ") and "\r" not in line]
+    (line,) = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if not line.startswith("warning: ") and "\r" not in line
+    ]
     assert stopped.value.code == 2 and names in line and line.startswith("error"), line
     assert {f: f.stat().st_mtime_ns for f in ROOT.glob("*.*")} == before
 
 
 @pytest.mark.parametrize(
-    "command, names", [([*TRAIN, "--frobnicate"], "--frobnicate"), ([*DRAW, "--slider", "README.md"], "README.md"), (PAIRS, "two folders")]
+    "command, names",
+    [
+        ([*TRAIN, "--frobnicate"], "--frobnicate"),
+        ([*DRAW, "--slider", "README.md"], "README.md"),
+        (PAIRS, "two folders"),
+    ],
 )
 def test_nor_is_there_a_traceback(command, names):
     done = run(*command)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and names in done.stderr.strip().splitlines()[-1]
+    assert (
+        done.returncode == 2
+        and "Traceback" not in done.stderr
+        and names in done.stderr.strip().splitlines()[-1]
+    )
 
 
-@pytest.mark.parametrize("script", ["train_text.py", "train_pairs.py", "train_space.py", "slider.py", "live.py"])
+@pytest.mark.parametrize(
+    "script", ["train_text.py", "train_pairs.py", "train_space.py", "slider.py", "live.py"]
+)
 def test_help(script, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [script, "--help"])
@@ -279,12 +454,38 @@ def test_a_space_of_sliders(tmp_path):
                "--denoising-steps", 4, "--steps", 2, "--out", tmp_path / "space"]  # fmt: skip
     done = run(*command)
     assert done.returncode == 0, done.stderr
-    assert {f.name for f in (tmp_path / "space").iterdir()} == {"1.safetensors", "2.safetensors", "space.json", "sheet.png", "samples"}
+    assert {f.name for f in (tmp_path / "space").iterdir()} == {
+        "1.safetensors",
+        "2.safetensors",
+        "space.json",
+        "sheet.png",
+        "samples",
+    }
     with safe_open(tmp_path / "space" / "1.safetensors", "pt") as f:
-        assert f.metadata()["kind"] == "space slider" and len(json.loads(f.metadata()["v"])) == 128 and "words" in f.metadata()
+        assert (
+            f.metadata()["kind"] == "space slider"
+            and len(json.loads(f.metadata()["v"])) == 128
+            and "words" in f.metadata()
+        )
     again = run(*command)
-    assert again.returncode == 2 and "space.json: is there already: --overwrite replaces it" in again.stderr
+    assert (
+        again.returncode == 2
+        and "space.json: is there already: --overwrite replaces it" in again.stderr
+    )
     other = run(*command, "--overwrite", "--seed", 1)
     assert other.returncode == 2 and "samples: was begun with --seed 0, not 1" in other.stderr
-    drawn = run(*DRAW, "--slider", tmp_path / "space", "--each", "--scales", "-1,1", "--seeds", 0, "--steps", 3, "--out", tmp_path / "drawn")
+    drawn = run(
+        *DRAW,
+        "--slider",
+        tmp_path / "space",
+        "--each",
+        "--scales",
+        "-1,1",
+        "--seeds",
+        0,
+        "--steps",
+        3,
+        "--out",
+        tmp_path / "drawn",
+    )
     assert drawn.returncode == 0 and (tmp_path / "drawn" / "each_seed0.png").exists(), drawn.stderr

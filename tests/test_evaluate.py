@@ -5,8 +5,8 @@ import pytest
 import torch
 from test_cli import run
 
-import evaluate
 from experiments.common import moved
+from extras import evaluate
 from miniature import world
 from miniature.judges import miniature_judges
 
@@ -17,7 +17,12 @@ def judges(model):
 
 
 def faces(n, **attributes):
-    return [world.draw(world.sample(np.random.default_rng([77, i]), kind="face", malformed=0) | attributes) for i in range(n)]
+    return [
+        world.draw(
+            world.sample(np.random.default_rng([77, i]), kind="face", malformed=0) | attributes
+        )
+        for i in range(n)
+    ]
 
 
 def test_frechet_distance_of_gaussians_is_the_closed_form():
@@ -27,7 +32,9 @@ def test_frechet_distance_of_gaussians_is_the_closed_form():
     x, y = rng.normal(size=(200_000, 3)), m + s * rng.normal(size=(200_000, 3))
     expected = np.square(m).sum() + np.square(s - 1).sum()
     turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
-    assert evaluate.frechet(x, y) == pytest.approx(expected, rel=0.01) and evaluate.frechet(x @ turn, y @ turn) == pytest.approx(expected, rel=0.01)
+    assert evaluate.frechet(x, y) == pytest.approx(expected, rel=0.01) and evaluate.frechet(
+        x @ turn, y @ turn
+    ) == pytest.approx(expected, rel=0.01)
     assert evaluate.frechet(x, x) == pytest.approx(0, abs=1e-9)
 
 
@@ -35,14 +42,26 @@ def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says():
     rng = np.random.default_rng(1)
     intervals = [evaluate.interval(rng.normal(3.0, 2.0, 60), draws=300) for _ in range(300)]
     assert 0.90 < np.mean([i["low"] < 3.0 < i["high"] for i in intervals]) < 0.98
-    assert np.mean([i["high"] - i["low"] for i in intervals]) == pytest.approx(2 * 1.96 * 2 / 60**0.5, rel=0.1)
+    assert np.mean([i["high"] - i["low"] for i in intervals]) == pytest.approx(
+        2 * 1.96 * 2 / 60**0.5, rel=0.1
+    )
 
 
 def test_the_miniatures_judges_see_an_edit(judges):
     """Aged faces come closer to the words for it and no closer to the opposite; a larger edit is further away."""
     young, middle, old = (faces(24, age=a, glasses=0, hat=0) for a in (0.1, 0.4, 0.9))
-    assert evaluate.interval(evaluate.clip_change(judges, young, old, "a photo of a person, very old"))["low"] > 0
-    assert evaluate.interval(evaluate.clip_change(judges, young, old, "a photo of a person, very young"))["high"] < 0
+    assert (
+        evaluate.interval(
+            evaluate.clip_change(judges, young, old, "a photo of a person, very old")
+        )["low"]
+        > 0
+    )
+    assert (
+        evaluate.interval(
+            evaluate.clip_change(judges, young, old, "a photo of a person, very young")
+        )["high"]
+        < 0
+    )
     assert (evaluate.lpips(judges, young, young) == 0).all()
     assert evaluate.lpips(judges, young, middle).mean() < evaluate.lpips(judges, young, old).mean()
     assert evaluate.fid(judges, young, middle) < evaluate.fid(judges, young, old)
@@ -51,7 +70,9 @@ def test_the_miniatures_judges_see_an_edit(judges):
 def test_moved_reads_what_was_moved_in_units_of_its_range():
     before, after = faces(24, eye_size=0.8, smile=0.0), faces(24, eye_size=1.3, smile=0.4)
     found = moved(before, after, "eye_size")
-    assert found["moved"]["mean"] == pytest.approx(0.5, abs=0.05) and found["worst_other"] == "smile"
+    assert (
+        found["moved"]["mean"] == pytest.approx(0.5, abs=0.05) and found["worst_other"] == "smile"
+    )
     assert found["worst_other_moved"] == pytest.approx(0.2, abs=0.05) and found["malformed"] < 0.2
 
 
@@ -61,7 +82,10 @@ def test_real_lpips_is_the_packages_own(tmp_path):
         import lpips as package
         import torch_fidelity  # noqa: F401
         from torchvision import models
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that was built for another torch
+    except (
+        ImportError,
+        RuntimeError,
+    ) as error:  # RuntimeError: a torchvision that was built for another torch
         pytest.skip(f"needs requirements-judges.txt: {error}")
     torch.manual_seed(0)
     alexnet = models.alexnet(weights=None)
@@ -71,7 +95,11 @@ def test_real_lpips_is_the_packages_own(tmp_path):
         mine.data.copy_(theirs.data)
     judges = evaluate.real_judges(alexnet=str(tmp_path / "alexnet.pth"))
     a, b = faces(2, age=0.1), faces(2, age=0.9)
-    x, y = (torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in some]).float() / 127.5 - 1 for some in (a, b))
+    x, y = (
+        torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in some]).float() / 127.5
+        - 1
+        for some in (a, b)
+    )
     with torch.no_grad():
         expected = reference.eval()(x, y).flatten().numpy()
     assert np.allclose(evaluate.lpips(judges, a, b), expected, rtol=1e-3) and (expected > 0).all()
@@ -82,9 +110,21 @@ def test_the_command(tmp_path):
         (tmp_path / name).mkdir()
         for i, picture in enumerate(faces(3, age=age)):
             picture.save(tmp_path / name / f"{i}.png")
-    command = ["evaluate.py", "--original", tmp_path / "young", "--edited", tmp_path / "old", "--prompt", "a photo of a person, very old"]
+    command = [
+        "evaluate.py",
+        "--original",
+        tmp_path / "young",
+        "--edited",
+        tmp_path / "old",
+        "--prompt",
+        "a photo of a person, very old",
+    ]
     done = run(*command, "--judges", "miniature", "--json", tmp_path / "r.json")
-    assert done.returncode == 0 and "3 pairs" in done.stdout and "clip_change" in (tmp_path / "r.json").read_text()
+    assert (
+        done.returncode == 0
+        and "3 pairs" in done.stdout
+        and "clip_change" in (tmp_path / "r.json").read_text()
+    )
     for name in ("young", "old"):
         (tmp_path / name / "1.png").unlink(), (tmp_path / name / "2.png").unlink()
     done = run(*command, "--judges", "miniature")

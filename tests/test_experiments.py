@@ -13,7 +13,20 @@ from experiments.common import Lab
 @pytest.fixture
 def lab(tmp_path, monkeypatch):
     def make(*words):
-        monkeypatch.setattr(sys, "argv", ["x", "--pictures", "2", "--out", str(tmp_path / "results"), "--sliders", str(tmp_path / "sliders"), *words])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [
+                "x",
+                "--pictures",
+                "2",
+                "--out",
+                str(tmp_path / "results"),
+                "--sliders",
+                str(tmp_path / "sliders"),
+                *words,
+            ],
+        )
         return Lab("", "name")
 
     return make
@@ -41,7 +54,9 @@ def test_sliders_are_trained_once_and_full_fine_tuning_has_a_scale(lab, monkeypa
     monkeypatch.undo()
     full = here.text_slider("smile", full=True, lr=here.recipe["lr"] / 400, steps=2, trajectories=2)
     names = {lora.file_name(name) for name in lora.target_layers(here.model.unet)}
-    assert {name for name, _ in full.named_children()} == names and any(p.abs().max() > 0 for p in full.parameters())
+    assert {name for name, _ in full.named_children()} == names and any(
+        p.abs().max() > 0 for p in full.parameters()
+    )
     plain, changed = here.draw([[(full, 0.0)], [(full, 2.0)]], steps=3)
     assert here.draw([[]], steps=3)[0][0].tobytes() == plain[0].tobytes() != changed[0].tobytes()
 
@@ -50,7 +65,13 @@ def test_an_edit_is_measured(lab):
     here = lab()
     (before,) = here.draw([[]], steps=4)
     nothing = here.edit("smile", before, before)
-    assert nothing["clip_change"]["mean"] == nothing["lpips"]["mean"] == nothing["moved"]["mean"] == nothing["worst_other_moved"] == 0
+    assert (
+        nothing["clip_change"]["mean"]
+        == nothing["lpips"]["mean"]
+        == nothing["moved"]["mean"]
+        == nothing["worst_other_moved"]
+        == 0
+    )
     import numpy as np
 
     from miniature import world
@@ -58,7 +79,11 @@ def test_an_edit_is_measured(lab):
     faces = [world.sample(np.random.default_rng(i), kind="face", malformed=0) for i in range(8)]
     drawn = [[world.draw(a | {"smile": smile}) for a in faces] for smile in (-0.8, 0.8)]
     found = here.edit("smile", *drawn)
-    assert found["moved"]["mean"] == pytest.approx(0.8, abs=0.1) and found["worst_other_moved"] < 0.1 and found["clip_change"]["mean"] > 0
+    assert (
+        found["moved"]["mean"] == pytest.approx(0.8, abs=0.1)
+        and found["worst_other_moved"] < 0.1
+        and found["clip_change"]["mean"] > 0
+    )
 
 
 def test_the_tables_in_the_docs_are_of_the_committed_results(tmp_path, monkeypatch):
@@ -69,4 +94,6 @@ def test_the_tables_in_the_docs_are_of_the_committed_results(tmp_path, monkeypat
     monkeypatch.setattr(report, "PAGE", page)
     report.main()
     assert page.read_text() == before
-    assert set(report.KINDS) >= {f.stem for f in common.RESULTS.glob("*.json") if "_seed" not in f.stem}
+    assert set(report.KINDS) >= {
+        f.stem for f in common.RESULTS.glob("*.json") if "_seed" not in f.stem
+    }

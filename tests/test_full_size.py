@@ -14,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-pytestmark = pytest.mark.skipif(not os.environ.get("FULL_SIZE"), reason="set FULL_SIZE=1 to run the full-size checks")
+pytestmark = pytest.mark.skipif(
+    not os.environ.get("FULL_SIZE"), reason="set FULL_SIZE=1 to run the full-size checks"
+)
 ROOT = Path(__file__).parent.parent
 
 
@@ -30,7 +32,9 @@ def test_forward_agrees_with_diffusers(dtype, tolerance):
     x, t, context, pooled, ids = inputs(dtype, side=32)
     with torch.no_grad():
         a = ours(x, t, context, pooled, ids).float()
-        b = theirs.eval()(x, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}).sample.float()
+        b = theirs.eval()(
+            x, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}
+        ).sample.float()
     error = ((a - b).norm() / b.norm()).item()
     print(f"\nUNet, {dtype}, 256 pixels: relative difference to diffusers {error:.1e}")
     assert a.isfinite().all() and a.std() > 0.01
@@ -41,7 +45,7 @@ LOAD = """
 import sys, torch
 from sdxl import SDXL
 from bench.unet import inputs
-from training import peak_memory
+from support.training import peak_memory
 before = peak_memory()
 model = SDXL.load(sys.argv[1], device="cpu", dtype=torch.float16, base=sys.argv[2])
 loaded = peak_memory() - before  # a mapped tensor is resident only once it was used
@@ -71,21 +75,49 @@ def test_one_full_size_file_and_the_folder_are_the_same_model(tmp_path):
     renamed = single_file.rename({n: tuple(s) for n, s in shapes.items()})
     for part in PARTS:
         (base / part).mkdir()
-        state = {new: single_file.act(tensors[old], action).contiguous().clone() for new, old, action in renamed[part]}
-        save_file(state, base / part / ("model.safetensors" if "text" in part else "diffusion_pytorch_model.safetensors"))
+        state = {
+            new: single_file.transform(tensors[old], action).contiguous().clone()
+            for new, old, action in renamed[part]
+        }
+        save_file(
+            state,
+            base
+            / part
+            / ("model.safetensors" if "text" in part else "diffusion_pytorch_model.safetensors"),
+        )
         (base / part / "config.json").write_text(json.dumps(single_file.SDXL[part]))
     (base / "scheduler").mkdir()
-    (base / "scheduler" / "scheduler_config.json").write_text(json.dumps(single_file.SDXL["scheduler"]))
-    (base / "model_index.json").write_text(json.dumps(single_file.SDXL["model_index"] | {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}))
-    count = {part: sum(torch.Size(shapes[o]).numel() // (3 if a in "qkv" and a else 1) for _, o, a in renamed[part]) for part in PARTS}
+    (base / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps(single_file.SDXL["scheduler"])
+    )
+    (base / "model_index.json").write_text(
+        json.dumps(
+            single_file.SDXL["model_index"]
+            | {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}
+        )
+    )
+    count = {
+        part: sum(
+            torch.Size(shapes[o]).numel() // (3 if a in "qkv" and a else 1)
+            for _, o, a in renamed[part]
+        )
+        for part in PARTS
+    }
     size = sum(n * (4 if part == "vae" else 2) for part, n in count.items())
     del tensors, state
     outputs = []
     for form in ("one.safetensors", "base"):
-        done = subprocess.run([sys.executable, "-c", LOAD, tmp_path / form, base, tmp_path / "out.pt"], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", LOAD, tmp_path / form, base, tmp_path / "out.pt"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
         loaded, used = (int(n) / size for n in done.stdout.split())
-        print(f"\n{form}: peak resident memory {loaded:.2f} times the weights' {size / 2**30:.2f} GiB while loading, {used:.2f} once all were used")
+        print(
+            f"\n{form}: peak resident memory {loaded:.2f} times the weights' {size / 2**30:.2f} GiB while loading, {used:.2f} once all were used"
+        )
         assert loaded < 1.1 and 0.7 < used < 1.1  # the token tables are read a row at a time
         outputs.append(torch.load(tmp_path / "out.pt", weights_only=True))
     assert all(a.isfinite().all() and torch.equal(a, b) for a, b in zip(*outputs))

@@ -11,9 +11,9 @@ import pytest
 from browser import after
 from PIL import Image
 
-import live
 import lora
 import slider
+from extras import live
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,10 @@ def test_what_is_asked_for_is_drawn(model, served):
 
 def test_the_page_names_the_sliders(served):
     text = get(served[0]).read().decode()
-    assert '"sliders": [{"name": "one", "low": -2.1, "high": 3.0}]' in text and "http" not in text.split("<script>")[1]
+    assert (
+        '"sliders": [{"name": "one", "low": -2.1, "high": 3.0}]' in text
+        and "http" not in text.split("<script>")[1]
+    )
 
 
 def test_dragging_draws(model, served, tmp_path):
@@ -60,12 +63,24 @@ def test_dragging_draws(model, served, tmp_path):
         c.width = picture.naturalWidth; c.height = picture.naturalHeight; x.drawImage(picture, 0, 0);
         out = JSON.stringify({before, after: say.textContent, label: range.closest("label").textContent, pixels: [...x.getImageData(0, 0, c.width, c.height).data]})"""
     seen = json.loads(after(served[0], script, tmp_path))
-    expected = np.asarray(slider.generate(model, "a person", [0], [(served[1], 2.0)], steps=2, guidance=1.0)[0].convert("RGBA"))
+    expected = np.asarray(
+        slider.generate(model, "a person", [0], [(served[1], 2.0)], steps=2, guidance=1.0)[
+            0
+        ].convert("RGBA")
+    )
     assert (seen["before"], seen["after"], seen["label"]) == ("one 0", "one 2", "one")
     assert np.array_equal(np.reshape(seen["pixels"], expected.shape), expected)
 
 
-@pytest.mark.parametrize("path, status", [("/picture?seed=-1", 400), ("/picture?s0=x", 400), ("/picture?s0=nan", 400), ("/etc/passwd", 404)])
+@pytest.mark.parametrize(
+    "path, status",
+    [
+        ("/picture?seed=-1", 400),
+        ("/picture?s0=x", 400),
+        ("/picture?s0=nan", 400),
+        ("/etc/passwd", 404),
+    ],
+)
 def test_nonsense_is_answered_and_the_server_goes_on(served, path, status):
     with pytest.raises(urllib.error.HTTPError) as error:
         get(served[0] + path)

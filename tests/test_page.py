@@ -6,7 +6,7 @@ import pytest
 from browser import after
 from PIL import Image
 
-import page
+from support import page
 
 COLOUR = """const colour = async () => { const image = document.getElementById('picture'); await image.decode();
     const c = document.createElement('canvas'), x = c.getContext('2d'); x.drawImage(image, 0, 0, 1, 1); return [...x.getImageData(0, 0, 1, 1).data].slice(0, 3) };
@@ -15,11 +15,23 @@ COLOUR = """const colour = async () => { const image = document.getElementById('
 
 def frames(rows, second, first):
     """A picture whose colour says which it is."""
-    return [[[Image.new("RGB", (8, 8), (10 * i, 20 * j, 100 * r)) for i in range(first)] for j in range(second)] for r in range(rows)]
+    return [
+        [
+            [Image.new("RGB", (8, 8), (10 * i, 20 * j, 100 * r)) for i in range(first)]
+            for j in range(second)
+        ]
+        for r in range(rows)
+    ]
 
 
 def test_one_slider(tmp_path):
-    text = page.html("Age <of> a person", [("age", [-2.0, 0.0, 1.0, 2.0])], ["seed 0", "seed 1"], frames(2, 1, 4), [[["young", "plain", "older", "old"]]] * 2)
+    text = page.render_page(
+        "Age <of> a person",
+        [("age", [-2.0, 0.0, 1.0, 2.0])],
+        ["seed 0", "seed 1"],
+        frames(2, 1, 4),
+        [[["young", "plain", "older", "old"]]] * 2,
+    )
     assert "Age &lt;of> a person" in text and "http" not in text
     script = (
         COLOUR
@@ -32,12 +44,22 @@ def test_one_slider(tmp_path):
         out = JSON.stringify({seen, label: document.querySelector('label[for=range0]').textContent, text: range.getAttribute('aria-valuetext'), plane: $$('plane').hidden})"""
     )
     found = json.loads(after(text, script, tmp_path))
-    assert found["seen"] == [[[10, 0, 0], "age 0: plain"], [[30, 0, 0], "age +2: old"], [[0, 0, 0], "age -2: young"], [[0, 0, 100], "seed 1, age -2"]]
+    assert found["seen"] == [
+        [[10, 0, 0], "age 0: plain"],
+        [[30, 0, 0], "age +2: old"],
+        [[0, 0, 0], "age -2: young"],
+        [[0, 0, 100], "seed 1, age -2"],
+    ]
     assert found["label"] == "age" and found["text"] == "-2" and found["plane"]
 
 
 def test_two_sliders_are_a_plane(tmp_path):
-    text = page.html("x", [("age", [-1.0, 0.0, 1.0]), ("smile", [-2.0, 0.0, 2.0, 4.0])], ["seed 0"], frames(1, 4, 3))
+    text = page.render_page(
+        "x",
+        [("age", [-1.0, 0.0, 1.0]), ("smile", [-2.0, 0.0, 2.0, 4.0])],
+        ["seed 0"],
+        frames(1, 4, 3),
+    )
     script = (
         COLOUR
         + """
@@ -59,13 +81,18 @@ def contrast(a, b):
 
     def light(c):
         c = [int(c[i : i + 2], 16) / 255 for i in (0, 2, 4)]
-        return sum(w * (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4) for w, v in zip((0.2126, 0.7152, 0.0722), c))
+        return sum(
+            w * (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4)
+            for w, v in zip((0.2126, 0.7152, 0.0722), c)
+        )
 
     high, low = sorted((light(a), light(b)), reverse=True)
     return (high + 0.05) / (low + 0.05)
 
 
-@pytest.mark.parametrize("ink, ground, accent", [("1a1a1a", "ffffff", "1f5fbf"), ("eeeeee", "161616", "7fb0ff")])
+@pytest.mark.parametrize(
+    "ink, ground, accent", [("1a1a1a", "ffffff", "1f5fbf"), ("eeeeee", "161616", "7fb0ff")]
+)
 def test_colours_can_be_read(ink, ground, accent):
     short = lambda c: f"#{c[0]}{c[2]}{c[4]}" if c[0::2] == c[1::2] else f"#{c}"
     assert all(short(c) in page.TEMPLATE for c in (ink, ground, accent))
@@ -73,5 +100,5 @@ def test_colours_can_be_read(ink, ground, accent):
 
 
 def test_a_title_of_the_template_s_own_words():
-    text = page.html("DATA and TITLE", [("age", [0.0])], ["seed 0"], frames(1, 1, 1))
+    text = page.render_page("DATA and TITLE", [("age", [0.0])], ["seed 0"], frames(1, 1, 1))
     assert "<h1>DATA and TITLE</h1>" in text and 'const data = {"sliders"' in text

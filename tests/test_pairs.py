@@ -6,11 +6,11 @@ import torch
 from PIL import Image
 
 import lora
-import pictures
 import sampler
 import student
 import train_pairs
 from miniature import world
+from support import images
 
 SCALES = [-2.0, -1.0, 1.0]
 
@@ -18,31 +18,53 @@ SCALES = [-2.0, -1.0, 1.0]
 @pytest.fixture(scope="module")
 def latents(model):
     """(4, 3, 4, 16, 16): four faces at three eye sizes."""
-    faces = [world.sample(np.random.default_rng([7, i]), kind="face", malformed=0) for i in range(4)]
-    return torch.stack([model.latents([world.draw(f | {"eye_size": v}) for v in (0.6, 0.8, 1.4)]) for f in faces])
+    faces = [
+        world.sample(np.random.default_rng([7, i]), kind="face", malformed=0) for i in range(4)
+    ]
+    return torch.stack(
+        [model.latents([world.draw(f | {"eye_size": v}) for v in (0.6, 0.8, 1.4)]) for f in faces]
+    )
 
 
 def collect(model, latents, scales=SCALES, **changes):
     settings = dict(noises=5, seed=3, batch=7) | changes
-    return train_pairs.collect(model, latents, torch.tensor(scales), model.condition(["a photo of a person"]), **settings)
+    return train_pairs.collect(
+        model, latents, torch.tensor(scales), model.condition(["a photo of a person"]), **settings
+    )
 
 
 def test_noise_and_level_are_the_same_within_a_pair_and_spread_over_the_schedule(model, latents):
     targets = collect(model, latents, target="noise")
     assert len(targets) == 60 and targets.scale.tolist() == SCALES * 20
-    x_t, t, target = (x.unflatten(0, (20, 3)) for x in (targets.x_t, targets.t, targets.target))  # (pair and noise, scale, ...)
-    assert torch.equal(t[:, 0], t[:, 1]) and all((t[:, 0].view(4, 5)[i] // 200 == torch.arange(5)).all() for i in range(4))
+    x_t, t, target = (
+        x.unflatten(0, (20, 3)) for x in (targets.x_t, targets.t, targets.target)
+    )  # (pair and noise, scale, ...)
+    assert torch.equal(t[:, 0], t[:, 1]) and all(
+        (t[:, 0].view(4, 5)[i] // 200 == torch.arange(5)).all() for i in range(4)
+    )
     a = model.alpha_bar[t].view(20, 3, 1, 1, 1)
-    eps = (x_t - a.sqrt() * latents.repeat_interleave(5, 0)) / (1 - a).sqrt()  # x_t solved for its noise
-    assert torch.allclose(eps, target, atol=1e-3 / (1 - a).sqrt().min()) and torch.equal(target[:, 0], target[:, 2])
-    assert abs(eps.mean()) < 0.02 and abs(eps.std() - 1) < 0.02 and not torch.allclose(eps[0], eps[1], atol=0.5)
+    eps = (x_t - a.sqrt() * latents.repeat_interleave(5, 0)) / (
+        1 - a
+    ).sqrt()  # x_t solved for its noise
+    assert torch.allclose(eps, target, atol=1e-3 / (1 - a).sqrt().min()) and torch.equal(
+        target[:, 0], target[:, 2]
+    )
+    assert (
+        abs(eps.mean()) < 0.02
+        and abs(eps.std() - 1) < 0.02
+        and not torch.allclose(eps[0], eps[1], atol=0.5)
+    )
 
 
 def test_eps_0_is_the_frozen_models_prediction(model, latents):
     targets = collect(model, latents)
     with torch.no_grad():
         for i in (0, 35):
-            eps = model.unet(targets.x_t[i : i + 1], targets.t[i : i + 1], *model.condition(["a photo of a person"]))[0]
+            eps = model.unet(
+                targets.x_t[i : i + 1],
+                targets.t[i : i + 1],
+                *model.condition(["a photo of a person"]),
+            )[0]
             assert torch.allclose(eps, targets.eps_0[i], atol=1e-4)
 
 
@@ -50,14 +72,20 @@ def test_eps_0_is_the_frozen_models_prediction(model, latents):
 def test_the_shared_prediction_is_the_lines_value_at_scale_0(scales):
     eps_0 = torch.randn(3, len(scales), 2, 4, 4)
     ours = train_pairs.shared_prediction(eps_0, torch.tensor(scales))
-    line = np.polyfit(scales, eps_0.transpose(0, 1).flatten(1).double().numpy(), 1)[1]  # numpy's least squares
+    line = np.polyfit(scales, eps_0.transpose(0, 1).flatten(1).double().numpy(), 1)[
+        1
+    ]  # numpy's least squares
     assert np.allclose(ours.flatten().numpy(), line, atol=1e-5)
 
 
 def test_both_targets_ask_for_the_same_slider(latents):
     """For a slider that adds s * D and scales that sum to 0, the D that minimises the paper's loss and the one that
     minimises ours are the same, whatever eps is: gradient descent on each, in float64."""
-    scales, eps_0, eps = torch.tensor([-2.0, 0.5, 1.5]).double(), torch.randn(1, 3, 2, 4, 4).double(), torch.randn(1, 1, 2, 4, 4).double()
+    scales, eps_0, eps = (
+        torch.tensor([-2.0, 0.5, 1.5]).double(),
+        torch.randn(1, 3, 2, 4, 4).double(),
+        torch.randn(1, 1, 2, 4, 4).double(),
+    )
     found = []
     for target in (eps, train_pairs.shared_prediction(eps_0, scales).double()):
         D = torch.zeros(1, 1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
@@ -71,9 +99,16 @@ def test_both_targets_ask_for_the_same_slider(latents):
 
 def test_the_student_learns_unseen_faces_in_the_direction_of_the_pairs(model):
     """The slider turned up must change the predicted picture towards bigger eyes: along z_B - z_A of a face it never saw."""
-    faces = [world.sample(np.random.default_rng([8, i]), kind="face", malformed=0) for i in range(9)]
-    latents = torch.stack([model.latents([world.draw(f | {"eye_size": v}) for v in (0.6, 1.1, 1.6)]) for f in faces])[:, ::2]
-    train, held_out = (collect(model, part, [-1.0, 1.0], noises=16, seed=i) for i, part in enumerate((latents[1:], latents[:1])))
+    faces = [
+        world.sample(np.random.default_rng([8, i]), kind="face", malformed=0) for i in range(9)
+    ]
+    latents = torch.stack(
+        [model.latents([world.draw(f | {"eye_size": v}) for v in (0.6, 1.1, 1.6)]) for f in faces]
+    )[:, ::2]
+    train, held_out = (
+        collect(model, part, [-1.0, 1.0], noises=16, seed=i)
+        for i, part in enumerate((latents[1:], latents[:1]))
+    )
     torch.manual_seed(0)
     slider = lora.Slider(lora.target_layers(model.unet)).attach(model.unet)
     reading = student.fit(model.unet, slider, train, held_out, steps=80, batch=8, lr=1.3e-3)
@@ -84,9 +119,13 @@ def test_the_student_learns_unseen_faces_in_the_direction_of_the_pairs(model):
         x_0 = []
         for scale in (-1.0, 1.0):
             with slider.at(scale):
-                x_0.append((x_t - (1 - a).sqrt() * model.unet(x_t, t, *model.condition([""]))) / a.sqrt())
+                x_0.append(
+                    (x_t - (1 - a).sqrt() * model.unet(x_t, t, *model.condition([""]))) / a.sqrt()
+                )
     slider.detach()
-    along = torch.nn.functional.cosine_similarity((x_0[1] - x_0[0]).flatten(), (latents[0, 1] - latents[0, 0]).flatten(), dim=0)
+    along = torch.nn.functional.cosine_similarity(
+        (x_0[1] - x_0[0]).flatten(), (latents[0, 1] - latents[0, 0]).flatten(), dim=0
+    )
     assert reading["share"] > 0.1 and reading["cosine"] > 0.25 and along > 0.5
 
 
@@ -94,30 +133,40 @@ def test_the_student_learns_unseen_faces_in_the_direction_of_the_pairs(model):
 
 
 def test_every_kind_of_picture_is_read_as_a_viewer_shows_it(tmp_path):
-    rgb = Image.fromarray((np.indices((20, 30)).sum(0) * 5)[..., None].repeat(3, -1).astype(np.uint8))
+    rgb = Image.fromarray(
+        (np.indices((20, 30)).sum(0) * 5)[..., None].repeat(3, -1).astype(np.uint8)
+    )
     grey = rgb.convert("L")
     rgb.save(tmp_path / "rgb.png"), grey.save(tmp_path / "grey.png")
     rgb.quantize(64).save(tmp_path / "palette.png")
     Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(tmp_path / "deep.png")
     clear = rgb.convert("RGBA")
-    clear.putalpha(Image.fromarray(np.where(np.arange(30) < 15, 0, 255).astype(np.uint8)[None].repeat(20, 0)))
+    clear.putalpha(
+        Image.fromarray(np.where(np.arange(30) < 15, 0, 255).astype(np.uint8)[None].repeat(20, 0))
+    )
     clear.save(tmp_path / "clear.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: a viewer turns the picture by 90 degrees
     rgb.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
     for name, most in (("rgb", 0), ("grey", 0), ("palette", 8), ("deep", 0), ("turned", 0)):
-        seen = pictures.read(tmp_path / f"{name}.png")
+        seen = images.read_image(tmp_path / f"{name}.png")
         assert seen.mode == "RGB" and seen.size == (30, 20), name
         assert np.abs(np.asarray(seen).astype(int) - np.asarray(rgb)).max() <= most, name
-    seen = np.asarray(pictures.read(tmp_path / "clear.png"))
+    seen = np.asarray(images.read_image(tmp_path / "clear.png"))
     assert (seen[:, :15] == 255).all() and (seen[:, 15:] == np.asarray(rgb)[:, 15:]).all()
 
 
 def test_a_pair_of_other_sizes_is_cropped_alike(tmp_path):
     big = world.draw(world.sample(np.random.default_rng(1), kind="face")).resize((300, 200))
-    big.save(tmp_path / "a.png"), big.resize((150, 100), Image.Resampling.LANCZOS).save(tmp_path / "b.png")
-    a, b = pictures.read_matched([tmp_path / "a.png", tmp_path / "b.png"], 64)
-    assert a.size == b.size == (64, 64) and np.abs(np.asarray(a).astype(int) - np.asarray(b)).mean() < 3
+    (
+        big.save(tmp_path / "a.png"),
+        big.resize((150, 100), Image.Resampling.LANCZOS).save(tmp_path / "b.png"),
+    )
+    a, b = images.read_group([tmp_path / "a.png", tmp_path / "b.png"], 64)
+    assert (
+        a.size == b.size == (64, 64)
+        and np.abs(np.asarray(a).astype(int) - np.asarray(b)).mean() < 3
+    )
 
 
 def bad_folders(root):
@@ -145,6 +194,6 @@ def bad_folders(root):
 def test_what_cannot_be_paired_is_refused_by_name(tmp_path):
     for case, line in bad_folders(tmp_path).items():
         with pytest.raises(ValueError, match=line) as error:
-            for files in pictures.matched([tmp_path / "good", tmp_path / case]):
-                pictures.read_matched(files, 64)
+            for files in images.match_by_name([tmp_path / "good", tmp_path / case]):
+                images.read_group(files, 64)
         assert case in str(error.value)

@@ -10,8 +10,8 @@ import pytest
 from browser import after
 from PIL import Image
 
-import evaluate
 from experiments import preference
+from extras import evaluate
 
 
 @pytest.fixture
@@ -29,7 +29,12 @@ KEY = "const key = k => dispatchEvent(new KeyboardEvent('keydown', {key: k, canc
 def test_votes_in_a_browser(folders, tmp_path):
     """Always for the blue picture, wherever it is: every vote in the CSV is for b; one is taken back, one is for neither."""
     page = preference.page(*folders, "Which <is> better?", most=5)
-    assert page.count('"name"') == 5 and "http" not in page and str(tmp_path) not in page and "&lt;is>" in page
+    assert (
+        page.count('"name"') == 5
+        and "http" not in page
+        and str(tmp_path) not in page
+        and "&lt;is>" in page
+    )
     script = (
         KEY
         + """
@@ -74,14 +79,21 @@ def write(path, votes):
 
 
 def test_count(tmp_path):
-    votes = [("x", i, "a", 2, "b") for i in range(8)] + [("x", 8, "a", 1, "a"), ("y", 8, "b", 2, "a"), ("y", 9, "a", 0, "")]
+    votes = [("x", i, "a", 2, "b") for i in range(8)] + [
+        ("x", 8, "a", 1, "a"),
+        ("y", 8, "b", 2, "a"),
+        ("y", 9, "a", 0, ""),
+    ]
     one = write(tmp_path / "1.csv", votes)
     again = write(tmp_path / "2.csv", votes[:5])  # the same votes saved a second time
     found = preference.count([one, again])
     assert (found["a"], found["b"], found["neither"], found["raters"]) == (2, 8, 1, 2)
     assert found["p"] == pytest.approx(2 * (comb(10, 8) + comb(10, 9) + 1) / 1024)
     assert found["left"] == pytest.approx(0.1)
-    for p in (found["share"]["low"], found["share"]["high"]):  # the bounds of Wilson's interval solve |k/n - p| = z sd(p)
+    for p in (
+        found["share"]["low"],
+        found["share"]["high"],
+    ):  # the bounds of Wilson's interval solve |k/n - p| = z sd(p)
         assert abs(0.8 - p) == pytest.approx(1.96 * (p * (1 - p) / 10) ** 0.5)
     assert evaluate.wilson(0, 7)["low"] == 0 and evaluate.wilson(7, 7)["high"] == 1
 

@@ -7,12 +7,12 @@ import torch
 
 import lora
 import sampler
-import spread
 import train_space
 from miniature.judges import vision_tower
 from miniature.measure import tensor
 from sdxl_unet import UNet
-from unfinished import Unfinished
+from support import spread
+from support.checkpoint import Checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +21,10 @@ def conds(model):
 
 
 def collect(model, conds, folder, **changes):
-    settings = dict(samples=6, per_sample=2, size=(128, 128), seed=3, batch=4, steps=6, guidance=3.0, start=0.3)
-    return train_space.collect(model, *conds, Unfinished(folder), **(settings | changes))
+    settings = dict(
+        samples=6, per_sample=2, size=(128, 128), seed=3, batch=4, steps=6, guidance=3.0, start=0.3
+    )
+    return train_space.collect(model, *conds, Checkpoint(folder), **(settings | changes))
 
 
 def test_directions_of_a_known_spread():
@@ -33,22 +35,37 @@ def test_directions_of_a_known_spread():
     x = torch.empty(20_000, 10).exponential_(generator=g) - 1  # skewed: the sign is defined
     f = x * each @ axes.T + 5
     v, sigma, share = spread.directions(f, 3)
-    assert torch.allclose((v @ axes[:, :3]).diagonal(), torch.ones(3), atol=0.01)  # the long tail is on the positive side
+    assert torch.allclose(
+        (v @ axes[:, :3]).diagonal(), torch.ones(3), atol=0.01
+    )  # the long tail is on the positive side
     assert torch.allclose(sigma, each[:3], rtol=0.05)
-    assert share.sum() == pytest.approx((each[:3].square().sum() / each.square().sum()).item(), abs=0.01)
+    assert share.sum() == pytest.approx(
+        (each[:3].square().sum() / each.square().sum()).item(), abs=0.01
+    )
 
 
 def test_independent_directions_are_the_causes_and_principal_ones_mixtures():
     """Four causes of like strength, on and off or evenly spread, along axes of their own: only the independent directions find these."""
     g = torch.Generator().manual_seed(1)
     axes, _ = torch.linalg.qr(torch.randn(10, 10, generator=g))
-    causes = torch.cat([(torch.rand(20_000, 2, generator=g) < 0.3).float() / 0.21**0.5, torch.rand(20_000, 2, generator=g) * 12**0.5], 1)
-    f = causes * torch.tensor([1.02, 1.01, 1.0, 0.99]) @ axes[:4] + 0.1 * torch.randn(20_000, 10, generator=g)
+    causes = torch.cat(
+        [
+            (torch.rand(20_000, 2, generator=g) < 0.3).float() / 0.21**0.5,
+            torch.rand(20_000, 2, generator=g) * 12**0.5,
+        ],
+        1,
+    )
+    f = causes * torch.tensor([1.02, 1.01, 1.0, 0.99]) @ axes[:4] + 0.1 * torch.randn(
+        20_000, 10, generator=g
+    )
     best = lambda v: (v @ axes[:4].T).abs().max(1)
     v, sigma, share = spread.directions(f, 4, independent=True)
     assert best(v)[0].min() > 0.99 and best(v)[1].sort()[0].tolist() == [0, 1, 2, 3]
     assert best(spread.directions(f, 4)[0])[0].min() < 0.95
-    assert torch.allclose(sigma, torch.tensor([1.02, 1.01, 1.0, 0.99]), rtol=0.05) and 0.9 < share.sum() < 1
+    assert (
+        torch.allclose(sigma, torch.tensor([1.02, 1.01, 1.0, 0.99]), rtol=0.05)
+        and 0.9 < share.sum() < 1
+    )
     v_again, _, _ = spread.directions(f, 4, independent=True)
     assert torch.equal(v, v_again)
 
@@ -91,28 +108,52 @@ def test_samples_survive_a_stop_and_x_t_lie_on_the_way(model, conds, tmp_path, m
         collect(model, conds, tmp_path / "part")
     again = collect(model, conds, tmp_path / "part")
     assert calls == [4, 2, 2]  # the first batch was not drawn again
-    assert torch.equal(whole.x_0, again.x_0) and torch.equal(whole.x_t, again.x_t) and whole.x_t.shape == (6, 2, 4, 16, 16)
+    assert (
+        torch.equal(whole.x_0, again.x_0)
+        and torch.equal(whole.x_t, again.x_t)
+        and whole.x_t.shape == (6, 2, 4, 16, 16)
+    )
     monkeypatch.undo()
     levels = sampler.timesteps(6)
     for m in range(2):
         t = int(whole.t[5, m])
         assert t <= 700
         x_T = sampler.noise([3_000_005], model.latent_shape())
-        reached = sampler.sample(model.unet, x_T, *conds, alpha_bar=model.alpha_bar, steps=6, guidance=3.0, stop=levels.index(t))
+        reached = sampler.sample(
+            model.unet,
+            x_T,
+            *conds,
+            alpha_bar=model.alpha_bar,
+            steps=6,
+            guidance=3.0,
+            stop=levels.index(t),
+        )
         assert torch.allclose(reached[0], whole.x_t[5, m], atol=1e-3)
 
 
-def test_the_gradient_through_unet_vae_and_clip_agrees_with_finite_differences(model, conds, tmp_path):
+def test_the_gradient_through_unet_vae_and_clip_agrees_with_finite_differences(
+    model, conds, tmp_path
+):
     samples = collect(model, conds, tmp_path, samples=10)
     unet = UNet(model.unet.config).double().requires_grad_(False)
     unet.load_state_dict(model.unet.state_dict())
     twin = copy(model)
-    twin.unet, twin.vae, twin.alpha_bar = unet, deepcopy(model.vae).double(), model.alpha_bar.double()
+    twin.unet, twin.vae, twin.alpha_bar = (
+        unet,
+        deepcopy(model.vae).double(),
+        model.alpha_bar.double(),
+    )
     clip = vision_tower().double()
     double = lambda part: tuple(c.double() for c in part)
-    samples = train_space.Samples(samples.x_0.double(), samples.x_t.double(), samples.t, samples.prompt)
-    v = torch.linalg.qr(torch.randn(128, 2, generator=torch.Generator().manual_seed(0)))[0].T.double()
-    space = train_space.Space(twin, clip, samples, double(conds[0]), double(conds[1]), v, rank=1, guidance=1.0, batch=4)
+    samples = train_space.Samples(
+        samples.x_0.double(), samples.x_t.double(), samples.t, samples.prompt
+    )
+    v = torch.linalg.qr(torch.randn(128, 2, generator=torch.Generator().manual_seed(0)))[
+        0
+    ].T.double()
+    space = train_space.Space(
+        twin, clip, samples, double(conds[0]), double(conds[1]), v, rank=1, guidance=1.0, batch=4
+    )
     torch.manual_seed(0)
     bank = lora.Slider(lora.target_layers(unet, "xattn", conv=False), 2, 2.0).double()
     for name, p in bank.named_parameters():
@@ -122,7 +163,10 @@ def test_the_gradient_through_unet_vae_and_clip_agrees_with_finite_differences(m
     rows = torch.tensor([0, 5, 9, 15])
     parameters = list(bank.parameters())
     gradients = torch.autograd.grad(space.loss(bank, rows).sum(), parameters)
-    directions = [torch.randn(p.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i, p in enumerate(parameters)]
+    directions = [
+        torch.randn(p.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
+        for i, p in enumerate(parameters)
+    ]
 
     @torch.no_grad()
     def moved(h):
@@ -134,16 +178,36 @@ def test_the_gradient_through_unet_vae_and_clip_agrees_with_finite_differences(m
         return value
 
     h = 1e-6
-    assert sum((g * d).sum() for g, d in zip(gradients, directions)).item() == pytest.approx((moved(h) - moved(-h)) / (2 * h), rel=1e-4)
+    assert sum((g * d).sum() for g, d in zip(gradients, directions)).item() == pytest.approx(
+        (moved(h) - moved(-h)) / (2 * h), rel=1e-4
+    )
 
 
 def test_the_first_gradient_is_not_rounding(model, conds, tmp_path):
     """Of a slider that changes nothing yet: features that differ in their last digits give the same gradient."""
     v = torch.linalg.qr(torch.randn(128, 2, generator=torch.Generator().manual_seed(0)))[0].T
-    space = train_space.Space(model, vision_tower(), collect(model, conds, tmp_path, samples=10), *conds, v, rank=1, guidance=1.0, batch=4)
+    space = train_space.Space(
+        model,
+        vision_tower(),
+        collect(model, conds, tmp_path, samples=10),
+        *conds,
+        v,
+        rank=1,
+        guidance=1.0,
+        batch=4,
+    )
     torch.manual_seed(0)
-    bank = lora.Slider(lora.target_layers(model.unet, "xattn", conv=False), 2, 2.0).attach(model.unet)
-    gradient = lambda: torch.cat([g.flatten() for g in torch.autograd.grad(space.loss(bank, torch.tensor([0, 5])).sum(), list(bank.parameters()))])
+    bank = lora.Slider(lora.target_layers(model.unet, "xattn", conv=False), 2, 2.0).attach(
+        model.unet
+    )
+    gradient = lambda: torch.cat(
+        [
+            g.flatten()
+            for g in torch.autograd.grad(
+                space.loss(bank, torch.tensor([0, 5])).sum(), list(bank.parameters())
+            )
+        ]
+    )
     one = gradient()
     space.f_0 += 1e-7 * torch.randn(space.f_0.shape, generator=torch.Generator().manual_seed(1))
     other = gradient()
@@ -156,14 +220,44 @@ def test_sliders_learn_their_directions(model, conds, tmp_path):
     f = spread.features(model, clip, samples.x_0)
     v, sigma, _ = spread.directions(f, 2)
     made, reading = train_space.learn(
-        model, clip, samples, *conds, v, layers=lora.target_layers(model.unet, "all"), rank=1, alpha=1.0, guidance=1.0, steps=16, batch=8, lr=2e-3, seed=0
+        model,
+        clip,
+        samples,
+        *conds,
+        v,
+        layers=lora.target_layers(model.unet, "all"),
+        rank=1,
+        alpha=1.0,
+        guidance=1.0,
+        steps=16,
+        batch=8,
+        lr=2e-3,
+        seed=0,
     )
     assert reading["cosine"] > 0.3 and len(made) == 2
     # Calibrated, scale 2 moves the very pictures it was calibrated on by one standard deviation.
     drawing = dict(alpha_bar=model.alpha_bar, batch=8, steps=4, guidance=3.0, start=0.0)
-    train_space.calibrate(model, clip, made[0], v[0], sigma[0].item(), *conds, seeds=2, size=None, batch=8, steps=4, guidance=3.0, start=0.0)
+    train_space.calibrate(
+        model,
+        clip,
+        made[0],
+        v[0],
+        sigma[0].item(),
+        *conds,
+        seeds=2,
+        size=None,
+        batch=8,
+        steps=4,
+        guidance=3.0,
+        start=0.0,
+    )
     x_T = sampler.noise(range(2), model.latent_shape())
-    low, high = (spread.features(model, clip, x_0) @ v[0] for _, x_0 in sampler.sweep(model.unet, x_T, *conds, [[(made[0], s)] for s in (-2, 2)], **drawing))
+    low, high = (
+        spread.features(model, clip, x_0) @ v[0]
+        for _, x_0 in sampler.sweep(
+            model.unet, x_T, *conds, [[(made[0], s)] for s in (-2, 2)], **drawing
+        )
+    )
     assert (high - low).mean().item() / 2 == pytest.approx(sigma[0].item(), rel=0.4)
 
 
@@ -171,22 +265,34 @@ def test_features_are_those_of_the_pictures(model, conds, tmp_path):
     samples, clip = collect(model, conds, tmp_path), vision_tower()
     f = spread.features(model, clip, samples.x_0)
     seen = torch.nn.functional.normalize(clip(tensor(model.pictures(samples.x_0))), dim=-1)
-    assert torch.allclose(f.norm(dim=-1), torch.ones(6)) and (f - seen).norm(dim=-1).max() < 0.1  # but for rounding and clipping
+    assert (
+        torch.allclose(f.norm(dim=-1), torch.ones(6)) and (f - seen).norm(dim=-1).max() < 0.1
+    )  # but for rounding and clipping
 
 
 def test_words_that_lie_along_a_direction_are_named(model):
     """A direction that is made of a word's own change finds that word."""
     _, encode = spread.towers(type("A", (), {"clip": None}), model)
     words = ["hat", "glasses", "red", "smiling"]
-    f = torch.nn.functional.normalize(encode(["a person", "a person, hat", "a person, smiling"]), dim=-1)
-    hints = spread.names(encode, "a person", words, torch.nn.functional.normalize(f[1:] - f[0], dim=-1))
-    assert hints[0][0].startswith("+ hat") and hints[1][0].startswith("+ smiling") and hints[0][1].startswith("- ")
+    f = torch.nn.functional.normalize(
+        encode(["a person", "a person, hat", "a person, smiling"]), dim=-1
+    )
+    hints = spread.names(
+        encode, "a person", words, torch.nn.functional.normalize(f[1:] - f[0], dim=-1)
+    )
+    assert (
+        hints[0][0].startswith("+ hat")
+        and hints[1][0].startswith("+ smiling")
+        and hints[0][1].startswith("- ")
+    )
 
 
 def test_guidance_in_the_predicted_picture(model, conds, tmp_path):
     """x_0 from eps_u + g (eps_c - eps_u), each sample at a level of its own, against the two predictions made one by one."""
     samples = collect(model, conds, tmp_path, samples=10)
-    space = train_space.Space(model, vision_tower(), samples, *conds, torch.eye(128)[:2], rank=1, guidance=3.0, batch=4)
+    space = train_space.Space(
+        model, vision_tower(), samples, *conds, torch.eye(128)[:2], rank=1, guidance=3.0, batch=4
+    )
     with torch.no_grad():
         found = space.predicted(torch.tensor([0, 3]))
         for x_0, row in zip(found, (0, 3)):

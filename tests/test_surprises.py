@@ -27,7 +27,9 @@ def tree(folder):
     return {
         f: f.stat().st_mtime_ns
         for f in folder.rglob("*")
-        if f.is_file() and "__pycache__" not in f.parts and not {".git", "out", ".venv", ".pytest_cache"} & set(f.parts)
+        if f.is_file()
+        and "__pycache__" not in f.parts
+        and not {".git", "out", ".venv", ".pytest_cache"} & set(f.parts)
     }
 
 
@@ -36,7 +38,9 @@ def test_no_network_and_no_file_outside_the_output_folder(tmp_path):
     home, out = tmp_path / "home", tmp_path / "out"
     home.mkdir()
     program, before = NO_NETWORK.format(log=str(tmp_path / "network"), root=str(ROOT)), tree(ROOT)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_", "TRANSFORMERS_"))} | {"HOME": str(home), "TMPDIR": str(home)}
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_", "TRANSFORMERS_"))
+    } | {"HOME": str(home), "TMPDIR": str(home)}
     for command in (
         [
             "train_text.py",
@@ -57,28 +61,65 @@ def test_no_network_and_no_file_outside_the_output_folder(tmp_path):
             "--out",
             str(out / "s.safetensors"),
         ],
-        ["slider.py", "--prompt", "a person", "--slider", str(out / "s.safetensors"), "--scales", "0,1", "--seeds", "0", "--steps", "2", "--out", str(out)],
+        [
+            "slider.py",
+            "--prompt",
+            "a person",
+            "--slider",
+            str(out / "s.safetensors"),
+            "--scales",
+            "0,1",
+            "--seeds",
+            "0",
+            "--steps",
+            "2",
+            "--out",
+            str(out),
+        ],
     ):
-        done = subprocess.run([sys.executable, "-c", program, *command], cwd=home, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", program, *command],
+            cwd=home,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
     assert not (tmp_path / "network").exists(), (tmp_path / "network").read_text()
     assert tree(home) == {} and tree(ROOT) == before
-    assert {f.name for f in out.iterdir()} == {"s.safetensors", "seed0_scale0.png", "seed0_scale+1.png", "strip.png", "sweep.gif"}
+    assert {f.name for f in out.iterdir()} == {
+        "s.safetensors",
+        "seed0_scale0.png",
+        "seed0_scale+1.png",
+        "strip.png",
+        "sweep.gif",
+    }
 
 
 def test_no_code_from_elsewhere_is_ever_trusted():
     """trust_remote_code nowhere, and no unpickling without weights_only=True."""
     for file in ROOT.rglob("*.py"):
-        if any(part.startswith(".venv") for part in file.parts) or file == Path(__file__) or "tests" in file.parts:
+        if (
+            any(part.startswith(".venv") for part in file.parts)
+            or file == Path(__file__)
+            or "tests" in file.parts
+        ):
             continue
         text = file.read_text()
         assert "trust_remote_code" not in text, file
-        assert all("weights_only=True" in call for call in re.findall(r"torch\.load\([^\n]*", text)), file
-        assert not re.search(r"pickle\.load|yaml\.load\(|\beval\(|joblib", text.replace(".eval(", "")) or file.name == "fuzz.py", file
+        assert all(
+            "weights_only=True" in call for call in re.findall(r"torch\.load\([^\n]*", text)
+        ), file
+        assert (
+            not re.search(r"pickle\.load|yaml\.load\(|\beval\(|joblib", text.replace(".eval(", ""))
+            or file.name == "fuzz.py"
+        ), file
 
 
 def test_broken_and_hostile_files_in_small():
     """150 cases of bench/fuzz.py: each is read or refused in one line, in time, and nothing in it runs."""
-    outcomes, findings = fuzz.run(150, 1, slow=3.0, memory=900)  # slower here: other tests may run beside it
+    outcomes, findings = fuzz.run(
+        150, 1, slow=3.0, memory=900
+    )  # slower here: other tests may run beside it
     assert not findings, "\n".join(findings)
     assert outcomes["refused"] > 80

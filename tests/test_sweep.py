@@ -11,7 +11,7 @@ from test_lora import trained_slider
 import lora
 import sampler
 import slider
-import training
+from support import training
 
 
 @pytest.fixture
@@ -39,14 +39,21 @@ def test_composed_sliders_are_each_ones_hooks_together(model, inputs, several):
         assert composed.handles and composed.changed  # this model and these ranks take both forms
         assert torch.equal(unet(*inputs), untouched)
         composed.scale = 1.0
-        assert torch.allclose(unet(*inputs), expected, atol=1e-4) and not torch.allclose(expected, untouched, atol=1e-2)
+        assert torch.allclose(unet(*inputs), expected, atol=1e-4) and not torch.allclose(
+            expected, untouched, atol=1e-2
+        )
         composed.detach()
         assert torch.equal(unet(*inputs), untouched)
     assert all(p is weights[n] for n, p in unet.named_parameters())
 
 
 def test_hung_sliders_leave_when_sampling_fails(model, inputs, several):
-    with pytest.raises(ZeroDivisionError), lora.hung(model.unet, [(several[0], 1.0, 0.3), (several[1], 2.0, 0.3), (several[2], 1.0, 0.5)]) as on:
+    with (
+        pytest.raises(ZeroDivisionError),
+        lora.hung(
+            model.unet, [(several[0], 1.0, 0.3), (several[1], 2.0, 0.3), (several[2], 1.0, 0.5)]
+        ) as on,
+    ):
         assert len(on) == 2 and {start for _, _, start in on} == {0.3, 0.5}  # the first two as one
         1 / 0
     assert not any(m._forward_hooks for m in model.unet.modules())
@@ -68,7 +75,10 @@ def test_a_sweep_is_the_separate_runs_for_less(model, several, monkeypatch):
     columns = [[(moving, float(s)), (fixed, 0.5)] for s in scales]
     together = slider.sweep(model, "a photo of a person", [3, 4], columns, **settings)
     cost, counted[:] = sum(counted), []
-    apart = [slider.generate(model, "a photo of a person", [3, 4], column, **settings) for column in columns]
+    apart = [
+        slider.generate(model, "a photo of a person", [3, 4], column, **settings)
+        for column in columns
+    ]
     assert cost <= 0.75 * sum(counted)
     hook.remove()
     for a, b in zip(together, apart):
@@ -76,7 +86,9 @@ def test_a_sweep_is_the_separate_runs_for_less(model, several, monkeypatch):
     assert not torch.allclose(together[0][0], together[6][0], atol=0.1)
 
 
-def test_a_slider_left_at_a_scale_is_off_in_the_steps_that_a_sweep_shares(model, several, monkeypatch):
+def test_a_slider_left_at_a_scale_is_off_in_the_steps_that_a_sweep_shares(
+    model, several, monkeypatch
+):
     latents_of(model, monkeypatch)
     columns = [[(several[1], s)] for s in (-1.0, 1.0)]
     expected = slider.sweep(model, "a photo of a person", [1], columns, steps=4)
@@ -90,7 +102,9 @@ def test_scale_0_in_a_sweep_is_the_untouched_model_bit_for_bit(model, several, m
     latents_of(model, monkeypatch)
     columns = [[(several[1], s)] for s in (-1.0, 0.0, 1.0)]
     swept = slider.sweep(model, "a photo of a person", [1, 2], columns, steps=4)
-    assert all(map(torch.equal, swept[1], slider.generate(model, "a photo of a person", [1, 2], steps=4)))
+    assert all(
+        map(torch.equal, swept[1], slider.generate(model, "a photo of a person", [1, 2], steps=4))
+    )
 
 
 def test_every_slider_has_its_own_start(model, several, monkeypatch):
@@ -112,21 +126,29 @@ def test_every_slider_has_its_own_start(model, several, monkeypatch):
         )
         seen.append(states)
     same = {t: torch.allclose(a, b, atol=1e-5) for (t, a), (_, b) in zip(*seen)}
-    assert same == {t: t > 0.2 * 1000 - 100 for t in same}  # x_t of the step after the first below t_on = 200 differs
+    assert same == {
+        t: t > 0.2 * 1000 - 100 for t in same
+    }  # x_t of the step after the first below t_on = 200 differs
 
 
 def test_eq_8_at_sampling_time_is_what_it_says(model):
     """One step of --guide against the four predictions made one by one, and a slider that made just that change."""
     cond, uncond = model.condition(["a photo of a person"]), model.condition([""])
-    ends = model.condition(["old person, with glasses", "old person", "young person, with glasses", "young person"])
+    ends = model.condition(
+        ["old person, with glasses", "old person", "young person, with glasses", "young person"]
+    )
     x_t = sampler.noise([5], (4, 16, 16))
     with torch.no_grad():
         eps = lambda c: model.unet(x_t, torch.tensor([500]), *c)
         one = [eps(tuple(e[i : i + 1] for e in ends)) for i in range(4)]
         plain = eps(uncond) + 4.0 * (eps(cond) - eps(uncond))
         expected = plain + 0.7 * (one[0] + one[1] - one[2] - one[3]) / 2
-        ours, _ = sampler.guided_eps(model.unet, x_t, 500, cond, uncond, 4.0, ends, torch.tensor([0.7]))
-        assert torch.allclose(ours, expected, atol=1e-4) and not torch.allclose(ours, plain, atol=1e-2)
+        ours, _ = sampler.guided_eps(
+            model.unet, x_t, 500, cond, uncond, 4.0, ends, torch.tensor([0.7])
+        )
+        assert torch.allclose(ours, expected, atol=1e-4) and not torch.allclose(
+            ours, plain, atol=1e-2
+        )
 
 
 def test_scales_over_the_useful_range(several):
@@ -142,10 +164,17 @@ def test_scales_over_the_useful_range(several):
 def test_even_scales_look_evenly_spaced(low, high, left):
     """Pictures whose grey is a known curve of the scale, steep near 0: neighbours must differ by about the same."""
     grey = lambda scale: 120 + 100 * np.tanh(scale / 2)
-    draw = lambda scales: [[Image.fromarray(np.full((4, 4), grey(s), dtype=np.float32), mode="F")] * 2 for s in scales]
+    draw = lambda scales: [
+        [Image.fromarray(np.full((4, 4), grey(s), dtype=np.float32), mode="F")] * 2 for s in scales
+    ]
     scales = slider.even_scales(draw, low, high)
     steps = np.diff([grey(s) for s in scales])
-    assert len(scales) == 7 and scales[0] == low and scales[-1] == high and sum(s < 0 for s in scales) == left
+    assert (
+        len(scales) == 7
+        and scales[0] == low
+        and scales[-1] == high
+        and sum(s < 0 for s in scales) == left
+    )
     assert (0 in scales) == (low <= 0) and steps.min() > 0
     for side in (steps[:left], steps[left:]):
         assert not len(side) or side.std() < 0.15 * side.mean()
@@ -154,10 +183,16 @@ def test_even_scales_look_evenly_spaced(low, high, left):
 
 def test_where_a_slider_stops_being_useful():
     scales = [0.0, 1.0, 2.0, 4.0, 8.0]
-    assert training.useful_end(scales, [1, 1, 1.1, 1.2, 2.2], [0, 1, 2, 4, 8]) == pytest.approx(4 + 4 * 0.05)  # breaks down
-    assert training.useful_end(scales, [1, 1, 1, 1, 1], [0, 1, 1.5, 1.6, 1.7]) == 2.0  # stays as it is from 2 on
+    assert training.useful_end(scales, [1, 1, 1.1, 1.2, 2.2], [0, 1, 2, 4, 8]) == pytest.approx(
+        4 + 4 * 0.05
+    )  # breaks down
+    assert (
+        training.useful_end(scales, [1, 1, 1, 1, 1], [0, 1, 1.5, 1.6, 1.7]) == 2.0
+    )  # stays as it is from 2 on
     assert training.useful_end(scales, [1, 1, 1, 1, 1], [0, 1, 2, 3, 4]) == 8.0
-    assert training.useful_end([-s for s in scales], [1, 1, 1, 1.5, 9], [0, -1, -2, -4, -8]) == pytest.approx(-3)
+    assert training.useful_end(
+        [-s for s in scales], [1, 1, 1, 1.5, 9], [0, -1, -2, -4, -8]
+    ) == pytest.approx(-3)
     assert training.useful_end(scales, [1, 1, float("nan"), 1, 1], [0, 1, 2, 4, 8]) == 1.0
 
 
@@ -171,16 +206,26 @@ def test_a_slider_that_wrecks_pictures_is_found_out(model):
                 p.mul_(strength)
         found.append(training.probe(model, s, cond, uncond, (4, 16, 16), seeds=2, steps=6))
     gentle, wild = found
-    assert gentle["range"][0] < -4 and gentle["range"][1] > 4 and -2 < wild["range"][0] < 0 < wild["range"][1] < 2
+    assert (
+        gentle["range"][0] < -4
+        and gentle["range"][1] > 4
+        and -2 < wild["range"][0] < 0 < wild["range"][1] < 2
+    )
     for one in found:
-        assert one["change"] == sorted(one["change"]) and one["change"][4] == 0 and one["surprise"][4] == 1
+        assert (
+            one["change"] == sorted(one["change"])
+            and one["change"][4] == 0
+            and one["surprise"][4] == 1
+        )
 
 
 def test_two_groups_of_sliders_with_starts_of_their_own_add_up(model, inputs):
     """Four sliders whose ranks call for a second W in narrow layers, two and two on switches of their own."""
     four = [trained_slider(model.unet, i, rank=9, layers="attn") for i in range(4)]
     with torch.no_grad():
-        with lora.hung(model.unet, [(s, 1.0, 0.3 if i < 2 else 0.5) for i, s in enumerate(four)]) as switches:
+        with lora.hung(
+            model.unet, [(s, 1.0, 0.3 if i < 2 else 0.5) for i, s in enumerate(four)]
+        ) as switches:
             for switch, scale, _ in switches:
                 switch.scale = scale
             ours = model.unet(*inputs)
@@ -190,5 +235,8 @@ def test_two_groups_of_sliders_with_starts_of_their_own_add_up(model, inputs):
         for s in four:
             s.detach()
     assert len(switches) == 2 and torch.allclose(ours, expected, atol=1e-3)
-    with pytest.raises(ValueError, match="twice"), lora.hung(model.unet, [(four[0], 1.0, 0.3), (four[0], 1.0, 0.5)]):
+    with (
+        pytest.raises(ValueError, match="twice"),
+        lora.hung(model.unet, [(four[0], 1.0, 0.3), (four[0], 1.0, 0.5)]),
+    ):
         pass

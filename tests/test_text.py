@@ -12,13 +12,26 @@ import student
 import train_text
 from sdxl_unet import UNet, checkpointing
 
-POS, NEG, TARGET = "a photo of a person, very old", "a photo of a person, very young", "a photo of a person"
+POS, NEG, TARGET = (
+    "a photo of a person, very old",
+    "a photo of a person, very young",
+    "a photo of a person",
+)
 PRESERVE = ["with glasses", "without glasses", "man"]
 
 
 def collect(model, preserve=PRESERVE, **changes):
     prompts = train_text.encode(model, [TARGET, "a photo of a man"], POS, NEG, preserve, (128, 128))
-    settings = dict(eta=2.0, trajectories=3, per_trajectory=4, denoising_steps=8, guidance=3.0, size=(128, 128), seed=5, batch=7)
+    settings = dict(
+        eta=2.0,
+        trajectories=3,
+        per_trajectory=4,
+        denoising_steps=8,
+        guidance=3.0,
+        size=(128, 128),
+        seed=5,
+        batch=7,
+    )
     return train_text.collect(model, prompts, **(settings | changes))
 
 
@@ -26,17 +39,29 @@ def collect(model, preserve=PRESERVE, **changes):
 def test_the_teachers_targets_are_the_right_hand_side_of_eq_8(model, preserve):
     targets = collect(model, preserve)
     assert len(targets) == 24
-    eps = lambda i, prompt: model.unet(targets.x_t[i : i + 1], targets.t[i : i + 1], *model.condition([prompt]))[0]
+    eps = lambda i, prompt: model.unet(
+        targets.x_t[i : i + 1], targets.t[i : i + 1], *model.condition([prompt])
+    )[0]
     with torch.no_grad():
         for i in (0, 5, 11):
             total = 0
             for p in preserve or [None]:
-                total = total + eps(i, POS if p is None else f"{POS}, {p}") - eps(i, NEG if p is None else f"{NEG}, {p}")
+                total = (
+                    total
+                    + eps(i, POS if p is None else f"{POS}, {p}")
+                    - eps(i, NEG if p is None else f"{NEG}, {p}")
+                )
             delta = 2.0 * total / len(preserve or [None])
             eps_0 = eps(i, [TARGET, "a photo of a man"][targets.prompt[i]])
             for j, s in ((i, 1.0), (12 + i, -1.0)):  # every x_t comes at either end
-                assert targets.scale[j] == s and torch.equal(targets.x_t[j], targets.x_t[i]) and targets.t[j] == targets.t[i]
-                assert targets.prompt[j] == targets.prompt[i] and torch.allclose(targets.eps_0[j], eps_0, atol=1e-4)
+                assert (
+                    targets.scale[j] == s
+                    and torch.equal(targets.x_t[j], targets.x_t[i])
+                    and targets.t[j] == targets.t[i]
+                )
+                assert targets.prompt[j] == targets.prompt[i] and torch.allclose(
+                    targets.eps_0[j], eps_0, atol=1e-4
+                )
                 assert (targets.target[j] - eps_0 - s * delta).norm() < 1e-3 * delta.norm() + 1e-4
 
 
@@ -76,24 +101,38 @@ def test_meter_reads_what_is_there(model):
     for factor, share, cosine in ((1.0, 1.0, 1.0), (2.0, 0.5, 1.0), (-1.0, -1.0, -1.0)):
         targets.target = targets.eps_0 + factor * effect
         reading = student.meter(model.unet, slider, targets, batch=5)
-        assert reading["share"] == pytest.approx(share, rel=1e-3) and reading["cosine"] == pytest.approx(cosine, rel=1e-3)
-    targets.target = targets.eps_0 + torch.where(targets.scale > 0, 2.0, 1.0).view(-1, 1, 1, 1) * effect
+        assert reading["share"] == pytest.approx(share, rel=1e-3) and reading[
+            "cosine"
+        ] == pytest.approx(cosine, rel=1e-3)
+    targets.target = (
+        targets.eps_0 + torch.where(targets.scale > 0, 2.0, 1.0).view(-1, 1, 1, 1) * effect
+    )
     reading = student.meter(model.unet, slider, targets, batch=5)
-    assert reading["plus"] == pytest.approx(0.5, rel=1e-3) and reading["minus"] == pytest.approx(1, rel=1e-3)
+    assert reading["plus"] == pytest.approx(0.5, rel=1e-3) and reading["minus"] == pytest.approx(
+        1, rel=1e-3
+    )
     slider.detach()
 
 
 @pytest.mark.parametrize("both_ends", [True, False])
 def test_the_student_learns_unseen_x_t_and_touches_nothing_else(model, both_ends):
     before = {k: v.clone() for k, v in model.unet.state_dict().items()}
-    train, held_out = collect(model, trajectories=4, per_trajectory=6), collect(model, trajectories=2, seed=6)
+    train, held_out = (
+        collect(model, trajectories=4, per_trajectory=6),
+        collect(model, trajectories=2, seed=6),
+    )
     torch.manual_seed(0)
     slider = lora.Slider(lora.target_layers(model.unet)).attach(model.unet)
     start = student.meter(model.unet, slider, held_out, 4)
     train = train if both_ends else train[train.scale > 0]
     reading = student.fit(model.unet, slider, train, held_out, steps=30, batch=8, lr=1.3e-3)
     slider.detach()
-    assert abs(start["share"]) < 1e-6 and reading["share"] > 0.2 and reading["cosine"] > 0.4 and reading["loss"] < 0.9
+    assert (
+        abs(start["share"]) < 1e-6
+        and reading["share"] > 0.2
+        and reading["cosine"] > 0.4
+        and reading["loss"] < 0.9
+    )
     if not both_ends:
         assert reading["plus"] > reading["minus"]
     assert all(torch.equal(v, before[k]) for k, v in model.unet.state_dict().items())
@@ -115,17 +154,39 @@ def test_training_in_bfloat16_keeps_the_slider_in_float32():
         targets.target = student.predict(unet, teacher, targets)
         targets.eps_0 = student.predict(unet, teacher, dataclasses.replace(targets, scale=0 * one))
     slider = lora.Slider(lora.target_layers(unet)).attach(unet)
-    reading = student.fit(unet, slider, targets[torch.arange(20)], targets[torch.arange(20, 24)], steps=12, batch=4, lr=2e-2)
-    assert all(p.dtype == torch.float32 for p in slider.parameters()) and reading["share"] > 0.5, reading
+    reading = student.fit(
+        unet,
+        slider,
+        targets[torch.arange(20)],
+        targets[torch.arange(20, 24)],
+        steps=12,
+        batch=4,
+        lr=2e-2,
+    )
+    assert all(p.dtype == torch.float32 for p in slider.parameters()) and reading["share"] > 0.5, (
+        reading
+    )
 
 
 def test_same_seed_same_slider(model):
     train, sliders = collect(model), []
-    for meter_every, again in ((1, False), (100, True)):  # neither readings in between nor checkpointing change anything
+    for meter_every, again in (
+        (1, False),
+        (100, True),
+    ):  # neither readings in between nor checkpointing change anything
         checkpointing(model.unet, again)
         torch.manual_seed(0)
         slider = lora.Slider(lora.target_layers(model.unet, "attn")).attach(model.unet)
-        student.fit(model.unet, slider, train, train[torch.arange(3)], steps=3, batch=2, lr=1e-3, meter_every=meter_every)
+        student.fit(
+            model.unet,
+            slider,
+            train,
+            train[torch.arange(3)],
+            steps=3,
+            batch=2,
+            lr=1e-3,
+            meter_every=meter_every,
+        )
         slider.detach()
         checkpointing(model.unet, False)
         sliders.append(slider.state_dict())
@@ -160,15 +221,17 @@ def test_a_prompt_that_is_too_long_is_said(model):
 
 def test_verdicts():
     good = {"share": 0.8, "cosine": 0.9, "plus": 0.8, "minus": 0.8}
-    assert "It works" in " ".join(student.verdict(good, 0.1)) and "WARNING" not in " ".join(student.verdict(good, 0.1))
+    assert "It works" in " ".join(student.verdict(good, 0.1)) and "WARNING" not in " ".join(
+        student.verdict(good, 0.1)
+    )
     assert "in part" in " ".join(student.verdict(good | {"share": 0.4}, 0.1))
     assert "next to nothing" in " ".join(student.verdict(good | {"share": 0.05, "loss": 0.97}, 0.1))
     assert "by heart" in " ".join(student.verdict(good | {"share": 0.05, "loss": 0.5}, 0.1))
     assert "something else" in " ".join(student.verdict(good | {"cosine": 0.2}, 0.1))
     assert "hardly tells" in " ".join(student.verdict(good, 0.01))
-    assert "never saw the words zebra" in " ".join(student.verdict(good, 0.1, guessed={"zebra"})) and "It works" not in " ".join(
+    assert "never saw the words zebra" in " ".join(
         student.verdict(good, 0.1, guessed={"zebra"})
-    )
+    ) and "It works" not in " ".join(student.verdict(good, 0.1, guessed={"zebra"}))
 
 
 def test_shared_part():
@@ -180,4 +243,9 @@ def test_shared_part():
 def test_preserved_concepts_combine():
     assert train_text.combinations([]) == train_text.combinations([" , "]) == []
     assert train_text.combinations(["man, woman,"]) == ["man", "woman"]
-    assert train_text.combinations(["a, b", "c", "d, e"]) == ["a, c, d", "a, c, e", "b, c, d", "b, c, e"]
+    assert train_text.combinations(["a, b", "c", "d, e"]) == [
+        "a, c, d",
+        "a, c, e",
+        "b, c, d",
+        "b, c, e",
+    ]

@@ -14,22 +14,43 @@ import formats
 import lora
 import student
 import train_text
-import unfinished
 from bench.kill import TEXT, survives
-from unfinished import Unfinished
+from support import checkpoint
+from support.checkpoint import Checkpoint
 
 
-def collect(model, kept=unfinished.NOTHING, **changes):
-    prompts = train_text.encode(model, ["a photo of a person"], "a photo of a person, smiling", "a photo of a person, frowning", [], (128, 128))
-    settings = dict(eta=1.0, trajectories=5, per_trajectory=2, denoising_steps=4, size=(128, 128), seed=5, batch=2)
+def collect(model, kept=checkpoint.NO_CHECKPOINT, **changes):
+    prompts = train_text.encode(
+        model,
+        ["a photo of a person"],
+        "a photo of a person, smiling",
+        "a photo of a person, frowning",
+        [],
+        (128, 128),
+    )
+    settings = dict(
+        eta=1.0,
+        trajectories=5,
+        per_trajectory=2,
+        denoising_steps=4,
+        size=(128, 128),
+        seed=5,
+        batch=2,
+    )
     return train_text.collect(model, prompts, kept=kept, **(settings | changes))
 
 
-def fit(model, targets, kept=unfinished.NOTHING, **changes):
+def fit(model, targets, kept=checkpoint.NO_CHECKPOINT, **changes):
     torch.manual_seed(0)
     slider = lora.Slider(lora.target_layers(model.unet, "xattn")).attach(model.unet)
     try:
-        reading = student.fit(model.unet, slider, targets, targets[torch.arange(2)], **(dict(steps=9, batch=3, lr=1e-3, meter_every=2, kept=kept) | changes))
+        reading = student.fit(
+            model.unet,
+            slider,
+            targets,
+            targets[torch.arange(2)],
+            **(dict(steps=9, batch=3, lr=1e-3, meter_every=2, kept=kept) | changes),
+        )
     finally:
         slider.detach()
     return [p.detach().clone() for p in slider.parameters()], reading
@@ -51,7 +72,9 @@ def whole(model, targets):
 
 
 @pytest.mark.parametrize("at", [1, 2, 5, 8])
-def test_a_training_that_broke_off_ends_with_the_same_bytes(model, targets, whole, tmp_path, monkeypatch, at):
+def test_a_training_that_broke_off_ends_with_the_same_bytes(
+    model, targets, whole, tmp_path, monkeypatch, at
+):
     real, calls = student.predict, []
 
     def breaks(unet, slider, batch):
@@ -60,7 +83,7 @@ def test_a_training_that_broke_off_ends_with_the_same_bytes(model, targets, whol
             raise Stop
         return real(unet, slider, batch)
 
-    kept = Unfinished(tmp_path)
+    kept = Checkpoint(tmp_path)
     with monkeypatch.context() as m:
         m.setattr(student, "predict", breaks)
         with pytest.raises(Stop):
@@ -78,7 +101,7 @@ def test_collecting_goes_on_where_it_was(model, targets, tmp_path, monkeypatch):
             raise Stop
         return real(*args)
 
-    kept = Unfinished(tmp_path)
+    kept = Checkpoint(tmp_path)
     monkeypatch.setattr(train_text.sampler, "ends_difference", breaks)
     with pytest.raises(Stop):
         collect(model, kept)
@@ -89,7 +112,9 @@ def test_collecting_goes_on_where_it_was(model, targets, tmp_path, monkeypatch):
         assert torch.equal(getattr(targets, name), getattr(again, name)), name
 
 
-def test_ctrl_c_ends_the_step_keeps_it_and_says_how_to_go_on(model, targets, whole, tmp_path, monkeypatch):
+def test_ctrl_c_ends_the_step_keeps_it_and_says_how_to_go_on(
+    model, targets, whole, tmp_path, monkeypatch
+):
     real, calls = student.predict, []
 
     def interrupts(unet, slider, batch):
@@ -98,13 +123,17 @@ def test_ctrl_c_ends_the_step_keeps_it_and_says_how_to_go_on(model, targets, who
             os.kill(os.getpid(), signal.SIGINT)
         return real(unet, slider, batch)
 
-    kept = Unfinished(tmp_path)
+    kept = Checkpoint(tmp_path)
     with monkeypatch.context() as m:
         m.setattr(student, "predict", interrupts)
-        with pytest.raises(KeyboardInterrupt, match="stopped after step 4; the same command with --resume"):
+        with pytest.raises(
+            KeyboardInterrupt, match="stopped after step 4; the same command with --resume"
+        ):
             fit(model, targets, kept, meter_every=100)
     assert kept.load()["step"] == 4
-    assert all(torch.equal(a, b) for a, b in zip(whole[0], fit(model, targets, kept, meter_every=100)[0]))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole[0], fit(model, targets, kept, meter_every=100)[0])
+    )
 
 
 def test_divergence_keeps_the_last_good_state(model, targets, tmp_path, monkeypatch):
@@ -114,10 +143,13 @@ def test_divergence_keeps_the_last_good_state(model, targets, tmp_path, monkeypa
         calls.append(torch.is_grad_enabled())
         return real(unet, slider, batch) * (float("nan") if sum(calls) == 5 else 1)
 
-    kept = Unfinished(tmp_path)
+    kept = Checkpoint(tmp_path)
     with monkeypatch.context() as m:
         m.setattr(student, "predict", explodes)
-        with pytest.raises(FloatingPointError, match="diverged at step 5 .*lower --lr.*--resume with it goes on from step 4"):
+        with pytest.raises(
+            FloatingPointError,
+            match="diverged at step 5 .*lower --lr.*--resume with it goes on from step 4",
+        ):
             fit(model, targets, kept)
     state = kept.load()
     assert state["step"] == 4 and all(p.isfinite().all() for p in state["parameters"])
@@ -127,51 +159,76 @@ def test_divergence_keeps_the_last_good_state(model, targets, tmp_path, monkeypa
 
 def args(tmp_path, **changes):
     return Namespace(
-        **(dict(out=str(tmp_path / "s.safetensors"), resume=False, overwrite=False, dry_run=False, pos="a", steps=None, merge=[("x", 1.0)], lr=None) | changes)
+        **(
+            dict(
+                out=str(tmp_path / "s.safetensors"),
+                resume=False,
+                overwrite=False,
+                dry_run=False,
+                pos="a",
+                steps=None,
+                merge=[("x", 1.0)],
+                lr=None,
+            )
+            | changes
+        )
     )
 
 
 def test_nothing_is_overwritten_unless_asked(tmp_path, monkeypatch):
     out = tmp_path / "s.safetensors"
-    assert unfinished.begin(args(tmp_path, resume=True), out).load() is None  # stopped before anything was kept: from the beginning
-    kept = unfinished.begin(args(tmp_path), out)
+    assert (
+        checkpoint.open_checkpoint(args(tmp_path, resume=True), out).load() is None
+    )  # stopped before anything was kept: from the beginning
+    kept = checkpoint.open_checkpoint(args(tmp_path), out)
     kept.save({"step": 3})
     with pytest.raises(ValueError, match="--resume goes on with it, --overwrite starts anew"):
-        unfinished.begin(args(tmp_path), out)
+        checkpoint.open_checkpoint(args(tmp_path), out)
     with pytest.raises(ValueError, match="was begun with --pos a, not b"):
-        unfinished.begin(args(tmp_path, resume=True, pos="b"), out)
-    with monkeypatch.context() as m, pytest.raises(ValueError, match="was begun with --nproc-per-node 1, not 2"):
-        m.setattr(unfinished.parallel, "processes", lambda: 2)
-        unfinished.begin(args(tmp_path, resume=True), out)
-    assert unfinished.begin(args(tmp_path, resume=True, lr=1e-5), out).load() == {"step": 3}
-    assert unfinished.begin(args(tmp_path, overwrite=True), out).load() is None
+        checkpoint.open_checkpoint(args(tmp_path, resume=True, pos="b"), out)
+    with (
+        monkeypatch.context() as m,
+        pytest.raises(ValueError, match="was begun with --nproc-per-node 1, not 2"),
+    ):
+        m.setattr(checkpoint.parallel, "processes", lambda: 2)
+        checkpoint.open_checkpoint(args(tmp_path, resume=True), out)
+    assert checkpoint.open_checkpoint(args(tmp_path, resume=True, lr=1e-5), out).load() == {
+        "step": 3
+    }
+    assert checkpoint.open_checkpoint(args(tmp_path, overwrite=True), out).load() is None
     kept.remove()
     assert not list(tmp_path.iterdir())
     out.with_suffix(".png").write_text("precious")
     with pytest.raises(ValueError, match="s.png: is there already"):
-        unfinished.begin(args(tmp_path, preview=10), out)
+        checkpoint.open_checkpoint(args(tmp_path, preview=10), out)
     out.write_text("precious")
     with pytest.raises(ValueError, match="is there already: --overwrite replaces it"):
-        unfinished.begin(args(tmp_path), out)
-    assert unfinished.begin(args(tmp_path, dry_run=True), out).folder is None and out.read_text() == "precious"
+        checkpoint.open_checkpoint(args(tmp_path), out)
+    assert (
+        checkpoint.open_checkpoint(args(tmp_path, dry_run=True), out).folder is None
+        and out.read_text() == "precious"
+    )
 
 
 def test_processes_have_parts_of_their_own_and_one_state(tmp_path, monkeypatch):
-    kept = Unfinished(tmp_path)
+    kept = Checkpoint(tmp_path)
     for name, first, value in (("", True, 0.0), (" in process 1", False, 1.0)):
-        monkeypatch.setattr(unfinished.parallel, "name", lambda: name)
-        monkeypatch.setattr(unfinished.parallel, "is_first", lambda: first)
+        monkeypatch.setattr(checkpoint.parallel, "name", lambda: name)
+        monkeypatch.setattr(checkpoint.parallel, "is_first", lambda: first)
         assert kept.part("x", lambda: {"a": torch.tensor([value])})["a"].item() == value
         kept.save({"step": value})
         assert kept.load() == {"step": 0.0}
 
 
 def test_a_state_made_on_another_device_is_read(tmp_path):
-    kept = Unfinished(tmp_path)
+    kept = Checkpoint(tmp_path)
     kept.save({"parameters": [torch.arange(3.0)]})
     with zipfile.ZipFile(tmp_path / "state.pt") as f:
         parts = {name: f.read(name) for name in f.namelist()}
-    here, there = b"X\x03\0\0\0cpu", b"X\x06\0\0\0cuda:7"  # where the pickle says that the tensor was
+    here, there = (
+        b"X\x03\0\0\0cpu",
+        b"X\x06\0\0\0cuda:7",
+    )  # where the pickle says that the tensor was
     assert any(here in part for part in parts.values())
     with zipfile.ZipFile(tmp_path / "state.pt", "w", zipfile.ZIP_STORED) as f:
         for name, part in parts.items():
@@ -180,7 +237,7 @@ def test_a_state_made_on_another_device_is_read(tmp_path):
 
 
 def test_damaged_states_are_said_so(tmp_path):
-    kept = Unfinished(tmp_path)
+    kept = Checkpoint(tmp_path)
     (tmp_path / "state.pt").write_bytes(b"PK\x03\x04 nonsense")
     with pytest.raises(ValueError, match="state.pt: damaged .*delete it"):
         kept.load()
@@ -198,7 +255,7 @@ class Evil:
 def test_a_state_that_would_run_code_is_not_read(tmp_path):
     torch.save({"step": Evil()}, tmp_path / "state.pt")
     with pytest.raises(ValueError, match="damaged"):
-        Unfinished(tmp_path).load()
+        Checkpoint(tmp_path).load()
     assert not Path("/tmp/evil_ran_here").exists()
 
 
@@ -208,7 +265,7 @@ def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        formats.written(tmp_path / "x", full)
+        formats.write_atomically(tmp_path / "x", full)
     assert not list(tmp_path.iterdir())
 
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import cli
 from experiments.stylegan.generator import Generator, Z
 from experiments.stylegan.train import enlarged, load
 from miniature import effect
+from support import cli
 
 FOUND = Path(__file__).parent / "channels.json"
 SHIRT = (40, 220)  # the range of each of its colours (world.sample)
@@ -26,7 +26,9 @@ SHIRT = (40, 220)  # the range of each of its colours (world.sample)
 def read(drawn) -> dict[str, np.ndarray]:
     """The measuring stick's attributes, and the mean red, green and blue of the shirt: {attribute: array (N,)}."""
     shirt = np.stack([np.asarray(p)[120:, 48:80].reshape(-1, 3).mean(0) for p in drawn])
-    return effect.attributes(drawn) | {f"shirt {colour}": shirt[:, i] for i, colour in enumerate(("red", "green", "blue"))}
+    return effect.attributes(drawn) | {
+        f"shirt {colour}": shirt[:, i] for i, colour in enumerate(("red", "green", "blue"))
+    }
 
 
 def span(name: str) -> float:
@@ -60,26 +62,54 @@ def moves(faces: Faces, layer: int, channel: int, by: float) -> dict[str, float]
 def summary(found: dict[str, float]) -> dict:
     """What moves most, and what else does: {"attribute", "moved" (signed), "other", "other_moved"}."""
     most = max(found, key=lambda name: abs(found[name]))
-    others = {name: abs(v) for name, v in found.items() if name != most and not effect.related(most, name)}
+    others = {
+        name: abs(v) for name, v in found.items() if name != most and not effect.related(most, name)
+    }
     other = max(others, key=others.get)
     return {"attribute": most, "moved": found[most], "other": other, "other_moved": others[other]}
 
 
 def main():
     p = cli.plain_parser(__doc__)
-    p.add_argument("--by", type=float, default=5.0, help="standard deviations, either way (default: %(default)s)")
-    p.add_argument("--faces", type=int, default=12, help="faces that every channel is tried on (default: %(default)s)")
-    p.add_argument("--again", type=int, default=48, help="other faces for the best channels (default: %(default)s)")
-    p.add_argument("--best", type=int, default=40, help="channels looked at again (default: %(default)s)")
+    p.add_argument(
+        "--by",
+        type=float,
+        default=5.0,
+        help="standard deviations, either way (default: %(default)s)",
+    )
+    p.add_argument(
+        "--faces",
+        type=int,
+        default=12,
+        help="faces that every channel is tried on (default: %(default)s)",
+    )
+    p.add_argument(
+        "--again",
+        type=int,
+        default=48,
+        help="other faces for the best channels (default: %(default)s)",
+    )
+    p.add_argument(
+        "--best", type=int, default=40, help="channels looked at again (default: %(default)s)"
+    )
     p.add_argument("--out", default=str(FOUND), help="default: %(default)s")
     args = p.parse_args()
     G, out = load(), Path(args.out)
     faces, others = Faces(G, args.faces, seed=10), Faces(G, args.again, seed=11)
-    every = [(layer, channel) for layer, s in enumerate(faces.styles) for channel in range(s.shape[1])]
-    found = [summary(moves(faces, layer, channel, args.by)) | {"layer": layer, "channel": channel} for layer, channel in tqdm(every, unit="channel")]
+    every = [
+        (layer, channel) for layer, s in enumerate(faces.styles) for channel in range(s.shape[1])
+    ]
+    found = [
+        summary(moves(faces, layer, channel, args.by)) | {"layer": layer, "channel": channel}
+        for layer, channel in tqdm(every, unit="channel")
+    ]
     alone = lambda row: abs(row["moved"]) - 2 * row["other_moved"]
     best = sorted(found, key=alone, reverse=True)[: args.best]
-    best = [summary(moves(others, row["layer"], row["channel"], args.by)) | {k: row[k] for k in ("layer", "channel")} for row in tqdm(best, unit="channel")]
+    best = [
+        summary(moves(others, row["layer"], row["channel"], args.by))
+        | {k: row[k] for k in ("layer", "channel")}
+        for row in tqdm(best, unit="channel")
+    ]
     best.sort(key=alone, reverse=True)
     cli.write_text(out, json.dumps({"by": args.by, "channels": len(every), "best": best}, indent=1))
     for row in best:

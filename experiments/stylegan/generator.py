@@ -23,7 +23,10 @@ class Linear(nn.Module):
 
     def __init__(self, n_in: int, n_out: int, bias: float = 0.0, rate: float = 1.0):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(n_out, n_in) / rate), nn.Parameter(torch.full((n_out,), float(bias)))
+        self.weight, self.bias = (
+            nn.Parameter(torch.randn(n_out, n_in) / rate),
+            nn.Parameter(torch.full((n_out,), float(bias))),
+        )
         self.gain, self.rate = rate / math.sqrt(n_in), rate
 
     def forward(self, x):
@@ -39,15 +42,22 @@ class ModulatedConv(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, kernel: int, demodulate: bool = True):
         super().__init__()
-        self.weight, self.demodulate = nn.Parameter(torch.randn(c_out, c_in, kernel, kernel)), demodulate
+        self.weight, self.demodulate = (
+            nn.Parameter(torch.randn(c_out, c_in, kernel, kernel)),
+            demodulate,
+        )
         self.affine = Linear(W, c_in, bias=1.0)
         self.gain = 1 / math.sqrt(c_in * kernel * kernel)
 
     def forward(self, x, s):
         weight = self.weight * self.gain
-        x = F.conv2d(x * s[:, :, None, None].to(x.dtype), weight.to(x.dtype), padding=weight.shape[-1] // 2)
+        x = F.conv2d(
+            x * s[:, :, None, None].to(x.dtype), weight.to(x.dtype), padding=weight.shape[-1] // 2
+        )
         if self.demodulate:
-            d = (s.to(weight.dtype).square() @ weight.square().sum((2, 3)).T + 1e-8).rsqrt()  # (B, c_out)
+            d = (
+                s.to(weight.dtype).square() @ weight.square().sum((2, 3)).T + 1e-8
+            ).rsqrt()  # (B, c_out)
             x = x * d[:, :, None, None].to(x.dtype)
         return x
 
@@ -58,11 +68,18 @@ class StyledConv(nn.Module):
     def __init__(self, c_in: int, c_out: int, up: bool = False):
         super().__init__()
         self.conv, self.up = ModulatedConv(c_in, c_out, 3), up
-        self.noise_strength, self.bias = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(c_out))
+        self.noise_strength, self.bias = (
+            nn.Parameter(torch.zeros(())),
+            nn.Parameter(torch.zeros(c_out)),
+        )
 
     def forward(self, x, s, noise):
         x = self.conv(doubled(x) if self.up else x, s)
-        x = x + self.noise_strength.to(x.dtype) * noise.to(x.dtype) + self.bias.to(x.dtype)[:, None, None]
+        x = (
+            x
+            + self.noise_strength.to(x.dtype) * noise.to(x.dtype)
+            + self.bias.to(x.dtype)[:, None, None]
+        )
         return F.leaky_relu(x, 0.2) * math.sqrt(2)
 
 
@@ -74,13 +91,20 @@ def doubled(x):
 class Generator(nn.Module):
     def __init__(self):
         super().__init__()
-        self.mapping = nn.ModuleList([Linear(Z if i == 0 else W, W, rate=0.01) for i in range(4)])  # a hundredth of the learning rate
+        self.mapping = nn.ModuleList(
+            [Linear(Z if i == 0 else W, W, rate=0.01) for i in range(4)]
+        )  # a hundredth of the learning rate
         self.constant = nn.Parameter(torch.randn(1, CHANNELS[4], 4, 4))
         sides = list(CHANNELS)
         self.convs = nn.ModuleList([StyledConv(CHANNELS[4], CHANNELS[4])])
         for small, large in zip(sides, sides[1:]):
-            self.convs += [StyledConv(CHANNELS[small], CHANNELS[large], up=True), StyledConv(CHANNELS[large], CHANNELS[large])]
-        self.to_rgb = nn.ModuleList([ModulatedConv(c, 3, 1, demodulate=False) for c in CHANNELS.values()])
+            self.convs += [
+                StyledConv(CHANNELS[small], CHANNELS[large], up=True),
+                StyledConv(CHANNELS[large], CHANNELS[large]),
+            ]
+        self.to_rgb = nn.ModuleList(
+            [ModulatedConv(c, 3, 1, demodulate=False) for c in CHANNELS.values()]
+        )
         self.register_buffer("w_mean", torch.zeros(W))
 
     def w(self, z, truncation: float = 1.0):
@@ -102,7 +126,10 @@ class Generator(nn.Module):
     def noise(self, count: int, generator=None) -> list[torch.Tensor]:
         """A noise picture for each convolution."""
         sides = [4] + [side for side in list(CHANNELS)[1:] for _ in range(2)]
-        return [torch.randn(count, 1, side, side, generator=generator, device=self.constant.device) for side in sides]
+        return [
+            torch.randn(count, 1, side, side, generator=generator, device=self.constant.device)
+            for side in sides
+        ]
 
     def synthesis(self, styles, noise):
         """Skip connections: what each resolution makes of its features in RGB is added to the doubled picture so far."""
@@ -127,7 +154,13 @@ class Encoder(nn.Module):
         super().__init__()
         sizes = [3, 32, 64, 96, 128]
         self.layers = nn.Sequential(
-            *[part for a, b in zip(sizes, sizes[1:]) for part in (nn.Conv2d(a, b, 4, 2, 1), nn.LeakyReLU(0.2))], nn.Flatten(), nn.Linear(128 * 16, 2 * Z)
+            *[
+                part
+                for a, b in zip(sizes, sizes[1:])
+                for part in (nn.Conv2d(a, b, 4, 2, 1), nn.LeakyReLU(0.2))
+            ],
+            nn.Flatten(),
+            nn.Linear(128 * 16, 2 * Z),
         )
 
     def forward(self, x):

@@ -1,4 +1,5 @@
-"""A page with a real slider to drag: one HTML file, every picture inside, no network.  slider.py ... --html out.html"""
+"""A page with a real slider to drag: one HTML file, every picture inside, no network.  slider.py
+... --html out.html"""
 
 import base64
 import io
@@ -95,25 +96,50 @@ show();
 )
 
 
-def html(title: str, sliders: list[tuple[str, list[float]]], rows: list[str], frames, says=None) -> str:
-    """The page. sliders: one or two of (name, scales); rows: names of the pictures to choose from; frames: frames[row][j][i] a PIL
-    image at the first slider's scale i and the second's j (one j if there is one slider); says: alike, words to show with each."""
+def render_page(
+    title: str, sliders: list[tuple[str, list[float]]], rows: list[str], frames, says=None
+) -> str:
+    """The page. sliders: one or two of (name, scales); rows: names of the pictures to choose from;
+    frames: frames[row][j][i] a PIL image at the first slider's scale i and the second's j (one j
+    if there is one slider); says: alike, words to show with each."""
     table = [
-        [[{"src": address(picture), "say": says[r][j][i] if says else ""} for i, picture in enumerate(line)] for j, line in enumerate(grid)]
+        [
+            [
+                {"src": data_url(picture), "say": says[r][j][i] if says else ""}
+                for i, picture in enumerate(line)
+            ]
+            for j, line in enumerate(grid)
+        ]
         for r, grid in enumerate(frames)
     ]
-    data = {"sliders": [{"name": name, "scales": [round(float(s), 3) for s in scales]} for name, scales in sliders], "rows": rows, "frames": table}
-    return filled(TEMPLATE, title, data)
+    data = {
+        "sliders": [
+            {"name": name, "scales": [round(float(s), 3) for s in scales]}
+            for name, scales in sliders
+        ],
+        "rows": rows,
+        "frames": table,
+    }
+    return fill_template(TEMPLATE, title, data)
 
 
-def filled(template: str, title: str, data) -> str:
-    """The template with `title` for TITLE and `data`, as JSON, for DATA, so that neither can end the script or be taken for a tag."""
-    values = {"TITLE": title.replace("&", "&amp;").replace("<", "&lt;"), "DATA": json.dumps(data).replace("</", "<\\/")}
-    return re.sub("TITLE|DATA", lambda m: values[m[0]], template)  # in one go: a title may hold either word
+def fill_template(template: str, title: str, data) -> str:
+    """The template with `title` for TITLE and `data`, as JSON, for DATA, so that neither can end
+    the script or be taken for a tag."""
+    values = {
+        "TITLE": title.replace("&", "&amp;").replace("<", "&lt;"),
+        "DATA": json.dumps(data).replace("</", "<\\/"),
+    }
+    return re.sub(
+        "TITLE|DATA", lambda m: values[m[0]], template
+    )  # in one go: a title may hold either word
 
 
-def address(picture, lossless: bool | None = None) -> str:
-    """The picture as a data address, without name or metadata: PNG if lossless, JPEG if not; None: PNG where it is small."""
+def data_url(picture, lossless: bool | None = None) -> str:
+    """The picture as a data address, without name or metadata: PNG if lossless, JPEG if not; None:
+    PNG where it is small."""
     out, png = io.BytesIO(), max(picture.size) <= 256 if lossless is None else lossless
     picture.convert("RGB").save(out, "PNG" if png else "JPEG", **({} if png else {"quality": 90}))
-    return f"data:image/{'png' if png else 'jpeg'};base64," + base64.b64encode(out.getvalue()).decode()
+    return (
+        f"data:image/{'png' if png else 'jpeg'};base64," + base64.b64encode(out.getvalue()).decode()
+    )

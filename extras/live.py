@@ -10,11 +10,10 @@ import threading
 import urllib.parse
 from pathlib import Path
 
-import cli
 import lora
-import page
 import slider
-from unfinished import stoppable
+from support import cli, page
+from support.checkpoint import deferred_interrupt
 
 TEMPLATE = (
     page.HEAD
@@ -58,7 +57,9 @@ draw();
 )
 
 
-def server(model, sliders: list, prompt: str, port: int, **settings) -> http.server.ThreadingHTTPServer:
+def server(
+    model, sliders: list, prompt: str, port: int, **settings
+) -> http.server.ThreadingHTTPServer:
     """Serves the page and /picture?prompt=...&seed=...&s0=...&s1=..., a PNG. sliders: triples (name, lora.Slider, (lowest, highest scale));
     settings: slider.sweep's. Port 0 is any free one. OSError if the port is taken."""
     one_at_a_time = threading.Lock()
@@ -67,21 +68,34 @@ def server(model, sliders: list, prompt: str, port: int, **settings) -> http.ser
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             host, asked = self.headers.get("Host", ""), urllib.parse.urlsplit(self.path)
-            if host.rsplit(":", 1)[0] not in ("127.0.0.1", "localhost"):  # some other name that leads here: a page elsewhere is asking
+            if host.rsplit(":", 1)[0] not in (
+                "127.0.0.1",
+                "localhost",
+            ):  # some other name that leads here: a page elsewhere is asking
                 return self.answer(403, "text/plain", b"only as 127.0.0.1")
             if asked.path == "/":
-                return self.answer(200, "text/html; charset=utf-8", page.filled(TEMPLATE, "Sliders, live", {"prompt": prompt, "sliders": shown}).encode())
+                return self.answer(
+                    200,
+                    "text/html; charset=utf-8",
+                    page.fill_template(
+                        TEMPLATE, "Sliders, live", {"prompt": prompt, "sliders": shown}
+                    ).encode(),
+                )
             if asked.path != "/picture":
                 return self.answer(404, "text/plain", b"there is / and /picture")
             try:
                 words = dict(urllib.parse.parse_qsl(asked.query))
                 scales = [cli.numbers(words.get(f"s{i}", "0"))[0] for i in range(len(sliders))]
-                seed = cli.integers(words.get("seed", "0"))[0]
+                seed = cli.seed_list(words.get("seed", "0"))[0]
                 if not all(abs(s) <= 100 for s in scales):
                     raise ValueError("scales: numbers up to 100")
                 with one_at_a_time:
                     drawn = slider.generate(
-                        model, words.get("prompt") or prompt, [seed], [(one, scale) for (_, one, _), scale in zip(sliders, scales)], **settings
+                        model,
+                        words.get("prompt") or prompt,
+                        [seed],
+                        [(one, scale) for (_, one, _), scale in zip(sliders, scales)],
+                        **settings,
                     )[0]
             except Exception as error:  # whatever was asked, the next one is answered
                 return self.answer(400, "text/plain", str(error).encode())
@@ -104,13 +118,29 @@ def server(model, sliders: list, prompt: str, port: int, **settings) -> http.ser
 
 
 def main():
-    p = cli.parser(__doc__)
-    p.add_argument("--slider", action="append", required=True, metavar="FILE", help="slider file, or a folder of them; may be repeated")
-    p.add_argument("--prompt", default="a portrait of a person", help="what is drawn at first (default: %(default)s)")
-    p.add_argument("--steps", type=cli.steps, default=15, help="DDIM steps (default: %(default)s)")
+    p = cli.model_parser(__doc__)
+    p.add_argument(
+        "--slider",
+        action="append",
+        required=True,
+        metavar="FILE",
+        help="slider file, or a folder of them; may be repeated",
+    )
+    p.add_argument(
+        "--prompt",
+        default="a portrait of a person",
+        help="what is drawn at first (default: %(default)s)",
+    )
+    p.add_argument(
+        "--steps", type=cli.steps_or_levels, default=15, help="DDIM steps (default: %(default)s)"
+    )
     p.add_argument("--guidance", type=cli.guidance, default=5.0, help="default: %(default)s")
-    p.add_argument("--start", type=cli.share, default=0.3, help="as in slider.py (default: %(default)s)")
-    p.add_argument("--port", type=int, default=8000, help="default: %(default)s; 0 for any free one")
+    p.add_argument(
+        "--start", type=cli.fraction, default=0.3, help="as in slider.py (default: %(default)s)"
+    )
+    p.add_argument(
+        "--port", type=int, default=8000, help="default: %(default)s; 0 for any free one"
+    )
     args = p.parse_args()
     if not 0 <= args.port < 2**16:
         raise ValueError(f"--port must be from 0 to {2**16 - 1}, not {args.port}")
@@ -123,12 +153,25 @@ def main():
         low, *_, high = slider.useful_scales([one])
         sliders.append((stem if stems.count(stem) == 1 else file, one, (low, high)))
     try:
-        serving = server(model, sliders, args.prompt, args.port, steps=args.steps, guidance=args.guidance, start=args.start)
+        serving = server(
+            model,
+            sliders,
+            args.prompt,
+            args.port,
+            steps=args.steps,
+            guidance=args.guidance,
+            start=args.start,
+        )
     except OSError as error:
-        raise ValueError(f"--port {args.port}: {error.strerror}; another one, or 0 for any that is free") from None
-    print(f"http://127.0.0.1:{serving.server_port} shows {', '.join(name for name, _, _ in sliders)}; Ctrl-C ends it", flush=True)
+        raise ValueError(
+            f"--port {args.port}: {error.strerror}; another one, or 0 for any that is free"
+        ) from None
+    print(
+        f"http://127.0.0.1:{serving.server_port} shows {', '.join(name for name, _, _ in sliders)}; Ctrl-C ends it",
+        flush=True,
+    )
     threading.Thread(target=serving.serve_forever, daemon=True).start()
-    with stoppable() as stop:
+    with deferred_interrupt() as stop:
         while not stop():
             threading.Event().wait(0.2)
     serving.shutdown()

@@ -21,8 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import cli
-import pictures
+from support import cli, images
 
 
 @dataclass
@@ -46,7 +45,12 @@ def in_parts(see, items, n: int = 32) -> torch.Tensor:
 def clip_score(judges: Judges, images, prompts) -> np.ndarray:
     """100 cos(picture, prompt), shape (N,). prompts: N of them, or one for all."""
     prompts = [prompts] * len(images) if isinstance(prompts, str) else prompts
-    return (100 * F.cosine_similarity(in_parts(judges.clip_pictures, images), judges.clip_prompts(prompts), dim=-1)).numpy()
+    return (
+        100
+        * F.cosine_similarity(
+            in_parts(judges.clip_pictures, images), judges.clip_prompts(prompts), dim=-1
+        )
+    ).numpy()
 
 
 def clip_change(judges, originals, edited, prompts) -> np.ndarray:
@@ -75,13 +79,17 @@ def fid(judges, some, others) -> float:
     """|| m_1 - m_2 ||^2 + Tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)) of the two sets' features. Heusel et al. 2017, eq. (6).
 
     Small sets read too high, all the more the fewer they are: compare only sets of one size."""
-    return frechet(*(in_parts(judges.inception, pictures).double().numpy() for pictures in (some, others)))
+    return frechet(
+        *(in_parts(judges.inception, pictures).double().numpy() for pictures in (some, others))
+    )
 
 
 def frechet(x: np.ndarray, y: np.ndarray) -> float:
     """The same of features x (N, d), y (M, d)."""
     C_1, C_2 = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
-    root = lambda C: (lambda w, v: (v * np.sqrt(w.clip(0))) @ v.T)(*np.linalg.eigh(C))  # of a symmetric matrix
+    root = lambda C: (lambda w, v: (v * np.sqrt(w.clip(0))) @ v.T)(
+        *np.linalg.eigh(C)
+    )  # of a symmetric matrix
     # Tr (C_1 C_2)^(1/2) = Tr (C_1^(1/2) C_2 C_1^(1/2))^(1/2), and there the root is of a symmetric matrix.
     R = root(C_1)
     cross = np.sqrt(np.linalg.eigvalsh(R @ C_2 @ R).clip(0)).sum()
@@ -107,14 +115,21 @@ def wilson(k: int, n: int, z: float = 1.96) -> dict:
 # ---------------------------------------------------------------------------------------------- judges of real pictures
 
 
-def real_judges(clip: str = "openai/clip-vit-base-patch32", alexnet: str | None = None, inception: str | None = None, device="cpu") -> Judges:
+def real_judges(
+    clip: str = "openai/clip-vit-base-patch32",
+    alexnet: str | None = None,
+    inception: str | None = None,
+    device="cpu",
+) -> Judges:
     """CLIP (a folder or Hub id), LPIPS on AlexNet, FID's Inception. alexnet, inception: files of weights (torchvision's
     alexnet, torch-fidelity's Inception); None: those packages fetch their own. Loaded when first used. ValueError without the packages."""
     try:
         import lpips as lpips_package
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
-        raise ValueError(f"the judges of real pictures need {error.name}: pip install -r requirements-judges.txt") from None
+        raise ValueError(
+            f"the judges of real pictures need {error.name}: pip install -r requirements-judges.txt"
+        ) from None
     from transformers import CLIPModel, CLIPProcessor
 
     loaded = {}
@@ -129,13 +144,17 @@ def real_judges(clip: str = "openai/clip-vit-base-patch32", alexnet: str | None 
         if alexnet:
             state = torch.load(alexnet, weights_only=True)
             mine = [p for k, p in net.net.state_dict().items()]
-            for p, value in zip(mine, [v for k, v in state.items() if k.startswith("features.")], strict=True):
+            for p, value in zip(
+                mine, [v for k, v in state.items() if k.startswith("features.")], strict=True
+            ):
                 p.copy_(value)
         return net.eval().to(device)
 
     model = lambda: once("clip", lambda: CLIPModel.from_pretrained(clip).eval().to(device))
     processor = lambda: once("processor", lambda: CLIPProcessor.from_pretrained(clip))
-    tensor = lambda images: torch.stack([torch.from_numpy(np.array(p.convert("RGB"))).permute(2, 0, 1) for p in images]).to(device)  # uint8
+    tensor = lambda images: torch.stack(
+        [torch.from_numpy(np.array(p.convert("RGB"))).permute(2, 0, 1) for p in images]
+    ).to(device)  # uint8
 
     def of(out):  # transformers 5 wraps what transformers 4 returned bare
         return (out if torch.is_tensor(out) else out.pooler_output).cpu()
@@ -144,18 +163,39 @@ def real_judges(clip: str = "openai/clip-vit-base-patch32", alexnet: str | None 
     def layers(images):
         net = once("lpips", load_lpips)
         features = net.net(net.scaling_layer(tensor(images).float() / 127.5 - 1))
-        weights = [lin.model[-1].weight.clamp(min=0).sqrt() for lin in net.lins]  # LPIPS's w_l, taken inside the square
+        weights = [
+            lin.model[-1].weight.clamp(min=0).sqrt() for lin in net.lins
+        ]  # LPIPS's w_l, taken inside the square
         return [(F.normalize(f, dim=1, eps=1e-10) * w).cpu() for f, w in zip(features, weights)]
 
     @torch.no_grad()
     def features(images):
-        net = once("inception", lambda: FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=inception).eval().to(device))
+        net = once(
+            "inception",
+            lambda: FeatureExtractorInceptionV3(
+                "inception", ["2048"], feature_extractor_weights_path=inception
+            )
+            .eval()
+            .to(device),
+        )
         return net(tensor(images))[0].cpu()
 
     return Judges(
-        torch.no_grad()(lambda images: of(model().get_image_features(**processor()(images=images, return_tensors="pt").to(device)))),
         torch.no_grad()(
-            lambda prompts: of(model().get_text_features(**processor()(text=prompts, return_tensors="pt", padding=True, truncation=True).to(device)))
+            lambda images: of(
+                model().get_image_features(
+                    **processor()(images=images, return_tensors="pt").to(device)
+                )
+            )
+        ),
+        torch.no_grad()(
+            lambda prompts: of(
+                model().get_text_features(
+                    **processor()(
+                        text=prompts, return_tensors="pt", padding=True, truncation=True
+                    ).to(device)
+                )
+            )
         ),
         layers,
         features,
@@ -168,20 +208,35 @@ def real_judges(clip: str = "openai/clip-vit-base-patch32", alexnet: str | None 
 def parse_args():
     p = cli.plain_parser(__doc__)
     p.add_argument("--original", required=True, metavar="DIR", help="pictures before the edit")
-    p.add_argument("--edited", required=True, metavar="DIR", help="the same after it, by the same names")
+    p.add_argument(
+        "--edited", required=True, metavar="DIR", help="the same after it, by the same names"
+    )
     p.add_argument("--prompt", required=True, help="what the edited pictures should show")
-    p.add_argument("--judges", choices=["real", "miniature"], default="real", help="default: %(default)s")
-    p.add_argument("--clip", default="openai/clip-vit-base-patch32", help="folder or Hub id (default: %(default)s)")
-    p.add_argument("--alexnet", help="file of torchvision's AlexNet weights (default: fetched by the lpips package)")
-    p.add_argument("--inception", help="file of torch-fidelity's Inception weights (default: fetched by it)")
+    p.add_argument(
+        "--judges", choices=["real", "miniature"], default="real", help="default: %(default)s"
+    )
+    p.add_argument(
+        "--clip",
+        default="openai/clip-vit-base-patch32",
+        help="folder or Hub id (default: %(default)s)",
+    )
+    p.add_argument(
+        "--alexnet",
+        help="file of torchvision's AlexNet weights (default: fetched by the lpips package)",
+    )
+    p.add_argument(
+        "--inception", help="file of torch-fidelity's Inception weights (default: fetched by it)"
+    )
     p.add_argument("--json", help="also write the result to this file")
     return p.parse_args()
 
 
 def main():
     args = parse_args()
-    files = pictures.matched([Path(args.original), Path(args.edited)])
-    originals, edited = zip(*(pictures.read_matched(pair, 512 if args.judges == "real" else 128) for pair in files))
+    files = images.match_by_name([Path(args.original), Path(args.edited)])
+    originals, edited = zip(
+        *(images.read_group(pair, 512 if args.judges == "real" else 128) for pair in files)
+    )
     if args.judges == "miniature":
         from miniature.judges import miniature_judges
 
@@ -197,8 +252,14 @@ def main():
     }
     print(f"{len(files)} pairs; 95% intervals by bootstrap over pictures")
     for name in ("clip_change", "lpips"):
-        print(f"{name:12} {result[name]['mean']:8.3f}  [{result[name]['low']:.3f}, {result[name]['high']:.3f}]")
-    print(f"{'fid':12} {result['fid']:8.3f}" if len(files) > 1 else "fid          is a distance of sets: it needs two pairs at least")
+        print(
+            f"{name:12} {result[name]['mean']:8.3f}  [{result[name]['low']:.3f}, {result[name]['high']:.3f}]"
+        )
+    print(
+        f"{'fid':12} {result['fid']:8.3f}"
+        if len(files) > 1
+        else "fid          is a distance of sets: it needs two pairs at least"
+    )
     if args.json:
         cli.write_text(args.json, json.dumps(result, indent=1))
 

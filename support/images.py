@@ -1,17 +1,19 @@
-"""Pictures in and out: any file made RGB, pairs brought to one square, labelled sheets, files written whole."""
+"""Pictures in and out: any file made RGB, pairs brought to one square, labelled sheets, files
+written whole."""
 
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from formats import written
+from formats import write_atomically
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 
 
-def read(path) -> Image.Image:
-    """An RGB picture, as a viewer would show it: turned as its EXIF says, 16 bits brought to 8, transparency on white.
+def read_image(path) -> Image.Image:
+    """An RGB picture, as a viewer would show it: turned as its EXIF says, 16 bits brought to 8,
+    transparency on white.
 
     Raises ValueError, naming the file, for one that cannot be read.
     """
@@ -24,7 +26,9 @@ def read(path) -> Image.Image:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable picture ({str(error).splitlines()[0]})") from None
     if picture.mode.startswith("I"):  # 16 bits of grey, which convert() would clip to white
-        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
+        picture = Image.fromarray(
+            (np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8)
+        )
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
@@ -32,16 +36,17 @@ def read(path) -> Image.Image:
     return picture.convert("RGB")
 
 
-def fit(picture: Image.Image, height: int, width: int) -> Image.Image:
+def crop_and_resize(picture: Image.Image, height: int, width: int) -> Image.Image:
     """Resized to height x width without distortion: what sticks out on two sides is cut off."""
     return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
 
 
-def matched(folders: list[Path]) -> list[list[Path]]:
-    """The pictures that go together: one list for each name, with the file of that name (endings aside) in each folder.
+def match_by_name(folders: list[Path]) -> list[list[Path]]:
+    """The pictures that go together: one list for each name, with the file of that name (endings
+    aside) in each folder.
 
-    Raises ValueError for a missing or empty folder, two files of a name in one, and names that are not in all of them.
-    """
+    Raises ValueError for a missing or empty folder, two files of a name in one, and names that are
+    not in all of them."""
     files = []
     for folder in folders:
         if not folder.is_dir():
@@ -50,7 +55,9 @@ def matched(folders: list[Path]) -> list[list[Path]]:
         for file in sorted(folder.iterdir()):
             if file.suffix.lower() in ENDINGS and not file.name.startswith("."):
                 if file.stem in here:
-                    raise ValueError(f"{folder}: has both {here[file.stem].name} and {file.name}; pictures are matched by name, without the ending")
+                    both = f"{here[file.stem].name} and {file.name}"
+                    rule = "pictures are matched by name, without the ending"
+                    raise ValueError(f"{folder}: has both {both}; {rule}")
                 here[file.stem] = file
         if not here:
             raise ValueError(f"{folder}: holds no pictures ({', '.join(sorted(ENDINGS))})")
@@ -58,26 +65,32 @@ def matched(folders: list[Path]) -> list[list[Path]]:
     everywhere = set.intersection(*(set(here) for here in files))
     for folder, here in zip(folders, files):
         if alone := sorted(set(here) - everywhere):
-            raise ValueError(f"{folder / here[alone[0]].name}: has no partner of the same name in every other folder ({len(alone)} such in {folder})")
+            lacks = "has no partner of the same name in every other folder"
+            such = f"({len(alone)} such in {folder})"
+            raise ValueError(f"{folder / here[alone[0]].name}: {lacks} {such}")
     return [[here[name] for here in files] for name in sorted(everywhere)]
 
 
-def read_matched(files: list[Path], side: int) -> list[Image.Image]:
-    """Pictures that go together, each its middle square at side x side. Their sizes may differ, their proportions not:
-    the squares would show different parts. Raises ValueError, naming the files."""
-    read_in = [read(file) for file in files]
+def read_group(files: list[Path], side: int) -> list[Image.Image]:
+    """Pictures that go together, each its middle square at side x side. Their sizes may differ,
+    their proportions not: the squares would show different parts. Raises ValueError, naming the
+    files."""
+    read_in = [read_image(file) for file in files]
     (w, h), first = read_in[0].size, files[0]
     for file, picture in zip(files, read_in):
         if abs(picture.width / picture.height - w / h) > 0.01 * w / h:
-            raise ValueError(f"{file}: is {picture.width}x{picture.height}, but {first} is {w}x{h}: crop them to the same proportions")
-    return [fit(picture, side, side) for picture in read_in]
+            sizes = f"is {picture.width}x{picture.height}, but {first} is {w}x{h}"
+            raise ValueError(f"{file}: {sizes}: crop them to the same proportions")
+    return [crop_and_resize(picture, side, side) for picture in read_in]
 
 
-def label(scale: float) -> str:
+def scale_label(scale: float) -> str:
     return f"{scale:+.3g}" if scale else "0"
 
 
-def sheet(rows: list[list[Image.Image]], columns: list[str], row_names: list[str]) -> Image.Image:
+def contact_sheet(
+    rows: list[list[Image.Image]], columns: list[str], row_names: list[str]
+) -> Image.Image:
     """A sheet of rows of pictures, with a label above each column and beside each row."""
     w, h = rows[0][0].size
     font = ImageFont.load_default(size=max(12, w // 9))
@@ -93,12 +106,14 @@ def sheet(rows: list[list[Image.Image]], columns: list[str], row_names: list[str
     return out
 
 
-def save(picture: Image.Image, path: Path, **options):
-    """Write a picture under a temporary name, then rename it. The kind is its ending's; options are Pillow's."""
-    written(path, lambda p: picture.save(p, format=path.suffix[1:].upper(), **options))
+def save_image(picture: Image.Image, path: Path, **options):
+    """Write a picture under a temporary name, then rename it. The kind is its ending's; options
+    are Pillow's."""
+    write_atomically(path, lambda p: picture.save(p, format=path.suffix[1:].upper(), **options))
 
 
 def save_gif(frames: list[Image.Image], path: Path, milliseconds: int = 250):
     """Frames of one size, again and again."""
     colours = [frame.quantize(128) for frame in frames]
-    save(colours[0], path, save_all=True, append_images=colours[1:], duration=milliseconds, loop=0)
+    more = dict(save_all=True, append_images=colours[1:], duration=milliseconds, loop=0)
+    save_image(colours[0], path, **more)

@@ -15,15 +15,17 @@ import torch
 from safetensors import SafetensorError
 
 import lora
-import parallel
-from formats import slider_files, written
+from formats import slider_files, write_atomically
 from sdxl import MINIATURE, SDXL, best_device
+from support import distributed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, not the whole usage before it; and of a misspelt option, not that it is missing
+    def error(self, message):
+        """One line, not the whole usage before it. Of a misspelt option it says that first, not
+        that another one is missing."""
         for name in (word.split("=")[0] for word in sys.argv[1:]):
             if name.startswith("--") and name not in self._option_string_actions:
                 close = difflib.get_close_matches(name, self._option_string_actions, 1)
@@ -35,49 +37,54 @@ class Parser(argparse.ArgumentParser):
 def plain_parser(description: str) -> argparse.ArgumentParser:
     """A parser whose option names may not be shortened, so that a typo is an error."""
     spec = sys.modules["__main__"].__spec__  # of python -m
-    p = Parser(prog=spec and f"python -m {spec.name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p._negative_number_matcher = re.compile(r"^-[\d.][-+\d.,]*$")  # so that "--scales -2,0,2" is a value, not an option
+    prog = spec and f"python -m {spec.name}"
+    style = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = Parser(prog=prog, description=description, **style)
+    # So that "--scales -2,0,2" is a value, not an option.
+    p._negative_number_matcher = re.compile(r"^-[\d.][-+\d.,]*$")
     return p
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+def model_parser(description: str) -> argparse.ArgumentParser:
     """The same with the options that choose the model."""
     p = plain_parser(description)
-    p.add_argument("--model", default=str(MINIATURE), help="SDXL folder, .safetensors checkpoint or Hub id (default: the bundled miniature)")
-    p.add_argument("--base", help="SDXL folder or Hub id that lends its tokenizers to a --model in one file")
-    p.add_argument(
-        "--merge",
-        action="append",
-        default=[],
-        type=file_and_scale,
-        metavar="FILE[:WEIGHT]",
-        help="LoRA to merge into the model first (weight 1 if none is given); may be repeated",
-    )
+    model = "SDXL folder, .safetensors checkpoint or Hub id (default: the bundled miniature)"
+    p.add_argument("--model", default=str(MINIATURE), help=model)
+    base = "SDXL folder or Hub id that lends its tokenizers to a --model in one file"
+    p.add_argument("--base", help=base)
+    merge = "LoRA to merge into the model first (weight 1 if none is given); may be repeated"
+    file = dict(type=file_and_scale, metavar="FILE[:WEIGHT]")
+    p.add_argument("--merge", action="append", default=[], help=merge, **file)
     p.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: the best there is")
     p.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere")
-    p.add_argument("--text-on-cpu", action="store_true", help="keep the text encoders off the GPU: 1.5 GiB less for SDXL")
+    text_on_cpu = "keep the text encoders off the GPU: 1.5 GiB less for SDXL"
+    p.add_argument("--text-on-cpu", action="store_true", help=text_on_cpu)
     return p
 
 
-def parse(p: argparse.ArgumentParser):
-    """p.parse_args(), but with --like FILE the settings that the slider in FILE was trained with stand in for everything
-    that the command line leaves out, the output's name aside."""
-    p.add_argument("--like", metavar="FILE", help="train as this slider file was: its settings for all that is not given here")
+def parse_args(p: argparse.ArgumentParser):
+    """p.parse_args(), but with --like FILE the settings that the slider in FILE was trained with
+    stand in for everything that the command line leaves out, the output's name aside."""
+    like = "train as this slider file was: its settings for all that is not given here"
+    p.add_argument("--like", metavar="FILE", help=like)
     if not any(word.split("=")[0] == "--like" for word in sys.argv[1:]):
         return p.parse_args()
     actions = [a for a in p._actions if a.dest != "help"]
     for action in actions:
         action.required = False
-    args = p.parse_args(namespace=argparse.Namespace(**{a.dest: None for a in actions}))  # None: not given
-    _, metadata = slider_files.raw(Path(args.like))
+    not_given = argparse.Namespace(**{action.dest: None for action in actions})
+    args = p.parse_args(namespace=not_given)
+    _, metadata = slider_files.load_tensors(Path(args.like))
     if "settings" not in metadata:
         raise ValueError(f"{args.like}: does not say how it was trained")
-    settings = slider_files.json_of(metadata["settings"], args.like)
-    for name in ("model", "base", "merge"):  # what a stranger's file names is neither opened nor downloaded
+    settings = slider_files.parse_json_object(metadata["settings"], args.like)
+    for name in ("model", "base", "merge"):  # a stranger's file names them: nothing is opened
         if settings.pop(name, None) and getattr(args, name) is None:
-            raise ValueError(f"{args.like}: was trained with a --{name} of its own: name it here too")
-    if strange := settings.keys() - {action.dest for action in actions}:
-        raise ValueError(f"{args.like}: was trained by another script: {', '.join(sorted(strange))} mean nothing here")
+            remedy = "name it here too"
+            raise ValueError(f"{args.like}: was trained with a --{name} of its own: {remedy}")
+    if unknown := settings.keys() - {action.dest for action in actions}:
+        names = ", ".join(sorted(unknown))
+        raise ValueError(f"{args.like}: was trained by another script: {names} mean nothing here")
     settings.pop("device", None)
     for action in actions:
         if getattr(args, action.dest) is None:
@@ -85,22 +92,27 @@ def parse(p: argparse.ArgumentParser):
     return args
 
 
-def quick_dtype() -> str | None:
-    """ "bfloat16" where this processor is quick at it: AVX512 or newer. Elsewhere None: it takes many times as long as float32."""
+def fast_dtype() -> str | None:
+    """ "bfloat16" where this processor is quick at it: AVX512 or newer. Elsewhere None: it would
+    take many times as long as float32."""
     return None if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2") else "bfloat16"
 
 
 def load_model(args, vae: bool = True) -> SDXL:
-    if args.dtype == "bfloat16" and (args.device or best_device()) == "cpu" and not quick_dtype():
-        warnings.warn("this processor is slow at bfloat16: without --dtype it is many times faster", stacklevel=2)
-    model = SDXL.load(args.model, device=args.device, dtype=DTYPES.get(args.dtype), base=args.base, vae=vae, text_on_cpu=args.text_on_cpu)
+    """The model that the options name, with what --merge names merged into it."""
+    if args.dtype == "bfloat16" and (args.device or best_device()) == "cpu" and not fast_dtype():
+        slow = "this processor is slow at bfloat16: without --dtype it is many times faster"
+        warnings.warn(slow, stacklevel=2)
+    options = dict(device=args.device, dtype=DTYPES.get(args.dtype), base=args.base)
+    model = SDXL.load(args.model, vae=vae, text_on_cpu=args.text_on_cpu, **options)
     for path, weight in args.merge:
         lora.load(path, model.unet).merge(model.unet, 1.0 if weight is None else weight)
     return model
 
 
 def file_and_scale(text: str) -> tuple[str, float | None]:
-    """'age.safetensors:1.5' -> ('age.safetensors', 1.5); without a scale (..., None). For argparse's type=."""
+    """'age.safetensors:1.5' -> ('age.safetensors', 1.5); without a scale (..., None). For
+    argparse's type=."""
     if not text:
         raise argparse.ArgumentTypeError("no file is named")
     path, colon, scale = text.rpartition(":")
@@ -108,12 +120,14 @@ def file_and_scale(text: str) -> tuple[str, float | None]:
         return (path, float(scale)) if colon and path else (text, None)
     except ValueError:
         if Path(path).exists() and not Path(text).exists():
-            raise argparse.ArgumentTypeError(f"{text}: {scale!r} after the colon is no number") from None
+            odd = f"{text}: {scale!r} after the colon is no number"
+            raise argparse.ArgumentTypeError(odd) from None
         return text, None
 
 
 def file_scale_start(text: str) -> tuple[str, float | None, float | None]:
-    """'age.safetensors:1.5@0.5' -> ('age.safetensors', 1.5, 0.5); None for what is not given. For argparse's type=."""
+    """'age.safetensors:1.5@0.5' -> ('age.safetensors', 1.5, 0.5); None for what is not given. For
+    argparse's type=."""
     rest, sign, start = text.rpartition("@")
     try:
         rest, start = (rest, float(start)) if sign and rest else (text, None)
@@ -122,42 +136,46 @@ def file_scale_start(text: str) -> tuple[str, float | None, float | None]:
     return *file_and_scale(rest), start
 
 
-def output(path, ending: str = "") -> Path:
-    """The path of a file to be written in the end. ValueError, before any work is done, if it could not be, or if its name does not end
-    with `ending`."""
+def output_file(path, ending: str = "") -> Path:
+    """The path of a file to be written in the end. ValueError, before any work is done, if it
+    could not be, or if its name does not end with `ending`."""
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; a file was to be named")
     if not path.name.endswith(ending):
         raise ValueError(f"{path}: is to be a {ending} file: name it so")
-    folder(path.parent)
+    output_folder(path.parent)
     return path
 
 
-def folder(path) -> Path:
-    """The path of a folder to be written into, made if it is not there. ValueError if it cannot be."""
+def output_folder(path) -> Path:
+    """The path of a folder to be written into, made if it is not there. ValueError if it cannot
+    be."""
     path = Path(path)
     if path.is_file():
         raise ValueError(f"{path}: is a file; --out names a folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be made a folder to write to ({error.strerror}): name another place") from None
+        reason = f"cannot be made a folder to write to ({error.strerror})"
+        raise ValueError(f"{path}: {reason}: name another place") from None
     if not os.access(path, os.W_OK):
         raise ValueError(f"{path}: cannot be written to: name another place")
     return path
 
 
-def model_words(args) -> str:
+def model_options(args) -> str:
     """The options that name the model, as they were given: for a command that is suggested."""
-    files = [f"{path}:{weight:g}" if weight is not None else path for path, weight in args.merge]
-    given = [("model", args.model)] * (args.model != str(MINIATURE)) + [("base", args.base)] * bool(args.base) + [("merge", f) for f in files]
+    given = [("model", args.model)] if args.model != str(MINIATURE) else []
+    given += [("base", args.base)] if args.base else []
+    for path, weight in args.merge:
+        given.append(("merge", path if weight is None else f"{path}:{weight:g}"))
     return "".join(f" --{name} {value}" for name, value in given)
 
 
 def write_text(path, text: str):
     """Write a file whole: under a temporary name, then renamed."""
-    written(output(path), lambda p: p.write_text(text, encoding="utf-8"))
+    write_atomically(output_file(path), lambda p: p.write_text(text, encoding="utf-8"))
 
 
 def numbers(text: str, kind=float) -> list:
@@ -182,7 +200,7 @@ def number(text: str) -> float:
     return value
 
 
-def share(text: str) -> float:
+def fraction(text: str) -> float:
     """A number from 0 to 1. For argparse's type=."""
     if not 0 <= number(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
@@ -192,18 +210,20 @@ def share(text: str) -> float:
 def guidance(text: str) -> float:
     """A number above 0. For argparse's type=."""
     if not number(text) > 0:
-        raise argparse.ArgumentTypeError(f"at {text} the prompt would count for nothing; without guidance is 1")
+        why = "the prompt would count for nothing; without guidance is 1"
+        raise argparse.ArgumentTypeError(f"at {text} {why}")
     return float(text)
 
 
 def seed(text: str) -> int:
-    """A whole number that every generator takes, with room for what is made of it. For argparse's type=."""
+    """A whole number that every generator takes, with room for what is made of it. For argparse's
+    type=."""
     if not text.isdigit() or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
     return int(text)
 
 
-def integers(text: str) -> list[int]:
+def seed_list(text: str) -> list[int]:
     """'0,5,7' or '0-63' -> a list of seeds, for argparse's type=."""
     first, _, last = text.partition("-")
     if first.strip().isdigit() and last.strip().isdigit():
@@ -211,32 +231,39 @@ def integers(text: str) -> list[int]:
     else:
         found = [int(v) if v.isdigit() else -1 for v in text.replace(",", " ").split()]
     if not found or min(found) < 0 or max(found) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers from 0 on, such as 0,5,7 or 0-3")
+        example = "whole numbers from 0 on, such as 0,5,7 or 0-3"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of {example}")
     return found
 
 
-def steps(text: str) -> int | list[int]:
+def steps_or_levels(text: str) -> int | list[int]:
     """'30' -> 30, a number of steps; '999,749,499,249' -> noise levels. For argparse's type=."""
     found = numbers(text, int)
     return found[0] if len(found) == 1 else found
 
 
 def run(main, when_stopped: str = ""):
-    """Run main(); whatever the user can mend becomes one line and exit status 2, without a traceback. when_stopped: said after Ctrl-C."""
+    """Run main(). Whatever the user can mend becomes one line and exit status 2, without a
+    traceback. when_stopped: said after Ctrl-C."""
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    if "RANK" not in os.environ:  # a termination is like Ctrl-C; torchrun's own must end a process that waits for others
+    if "RANK" not in os.environ:
+        # A termination is like Ctrl-C. torchrun's own must end a process that waits for others.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    mendable = (ValueError, OSError, FloatingPointError, SafetensorError, torch.OutOfMemoryError)
     try:
-        parallel.start()
+        distributed.start()
         with contextlib.ExitStack() as quiet:
-            if not parallel.is_first():  # of several processes only the first one talks
+            if not distributed.is_main_process():  # of several processes only the first one talks
                 nowhere = quiet.enter_context(open(os.devnull, "w"))
-                quiet.enter_context(contextlib.redirect_stdout(nowhere)), quiet.enter_context(contextlib.redirect_stderr(nowhere))
+                quiet.enter_context(contextlib.redirect_stdout(nowhere))
+                quiet.enter_context(contextlib.redirect_stderr(nowhere))
             main()
-        parallel.stop()
-    except (ValueError, OSError, FloatingPointError, SafetensorError, torch.OutOfMemoryError) as error:
-        print(f"error{parallel.name()}: {' '.join(str(error).split())}", file=sys.stderr)
+        distributed.stop()
+    except mendable as error:
+        line = " ".join(str(error).split())
+        print(f"error{distributed.process_name()}: {line}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
-        print(str(stop) or "; ".join(filter(None, ["stopped", when_stopped])), file=sys.stderr)
+        line = str(stop) or "; ".join(filter(None, ["stopped", when_stopped]))
+        print(line, file=sys.stderr)
         sys.exit(130)

@@ -1,0 +1,144 @@
+"""Checkpoints: the folder OUT.checkpoint that a training keeps beside the file OUT it is to write.
+
+Everything in it is written under a temporary name and renamed, so a training may be killed at any
+moment. `--resume` goes on from it, and ends with the very weights, bit for bit, of a training
+without a break. A training that is done removes it."""
+
+import contextlib
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from formats import write_atomically
+from support import distributed
+
+# Options that may differ when a training is resumed.
+MAY_CHANGE = {"out", "resume", "overwrite", "dry_run", "preview", "probe", "device"}
+MAY_CHANGE |= {"checkpointing", "like", "lr"}
+RESUME_HINT = "the same command with --resume goes on from the last checkpoint"
+
+
+class Checkpoint:
+    """folder: made when there is something to keep; None keeps nothing. settings: of the training,
+    kept with it."""
+
+    def __init__(self, folder: Path | None = None, settings: dict | None = None):
+        self.folder, self.settings = folder, settings
+
+    def write(self, path: Path, write):
+        assert self.folder
+        if self.settings is not None and distributed.is_main_process():  # before anything else
+            text, self.settings = json.dumps(self.settings, indent=1), None
+            write_atomically(self.folder / "settings.json", lambda p: p.write_text(text))
+        write_atomically(path, write)
+
+    def remember(self, name: str, make) -> dict[str, torch.Tensor]:
+        """The tensors that make() returns, on the CPU. They are made once: afterwards they come
+        from the folder. Of several processes each has its own."""
+        if self.folder is None:
+            return {k: v.detach().cpu() for k, v in make().items()}
+        process = distributed.process_name().replace(" in process ", "_")
+        path = self.folder / f"{name}{process}.safetensors"
+        if not path.exists():
+            tensors = {k: v.detach().cpu().contiguous() for k, v in make().items()}
+            self.write(path, lambda p: save_file(tensors, p))
+            return tensors
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path}: damaged ({error}): delete it, and that part is made again"
+            ) from None
+
+    def save(self, state: dict):
+        """state: the same in all processes. The first one writes it, so that all go on from one."""
+        if self.folder and distributed.is_main_process():
+            self.write(self.folder / "state.pt", lambda p: torch.save(state, p))
+
+    def load(self) -> dict | None:
+        """What `save` was last given, on the CPU; None if nothing was."""
+        if self.folder is None or not (path := self.folder / "state.pt").exists():
+            return None
+        try:
+            # On the CPU: it may have been made on a device that is not here.
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged one can raise anything
+            kind = type(error).__name__
+            raise ValueError(
+                f"{path}: damaged ({kind}): delete it, and training starts from its first step"
+            ) from None
+
+    def remove(self):
+        if self.folder and distributed.is_main_process():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+NO_CHECKPOINT = Checkpoint()
+
+
+def open_checkpoint(args, out: Path) -> Checkpoint:
+    """The checkpoint of the training that is to write `out`: a new one, or with --resume the one
+    that goes on. ValueError where something would be lost (`out`, its preview or a checkpoint is
+    there already), and where the checkpoint is of another training."""
+    folder = out.with_name(out.name + ".checkpoint")
+    if args.dry_run:
+        return NO_CHECKPOINT
+    settings = {k: v for k, v in sorted(vars(args).items()) if k not in MAY_CHANGE}
+    if args.resume and (folder / "settings.json").exists():
+        return resume_or_new(folder, settings)
+    if distributed.is_main_process():  # the others would see what the first has made meanwhile
+        for path in [out] + [out.with_suffix(".png")] * bool(getattr(args, "preview", 0)):
+            if path.exists() and not args.overwrite:
+                raise ValueError(f"{path}: is there already: --overwrite replaces it")
+        if args.resume:
+            print(f"{folder}: no checkpoint there yet: this starts from the beginning")
+        elif folder.exists() and not args.overwrite:
+            raise ValueError(
+                f"{folder}: a checkpoint is there: --resume goes on from it, --overwrite starts anew"
+            )
+        Checkpoint(folder).remove()
+    return resume_or_new(folder, settings)
+
+
+def resume_or_new(folder: Path, settings: dict) -> Checkpoint:
+    """The checkpoint of something begun with just these settings and as many processes, or a new
+    one. ValueError if it was begun with others."""
+    settings = settings | {"nproc_per_node": distributed.world_size()}
+    if not (folder / "settings.json").exists():
+        return Checkpoint(folder, settings)
+    before = json.loads((folder / "settings.json").read_text())
+    for name, value in json.loads(json.dumps(settings)).items():
+        if value != before.get(name):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{folder}: was begun with {option} {before.get(name)}, not {value}: "
+                "delete it, or name another --out"
+            )
+    return Checkpoint(folder)
+
+
+@contextlib.contextmanager
+def deferred_interrupt():
+    """with deferred_interrupt() as stop: ... Ctrl-C, or a termination, makes stop() true in the
+    place of breaking off in the middle of a step; a second one breaks off. (Main thread alone.)"""
+    received = []
+
+    def handler(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    try:
+        before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread
+        before = {}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for s, old in before.items():
+            signal.signal(s, old)
