@@ -1,6 +1,8 @@
 # make demo       train a slider on the bundled miniature SDXL and draw its strip (a few minutes on a laptop)
-# make test       lint and all tests
+# make test       lint and the fast tests: at most 5 minutes on two cores
+# make test-slow  the other tests (a quarter of an hour)
 # make lint       ruff (lint and format) and mypy on the core
+# make sizes      the size of every module against its budget
 # make coverage   all tests once more, with what they leave out of the core
 # make test-full  the checks on full-size SDXL with random weights (20 GB of memory and of disk, some minutes)
 # make test-oldest  loading, prompts, sampling, sliders, resuming with the oldest supported torch and transformers (a large download)
@@ -12,29 +14,38 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2  # two processes of one thread are faster than one of two
 
-.PHONY: demo test lint coverage docs-check test-full test-oldest bench experiments miniature clean
+.PHONY: demo test test-slow lint sizes coverage docs-check test-full test-oldest bench experiments miniature clean
 
-$(VENV)/run.stamp: requirements.txt
+# The versions that the project is tested with: the pins in requirements-test.txt.
+$(VENV)/run.stamp: requirements.txt requirements-test.txt
 	@echo "setting up $(VENV): PyTorch and a few packages, a minute or more"
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) -r requirements.txt -c requirements-test.txt
 	touch $@
 
 $(VENV)/test.stamp: requirements-test.txt $(VENV)/run.stamp
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	$(PIP) -r requirements-test.txt
 	touch $@
 
 demo: $(VENV)/run.stamp
 	$(PY) -m miniature.demo
 
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 tests  # two processes of one thread are faster than one of two
+	$(PYTEST) -m "not slow" tests
+
+test-slow: $(VENV)/test.stamp
+	$(PYTEST) -m slow tests
 
 lint: $(VENV)/test.stamp
 	$(PY) -m ruff check --quiet .
 	$(PY) -m ruff format --quiet --check .
 	$(PY) -m mypy
+
+sizes: $(VENV)/run.stamp
+	$(PY) -m tests.sizes
 
 coverage: $(VENV)/test.stamp
 	OMP_NUM_THREADS=1 $(PY) -m coverage run -m pytest -q -n 2 tests
@@ -49,8 +60,7 @@ test-full: $(VENV)/test.stamp
 
 test-oldest: requirements.txt
 	$(PYTHON) -m venv $(VENV)-oldest
-	sed 's/^torch==.*/torch==2.6.0/; s/^transformers==.*/transformers==4.56.2/' requirements.txt > $(VENV)-oldest/requirements.txt
-	$(VENV)-oldest/bin/pip install --quiet --disable-pip-version-check -r $(VENV)-oldest/requirements.txt pytest==9.2.0
+	$(VENV)-oldest/bin/pip install --quiet --disable-pip-version-check -r requirements.txt torch==2.6.0 transformers==4.56.2 pytest==9.2.0
 	$(VENV)-oldest/bin/python -m pytest -q tests/test_weights.py tests/test_text.py tests/test_sampler.py tests/test_lora.py tests/test_unfinished.py
 
 bench: $(VENV)/test.stamp

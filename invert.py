@@ -29,8 +29,7 @@ class Inversion:
     """What draws B pictures again: sampler.sample(unet, x_T, cond, uncond, ...), same settings."""
 
     x_T: torch.Tensor  # (B, 4, h, w)
-    # For each step, the largest t first: context (B or 1, 77, d), pooled (B or 1, p), time_ids.
-    uncond: list
+    uncond: list  # for each step, the largest t first: context (B or 1, 77, d), pooled, time_ids
     evaluations: int = 0  # of the UNet, one a picture; 0: it came from a file
 
 

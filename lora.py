@@ -42,9 +42,6 @@ def target_layers(unet: nn.Module, layers: str = "noxattn", conv: bool = True) -
 class LowRank(nn.Module):
     """(alpha / r) B A for one layer. A convolution's A has its kernel and stride; B is 1x1."""
 
-    lora_down: Layer  # A
-    lora_up: Layer  # B
-
     def __init__(self, layer: Layer, rank: int, alpha: float):
         super().__init__()
         if isinstance(layer, nn.Conv2d):
@@ -52,8 +49,8 @@ class LowRank(nn.Module):
             self.lora_down = nn.Conv2d(layer.in_channels, rank, *kernel, bias=False)  # type: ignore
             self.lora_up = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
         else:
-            self.lora_down = nn.Linear(layer.in_features, rank, bias=False)
-            self.lora_up = nn.Linear(rank, layer.out_features, bias=False)
+            self.lora_down = nn.Linear(layer.in_features, rank, bias=False)  # type: ignore
+            self.lora_up = nn.Linear(rank, layer.out_features, bias=False)  # type: ignore
         nn.init.kaiming_uniform_(self.lora_down.weight, a=1)
         nn.init.zeros_(self.lora_up.weight)  # B = 0: an untrained slider changes nothing
         self.register_buffer("alpha", torch.tensor(float(alpha)))
@@ -76,7 +73,7 @@ def low_rank(x, A, B, layer: Layer, rank_scale=None):
     """B A x: (b, ..., in) -> (b, ..., r) -> (b, ..., out). Of a convolution, with `layer`'s stride
     and padding: (b, in, h, w) -> (b, r, h', w') -> (b, out, h', w'). rank_scale: (b, r) or None."""
     conv = A.ndim == 4
-    h = F.conv2d(x, A, None, layer.stride, layer.padding) if conv else F.linear(x, A)
+    h = F.conv2d(x, A, None, layer.stride, layer.padding) if conv else F.linear(x, A)  # type: ignore
     if rank_scale is not None:
         shape = (*rank_scale.shape, 1, 1) if conv else (len(h), *[1] * (h.ndim - 2), -1)
         h = h * rank_scale.to(h.dtype).view(shape)
@@ -110,7 +107,7 @@ class Slider(nn.Module):
         layers = layers_by_kohya_name(unet)
         if missing := [name for name, _ in self.named_children() if name not in layers]:
             raise ValueError(f"this model lacks {len(missing)} layers of it, e.g. {missing[0]}")
-        return [(part, layers[name][1]) for name, part in self.named_children()]
+        return [(part, layers[name][1]) for name, part in self.named_children()]  # type: ignore
 
     def attach(self, unet: nn.Module) -> "Slider":
         """Add the change to `unet`'s layers, at `scale`. ValueError if one is missing."""
@@ -204,7 +201,7 @@ class Composed:
 def save(path, slider: Slider, metadata: dict, **options):
     """Write fp16 safetensors in kohya's naming. metadata: JSON values; options:
     slider_files.write's."""
-    deltas = {name: part.delta() for name, part in slider.named_children()}
+    deltas = {name: part.delta() for name, part in slider.named_children()}  # type: ignore
     slider_files.write(path, deltas, metadata, **options)
 
 

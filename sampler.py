@@ -2,7 +2,7 @@
 
 Everything here is about one variable, x_t: latents of shape (B, 4, h, w) at noise level t,
 
-    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps,    eps ~ N(0, 1)    (Ho et al. 2020, eq. 4)
+    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps,  eps ~ N(0, 1)  (Ho et al. 2020, eq. 4)
 
 with t from 999 (almost pure noise) down to 0 (almost a picture).
 """
@@ -118,8 +118,8 @@ def sample(
     steps:      as in timesteps.
     sliders:    pairs (slider, scale), or triples (slider, scale, start). A scale is a number, or a
                 tensor (B,) with one for each picture. What is not attached is, for the while.
-    start:      delayed LoRA: the scale is 0 while t > t_on = (1 - start) T, so that the frozen model
-                lays out the picture. 0.3 is the paper's code's start_noise = 700.
+    start:      delayed LoRA: the scale is 0 while t > t_on = (1 - start) T, so that the frozen
+                model lays out the picture. 0.3 is the paper's code's start_noise = 700.
     delta:      function (x_t, t (B,)) -> (B, 4, h, w), added to eps from `start` on in the place of
                 a slider: eq. (8) itself (train_text.ends_difference).
     skip, stop: begin after `skip` steps, where x_T is the x_t there; end after `stop` steps.

@@ -46,6 +46,7 @@ class SDXL:
     folder: Path | None  # of the model; None for a single file
     known_words: set[str] | None  # that the model was trained on, where its folder lists them
     unknown_words: set[str]  # others that prompts have held so far
+    _too_long: set[str]  # prompts that a warning was given for
 
     @classmethod
     def load(
@@ -142,9 +143,8 @@ class SDXL:
         words = {word for prompt in prompts for word in split_words(prompt)}
         if new := sorted(words - self.known_words - self.unknown_words):
             self.unknown_words |= set(new)
-            which = "the word" if len(new) == 1 else "the words"
-            words = ", ".join(map(repr, new))
-            warnings.warn(f"this model never saw {which} {words}: it can only guess", stacklevel=2)
+            words = f"the word{'s' * (len(new) > 1)} {', '.join(map(repr, new))}"
+            warnings.warn(f"this model never saw {words}: it can only guess", stacklevel=2)
 
     def _warn_of_long_prompts(self, prompts):
         """Once for each prompt of more than 77 tokens. What is beyond, such as preserved concepts,

@@ -1,9 +1,8 @@
 """SDXL's UNet (Podell et al. 2023): eps_theta(x_t, c, t), the noise it sees in the latents x_t.
 
 Parameter names are the released checkpoint's, so load_state_dict is the whole loader; every size
-comes from unet/config.json, so the miniature and the real model are the same code. In shape comments
-B is the batch, c channels, h and w the height and width of the latents at that level.
-"""
+comes from unet/config.json, so the miniature and the real model are the same code. In comments B is
+the batch, c channels, h and w the height and width of the latents at that level."""
 
 import math
 
@@ -301,7 +300,7 @@ def check_config(config: dict):
     """ValueError, one line, unless `config` describes a UNet of SDXL's kind."""
     try:
         down, up = config["down_block_types"], config["up_block_types"]
-        known = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"}
+        known = {f"{kind}{way}Block2D" for kind in ("", "CrossAttn") for way in ("Down", "Up")}
         per_level = ("attention_head_dim", "block_out_channels", "transformer_layers_per_block")
         fits = (
             {*down, *up} <= known
@@ -312,8 +311,7 @@ def check_config(config: dict):
         )
         c_in, c_out = config["in_channels"], config["out_channels"]
     except (KeyError, TypeError) as error:
-        reason = f"missing or odd: {error}"
-        raise ValueError(f"unet config: not SDXL's kind of UNet ({reason})") from None
+        raise ValueError(f"unet config: not SDXL's kind of UNet (odd: {error})") from None
     if c_in != c_out:
         use = "a model for inpainting or editing, which wants a picture too"
         raise ValueError(f"unet config: {c_in} channels in, {c_out} out: {use}")

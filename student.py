@@ -6,8 +6,7 @@ what the model predicts there (eps_0), a scale s, and what the slider is to make
     L = mean over x_t and s of  || eps_{theta, s}(x_t, c_t, t) - target ||^2
 
 The samples of all scales are shuffled together. An x_t that is asked at 1 and at -1 is so in
-different steps: a slider is nearly linear in its scale, so the two say nearly the same about it.
-"""
+different steps: a slider is nearly linear in its scale, so the two say nearly the same about it."""
 
 from dataclasses import dataclass, fields
 
@@ -33,7 +32,7 @@ class Targets:
 
     def __getitem__(self, rows) -> "Targets":
         samples = [getattr(self, f.name)[rows] for f in fields(self)[:-1]]
-        return Targets(*samples, self.cond)
+        return Targets(*samples, self.cond)  # type: ignore[call-arg]
 
     @property
     def delta(self):
@@ -67,8 +66,7 @@ def make_loss(unet, slider, targets: Targets):
 
 
 class TrainingState:
-    """All that changes while a slider is fitted, and that a checkpoint holds: the slider, the
-    optimizer, the order of the samples."""
+    """What changes while a slider is fitted, for a checkpoint to hold."""
 
     def __init__(self, slider, lr: float, seed: int = 0):
         self.parameters, self.lr, self.step = list(slider.parameters()), lr, 0

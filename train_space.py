@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 import lora
 import sampler
-from support import cli, clip, cost, distributed, images, options, training
+from support import cli, clip, cost, distributed, images, options, probe, training
 from support.batches import in_batches
 from support.checkpoint import RESUME_HINT, open_checkpoint, resume_or_new
 from support.sweep import sweep
@@ -206,8 +206,8 @@ def learn(
 ) -> tuple[list[lora.Slider], dict]:
     """A slider of `rank` for each direction v (k, d), all trained together, and the final meter.
     settings: steps, lr, seed, checkpoint of training.train."""
-    common = dict(rank=rank, guidance=guidance, batch=4 * batch)
-    space, k = Space(model, encoder, samples, cond, uncond, v, **common), len(v)
+    k, common = len(v), dict(rank=rank, guidance=guidance, batch=4 * batch)
+    space = Space(model, encoder, samples, cond, uncond, v, **common)
     torch.manual_seed(settings["seed"])
     # alpha / rank of each slider is what was asked for.
     bank = lora.Slider(layers, rank * k, alpha * k).to(model.device).attach(model.unet)
@@ -267,17 +267,15 @@ def main():
     size = training.prepare(args, model, training.recipe(model.unet, SMALL, LARGE))
     training.set_checkpointing(model.vae, args.checkpointing)
     cond, uncond = model.condition(args.prompt, size), model.condition([""], size)
-    words = clip.words_of(model)
-    if args.words:
-        words = [word.strip() for word in Path(args.words).read_text().splitlines() if word.strip()]
+    words = clip.words_of(model, args.words)
 
     # The samples outlive the training: other directions can be learned from them.
     names = "model base merge dtype prompt per_sample denoising_steps guidance start size seed"
     kept = resume_or_new(out / "samples", {name: getattr(args, name) for name in names.split()})
     batch = 4 * args.batch
-    drawing = dict(steps=args.denoising_steps, guidance=args.guidance, start=args.start, size=size)
+    drawing = dict(steps=args.denoising_steps, guidance=args.guidance, start=args.start)
     settings = dict(samples=args.samples, per_sample=args.per_sample, seed=args.seed, batch=batch)
-    samples = collect(model, cond, uncond, remember=kept.remember, **settings, **drawing)
+    samples = collect(model, cond, uncond, size=size, remember=kept.remember, **settings, **drawing)
     with torch.no_grad():
         see = lambda rows: {"f": clip.features(model, encoder, samples.x_0[rows])}
         f = in_batches(see, args.samples, batch, desc="features")["f"]  # (samples, d)
@@ -298,44 +296,33 @@ def main():
 
     found, rows, one_prompt = [], [], tuple(c[:1] for c in cond)
     drawing |= dict(batch=batch)
+    x_T = sampler.noise([0], model.latent_shape(size), model.device, model.dtype)
     for i, slider in enumerate(made):
-        to_calibrate = (v[i], sigma[i].item(), one_prompt, uncond)
-        if not args.raw_scale and not calibrate(model, encoder, slider, *to_calibrate, **drawing):
+        path, cosine, sigma_i = out / f"{i + 1}.safetensors", reading["cosines"][i], sigma[i].item()
+        direction = (slider, v[i], sigma_i, one_prompt, uncond)
+        if not args.raw_scale and not calibrate(model, encoder, *direction, size=size, **drawing):
             why = "What it stands for may be decided before --start."
-            print(
-                f"WARNING: {i + 1}: pictures do not move along this direction at any scale. {why}"
-            )
-        cosine = reading["cosines"][i]
+            print(f"WARNING: {i + 1}: pictures do not move along it at any scale. {why}")
         about = {"kind": "space slider", "prompt": args.prompt, "direction": i + 1}
-        about |= {"share": share[i].item(), "sigma": sigma[i].item(), "cosine": cosine}
+        about |= {"share": share[i].item(), "sigma": sigma_i, "cosine": cosine}
         about |= {"words": hints[i], "settings": training.settings(args)}
-        lora.save(out / f"{i + 1}.safetensors", slider, about | {"v": v[i].tolist()})
+        lora.save(path, slider, about | {"v": v[i].tolist()})
         found.append(about)
-        rows.append(draw_row(model, out / f"{i + 1}.safetensors", one_prompt, uncond, **drawing))
+        in_file = lora.load(path, model.unet)
+        row = probe.draw_scales(model, in_file, one_prompt, uncond, x_T, SCALES, **drawing)
+        rows.append([column[0] for column in row])
         described = f"cosine {cosine:.2f}; words, as a hint: {'; '.join(hints[i])}"
         print(f"{i + 1}: {share[i]:.1%} of the variance, {described}")
     cli.write_text(out / "space.json", json.dumps(found, indent=1))
-    names = [images.scale_label(scale) for scale in SCALES]
-    sheet = images.contact_sheet(rows, names, [str(i + 1) for i in range(len(rows))])
-    images.save_image(sheet, out / "sheet.png")
+    names, numbers = [images.scale_label(s) for s in SCALES], [str(i + 1) for i in range(len(rows))]
+    images.save_image(images.contact_sheet(rows, names, numbers), out / "sheet.png")
     checkpoint.remove()
     memory, seconds = cost.peak_memory(model.device) / 2**30, time.time() - started
-    did = (
-        f"{args.sliders} sliders and sheet.png, after {seconds:.0f} s; peak memory {memory:.1f} GiB"
-    )
+    took = f"after {seconds:.0f} s; peak memory {memory:.1f} GiB"
+    print(f"{out}: {args.sliders} sliders and sheet.png, {took}")
     levels = ",".join(map(str, np.atleast_1d(args.denoising_steps)))
     how = f"--each --start {args.start:g} --guidance {args.guidance:g} --steps {levels}"
-    print(f"{out}: {did}")
     print(f"To look: python slider.py --prompt ... --slider {out} {how}{cli.model_options(args)}")
-
-
-def draw_row(model, path, cond, uncond, *, size, **settings):
-    """The same seed at SCALES, with the slider as it is in the file."""
-    slider = lora.load(path, model.unet)
-    x_T = sampler.noise([0], model.latent_shape(size), model.device, model.dtype)
-    columns, settings = [[(slider, s)] for s in SCALES], settings | dict(alpha_bar=model.alpha_bar)
-    drawn = dict(sweep(model.unet, x_T, cond, uncond, columns, **settings))
-    return [model.decode(drawn[i])[0] for i in range(len(SCALES))]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The forms that SDXL and sliders come in, as files: names, shapes and metadata, and nothing of the method."""
+"""The forms that SDXL and sliders come in, as files: names, shapes and metadata, and nothing of
+the method."""
 
 import os
 from pathlib import Path
@@ -12,9 +13,8 @@ def write_atomically(path: Path, write):
         write(temporary)
         umask = os.umask(0)  # to read it is to set it
         os.umask(umask)
-        os.chmod(
-            temporary, 0o666 & ~umask
-        )  # as any other file: safetensors makes its own readable to their owner alone
+        # As any other file: safetensors makes its own readable to their owner alone.
+        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

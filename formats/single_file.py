@@ -1,12 +1,12 @@
 """SDXL as one .safetensors file in the original naming, the form most fine-tunes are shared in.
 
-The same tensors as in the released folder under other names (Rombach et al.'s latent-diffusion code for UNet and VAE,
-OpenCLIP for the second text encoder), so reading one is renaming: `rename` gives for each tensor of the file the part
-it belongs to, its released name, and what else is to be done to it. `configs` reads every size from the shapes.
+The same tensors as in the released folder under other names (Rombach et al.'s latent-diffusion
+code for UNet and VAE, OpenCLIP for the second text encoder), so reading one is renaming: `rename`
+gives for each tensor of the file the part it belongs to, its released name, and what else is to be
+done to it. `configs` reads every size from the shapes.
 
-What the file does not hold (tokenizers, noise schedule, what shapes cannot tell) comes from a base folder, or is SDXL
-1.0's; see weights.from_single_file.
-"""
+What the file does not hold (tokenizers, noise schedule, what shapes cannot tell) comes from a base
+folder, or is SDXL 1.0's; see weights.from_single_file."""
 
 import re
 
@@ -19,11 +19,14 @@ PARTS = {
     "conditioner.embedders.1.model.": "text_encoder_2",
 }
 
-# Never used: integers 0 ... 76, the contrastive temperature, the first encoder's projection, buffers of the training code, a
-# merged-in EMA's bookkeeping.
+# Never used: integers 0 ... 76, the contrastive temperature, the first encoder's projection,
+# buffers of the training code, a merged-in EMA's bookkeeping.
 IGNORED = re.compile(
-    r"(.*\.)?(position_ids|logit_scale|attn_mask)$|conditioner\.embedders\.0\.(transformer\.)?text_projection(\.weight)?$|denoiser\.|model_ema\.|(betas|alphas_cumprod.*|sqrt_.*|"
-    r"log_one_.*|posterior_.*|model\.diffusion_model\.(betas|alphas).*)$"
+    r"(.*\.)?(position_ids|logit_scale|attn_mask)$"
+    r"|conditioner\.embedders\.0\.(transformer\.)?text_projection(\.weight)?$"
+    r"|denoiser\.|model_ema\."
+    r"|(betas|alphas_cumprod.*|sqrt_.*|log_one_.*|posterior_.*)$"
+    r"|model\.diffusion_model\.(betas|alphas).*$"
 )
 
 RESNET = {
@@ -68,9 +71,8 @@ OPENCLIP_LAYER = {
 def rename(shapes: dict[str, tuple]) -> dict[str, list[tuple[str, str, str]]]:
     """{name in the file: shape} -> {part: [(released name, name in the file, what to do)]}.
 
-    What to do: "" nothing; "squeeze" a 1x1 convolution to a matrix; "transpose"; "q", "k" or "v": that third of the rows.
-    Raises ValueError for a tensor that belongs to no part of SDXL.
-    """
+    What to do: "" nothing; "squeeze" a 1x1 convolution to a matrix; "transpose"; "q", "k" or "v":
+    that third of the rows. Raises ValueError for a tensor that belongs to no part of SDXL."""
     out: dict[str, list] = {part: [] for part in PARTS.values()}
     strangers: list[str] = []
     per_level = _first_level(shapes)
@@ -117,7 +119,8 @@ def _first_level(shapes) -> int:
 
 
 def _unet(module: str, per_level: int) -> str | None:
-    """input_blocks.4.1.norm -> down_blocks.1.attentions.0.norm and so on; None for no module of SDXL's."""
+    """input_blocks.4.1.norm -> down_blocks.1.attentions.0.norm and so on; None for no module of
+    SDXL's."""
     if module in UNET_ENDS:
         return UNET_ENDS[module]
     if m := re.match(r"(input|output)_blocks\.(\d+)\.(\d)\.(.*)", module):
@@ -146,11 +149,9 @@ def original_names(layers, per_level: int) -> dict[str, str]:
     back = {new: old for old, new in UNET_ENDS.items()}
     inside = {new: old for old, new in RESNET.items()}
     out = {}
+    kinds = r"(resnets|attentions|downsamplers|upsamplers)"
     for name in layers:
-        m = re.match(
-            r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.*)",
-            name,
-        )
+        m = re.match(rf"(down|mid|up)_blocks?\.(?:(\d+)\.)?{kinds}\.(\d+)\.(.*)", name)
         if not m:
             out[name] = back[name]
             continue
@@ -161,15 +162,11 @@ def original_names(layers, per_level: int) -> dict[str, str]:
             out[name] = f"middle_block.{1 if slot else 2 * layer}.{rest}"
         elif kind == "downsamplers":
             out[name] = f"input_blocks.{(level + 1) * per_level}.0.op"
-        elif (
-            kind == "upsamplers"
-        ):  # after the level's last resnet and, where there is one, transformer
-            has_attention = any(
-                other.startswith(f"up_blocks.{level}.attentions.") for other in layers
-            )
-            out[name] = (
-                f"output_blocks.{(level + 1) * per_level - 1}.{2 if has_attention else 1}.conv"
-            )
+        elif kind == "upsamplers":
+            # After the level's last resnet and, where there is one, transformer.
+            transformers = f"up_blocks.{level}.attentions."
+            slot = 2 if any(other.startswith(transformers) for other in layers) else 1
+            out[name] = f"output_blocks.{(level + 1) * per_level - 1}.{slot}.conv"
         elif side == "down":
             out[name] = f"input_blocks.{1 + level * per_level + layer}.{slot}.{rest}"
         else:
@@ -178,7 +175,8 @@ def original_names(layers, per_level: int) -> dict[str, str]:
 
 
 def _vae(module: str, levels: int) -> str | None:
-    """decoder.up.3.block.0.conv1 -> decoder.up_blocks.0.resnets.0.conv1: the original counts its decoder backwards."""
+    """decoder.up.3.block.0.conv1 -> decoder.up_blocks.0.resnets.0.conv1: the original counts its
+    decoder backwards."""
     module = module.replace("nin_shortcut", "conv_shortcut").replace("norm_out", "conv_norm_out")
     if m := re.match(
         r"(encoder|decoder)\.(down|up)\.(\d+)\.(block\.(\d+)\.(\w+)|(?:down|up)sample\.conv)$",
@@ -202,7 +200,8 @@ def _vae(module: str, levels: int) -> str | None:
 
 
 def _openclip(name: str) -> list[tuple[str, str]]:
-    """OpenCLIP's name -> transformers' names; its q, k and v are one matrix, so that one can become three."""
+    """OpenCLIP's name -> transformers' names; its q, k and v are one matrix, so that one can
+    become three."""
     if name == "text_projection":
         return [("text_projection.weight", "transpose")]
     if name in OPENCLIP:
@@ -227,7 +226,7 @@ def transform(tensor: torch.Tensor, action: str) -> torch.Tensor:
     return tensor
 
 
-# ------------------------------------------------------------------------------------------------ sizes
+# -------------------------------------------------------------------------------------------- sizes
 
 CLIP = dict(max_position_embeddings=77, bos_token_id=49406, eos_token_id=49407, vocab_size=49408)
 SDXL = {  # the configurations of SDXL 1.0, for what shapes do not tell
@@ -296,27 +295,26 @@ SDXL = {  # the configurations of SDXL 1.0, for what shapes do not tell
 
 
 def configs(shapes: dict[str, tuple], base: dict[str, dict]) -> dict[str, dict]:
-    """base: {part: config}, SDXL's or a folder's -> the same with every size that shapes tell. shapes: by names in the file."""
-    shape = lambda part, name: shapes[{v: k for k, v in PARTS.items()}[part] + name]
+    """base: {part: config}, SDXL's or a folder's -> the same with every size that shapes tell.
+    shapes: by names in the file."""
+    prefixes = {part: prefix for prefix, part in PARTS.items()}
+    shape = lambda part, name: shapes[prefixes[part] + name]
     count = lambda pattern: len({m[1] for n in shapes if (m := re.match(pattern, n))})
     out = {part: dict(config) for part, config in base.items()}
 
     unet, per_level = out["unet"], _first_level(shapes)
-    levels = -(-(count(r"model\.diffusion_model\.input_blocks\.(\d+)\.") - 1) // per_level)
-    width = lambda level: shape(
-        "unet", f"input_blocks.{1 + level * per_level}.0.out_layers.3.weight"
-    )[0]
-    widths = [width(level) for level in range(levels)]
-    depths = [
-        count(
-            rf"model\.diffusion_model\.input_blocks\.{1 + level * per_level}\.1\.transformer_blocks\.(\d+)\."
-        )
-        or 1
-        for level in range(levels)
-    ]
-    head = (
-        unet["block_out_channels"][0] // unet["attention_head_dim"][0]
-    )  # channels in a head: no shape tells
+    inputs = r"model\.diffusion_model\.input_blocks"
+    levels = -(-(count(rf"{inputs}\.(\d+)\.") - 1) // per_level)
+    widths, depths = [], []
+    for level in range(levels):
+        i = 1 + level * per_level  # the level's first resnet, and its transformer's blocks
+        widths.append(shape("unet", f"input_blocks.{i}.0.out_layers.3.weight")[0])
+        depths.append(count(rf"{inputs}\.{i}\.1\.transformer_blocks\.(\d+)\.") or 1)
+    # Channels in a head: no shape tells.
+    head = unet["block_out_channels"][0] // unet["attention_head_dim"][0]
+    to_k = [n for n in shapes if n.startswith(prefixes["unet"]) and n.endswith("attn2.to_k.weight")]
+    if not to_k:
+        raise KeyError("attn2.to_k.weight")
     unet |= dict(
         block_out_channels=widths,
         layers_per_block=per_level - 1,
@@ -325,92 +323,72 @@ def configs(shapes: dict[str, tuple], base: dict[str, dict]) -> dict[str, dict]:
         in_channels=shape("unet", "input_blocks.0.0.weight")[1],
         out_channels=shape("unet", "out.2.weight")[0],
         projection_class_embeddings_input_dim=shape("unet", "label_emb.0.0.weight")[1],
+        cross_attention_dim=shapes[to_k[0]][1],
     )
-    context = next(
-        s[1]
-        for n, s in shapes.items()
-        if n.startswith("model.diffusion_model.") and n.endswith("attn2.to_k.weight")
-    )
-    unet["cross_attention_dim"] = context
 
-    vae = out["vae"]
-    vae_levels = count(r"first_stage_model\.encoder\.down\.(\d+)\.")
+    vae, vae_levels = out["vae"], count(r"first_stage_model\.encoder\.down\.(\d+)\.")
+    width = lambda i: shape("vae", f"encoder.down.{i}.block.0.conv1.weight")[0]
     vae |= dict(
-        block_out_channels=[
-            shape("vae", f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(vae_levels)
-        ],
+        block_out_channels=[width(i) for i in range(vae_levels)],
         layers_per_block=count(r"first_stage_model\.encoder\.down\.0\.block\.(\d+)\."),
         latent_channels=shape("vae", "decoder.conv_in.weight")[1],
     )
 
-    one, two = out["text_encoder"], out["text_encoder_2"]
-    head = {
-        part: out[part]["hidden_size"] // out[part]["num_attention_heads"]
-        for part in ("text_encoder", "text_encoder_2")
+    encoders = {
+        "text_encoder": (
+            "text_model.embeddings.token_embedding.weight",
+            "text_model.encoder.layers.0.mlp.fc1.weight",
+            r"transformer\.text_model\.encoder\.layers\.(\d+)\.",
+        ),
+        "text_encoder_2": (
+            "token_embedding.weight",
+            "transformer.resblocks.0.mlp.c_fc.weight",
+            r"model\.transformer\.resblocks\.(\d+)\.",
+        ),
     }
-    table = shape("text_encoder", "text_model.embeddings.token_embedding.weight")
-    one |= dict(
-        vocab_size=table[0],
-        hidden_size=table[1],
-        num_attention_heads=table[1] // head["text_encoder"],
-        intermediate_size=shape("text_encoder", "text_model.encoder.layers.0.mlp.fc1.weight")[0],
-        num_hidden_layers=count(
-            r"conditioner\.embedders\.0\.transformer\.text_model\.encoder\.layers\.(\d+)\."
-        ),
-    )
-    table = shape("text_encoder_2", "token_embedding.weight")
-    two |= dict(
-        vocab_size=table[0],
-        hidden_size=table[1],
-        num_attention_heads=table[1] // head["text_encoder_2"],
-        intermediate_size=shape("text_encoder_2", "transformer.resblocks.0.mlp.c_fc.weight")[0],
-        projection_dim=shape("text_encoder_2", "text_projection")[1],
-        num_hidden_layers=count(
-            r"conditioner\.embedders\.1\.model\.transformer\.resblocks\.(\d+)\."
-        ),
-    )
+    for i, (part, (embedding, mlp, layers)) in enumerate(encoders.items()):
+        encoder = out[part]
+        head = encoder["hidden_size"] // encoder["num_attention_heads"]
+        vocabulary, hidden = shape(part, embedding)
+        encoder |= dict(
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            num_attention_heads=hidden // head,
+            intermediate_size=shape(part, mlp)[0],
+            num_hidden_layers=count(rf"conditioner\.embedders\.{i}\.{layers}"),
+        )
+    out["text_encoder_2"]["projection_dim"] = shape("text_encoder_2", "text_projection")[1]
     return out
 
 
-# ---------------------------------------------------------------------------------------- what a file is
+# ----------------------------------------------------------------------------------- what a file is
 
 
 def identify(shapes: dict[str, tuple], metadata: dict[str, str]) -> str:
     """ "sdxl", or in words what else a file with these tensors and this metadata is."""
-    if any(
-        re.search(r"lora_(up|down|[AB])\b|\.lora\.|lokr_|hada_|\.dora_scale|\.lora_", n)
-        for n in shapes
-    ):
-        return "a LoRA or slider file, which changes a model and is none (--slider takes sliders, --merge other LoRAs)"
-    if any(n.startswith("cond_stage_model.model.") for n in shapes):
+    starts = lambda *prefixes: any(name.startswith(prefixes) for name in shapes)
+    lora = r"lora_(up|down|[AB])\b|\.lora\.|lokr_|hada_|\.dora_scale|\.lora_"
+    prediction = metadata.get("modelspec.prediction_type", "epsilon")
+    transformers = ("joint_blocks.", "double_blocks.")
+    if any(re.search(lora, name) for name in shapes):
+        use = "(--slider takes sliders, --merge other LoRAs)"
+        return f"a LoRA or slider file, which changes a model and is none {use}"
+    if starts("cond_stage_model.model."):
         return "a Stable Diffusion 2 checkpoint; only SDXL is supported"
-    if any(n.startswith("cond_stage_model.") for n in shapes):
+    if starts("cond_stage_model."):
         return "a Stable Diffusion 1.x checkpoint; only SDXL is supported"
-    if any(
-        n.startswith(
-            (
-                "joint_blocks.",
-                "model.diffusion_model.joint_blocks.",
-                "double_blocks.",
-                "model.diffusion_model.double_blocks.",
-            )
-        )
-        for n in shapes
-    ):
+    if starts(*transformers, *(f"model.diffusion_model.{name}" for name in transformers)):
         return "a diffusion transformer (SD 3 or Flux); only SDXL is supported"
     if "conditioner.embedders.0.model.ln_final.weight" in shapes:
         return "the SDXL refiner, which has one text encoder; sliders need the base model"
-    if "v_pred" in shapes or metadata.get(
-        "modelspec.prediction_type", "epsilon"
-    ).lower().startswith("v"):
-        return (
-            "a v-prediction SDXL checkpoint; only models that predict the noise (eps) are supported"
-        )
-    has = {part: any(n.startswith(prefix) for n in shapes) for prefix, part in PARTS.items()}
-    if not any(has.values()):
+    if "v_pred" in shapes or prediction.lower().startswith("v"):
+        only = "only models that predict the noise (eps) are supported"
+        return f"a v-prediction SDXL checkpoint; {only}"
+    missing = [part for prefix, part in PARTS.items() if not starts(prefix)]
+    if len(missing) == len(PARTS):
         if "conv_in.weight" in shapes and "add_embedding.linear_1.weight" in shapes:
             return "one part (the UNet) of an SDXL folder; give the folder"
         return "no SDXL checkpoint: none of its tensors has a name that SDXL's have"
-    if not all(has.values()):
-        return f"an incomplete SDXL checkpoint: it lacks the {' and the '.join(p for p, yes in has.items() if not yes)}"
+    if missing:
+        return f"an incomplete SDXL checkpoint: it lacks the {' and the '.join(missing)}"
     return "sdxl"

@@ -1,12 +1,15 @@
-"""LoRA files of every common naming, in and out: names and tensors only; lora.py makes sliders of them.
+"""LoRA files of every common naming, in and out: names and tensors only; lora.py makes sliders of
+them.
 
-A LoRA file holds, for each layer it changes, A ("down", (r, in)), B ("up", (out, r)) and perhaps alpha; without it, alpha
-is r. What differs is how a layer is called. For the to_q of a self-attention:
+A LoRA file holds, for each layer it changes, A ("down", (r, in)), B ("up", (out, r)) and perhaps
+alpha; without it, alpha is r. What differs is how a layer is called. For the to_q of a
+self-attention:
 
-    kohya   lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight   (what we write)
-    ldm     lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight             (kohya's own trainer for SDXL)
-    peft    unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight           (diffusers)
+    kohya   lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight
+    ldm     lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight
+    peft    unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight
 
+We write the first; the second is kohya's own trainer's for SDXL, the third diffusers'.
 ComfyUI, A1111, Forge and InvokeAI read the first two, diffusers all three.
 """
 
@@ -60,20 +63,21 @@ Layer = nn.Linear | nn.Conv2d  # what a slider can change
 
 @dataclass
 class Delta:
-    """The change of one layer, (alpha / r) B A: A (r, in) or (r, in, k, k), B (out, r) or (out, r, 1, 1)."""
+    """The change of one layer, (alpha / r) B A: A (r, in) or (r, in, k, k), B (out, r) or
+    (out, r, 1, 1)."""
 
-    down: torch.Tensor
-    up: torch.Tensor
+    down: torch.Tensor  # A
+    up: torch.Tensor  # B
     alpha: float
 
 
 def concatenate(pairs) -> tuple[torch.Tensor, torch.Tensor]:
-    """[(Delta, weight)] of one layer -> A (R, in) or (R, in, k, k), B (out, R) or (out, R, 1, 1) of their weighted sum,
-    R = r_1 + r_2 + ...: exact, the A's stacked, the B's side by side, each times its weight * alpha / r."""
-    return (
-        torch.cat([part.down for part, _ in pairs]),
-        torch.cat([weight * (part.alpha / len(part.down)) * part.up for part, weight in pairs], 1),
-    )
+    """[(Delta, weight)] of one layer -> A (R, in) or (R, in, k, k), B (out, R) or (out, R, 1, 1) of
+    their weighted sum, R = r_1 + r_2 + ... Exact: the A's stacked, and the B's side by side, each
+    times its weight * alpha / r."""
+    A = [delta.down for delta, _ in pairs]
+    B = [weight * (delta.alpha / len(delta.down)) * delta.up for delta, weight in pairs]
+    return torch.cat(A), torch.cat(B, 1)
 
 
 def delta_weight(A, B) -> torch.Tensor:
@@ -83,19 +87,18 @@ def delta_weight(A, B) -> torch.Tensor:
 
 @dataclass
 class SliderFile:
-    parts: dict[str, Delta]  # by the layer's name in kohya's naming
+    deltas: dict[str, Delta]  # by the layer's name in kohya's naming
     naming: str
     metadata: dict[str, str] = field(default_factory=dict)
-    text: list[str] = field(
-        default_factory=list
-    )  # names of text-encoder tensors, which are not applied
+    text_encoder: list[str] = field(default_factory=list)  # names of tensors that are not applied
 
 
 # ---------------------------------------------------------------------------------------- names
 
 
 def kohya_name(layer: str) -> str:
-    """'down_blocks.1.attentions.0...to_q' -> 'lora_unet_down_blocks_1_attentions_0_..._to_q', kohya's naming."""
+    """'down_blocks.1.attentions.0...to_q' -> 'lora_unet_down_blocks_1_attentions_0_..._to_q',
+    kohya's naming."""
     return "lora_unet_" + layer.replace(".", "_")
 
 
@@ -105,11 +108,11 @@ def layers_by_kohya_name(unet: nn.Module) -> dict[str, tuple[str, Layer]]:
 
 
 def layer_names(unet) -> dict[str, dict[str, str]]:
-    """{naming: {kohya name: name in that naming}} of the same layers; "dotted", the original names as they are, is only read."""
+    """{naming: {kohya name: name in that naming}} of the same layers; "dotted", the original names
+    as they are, is only read."""
     layers = {stem: name for stem, (name, _) in layers_by_kohya_name(unet).items()}
-    original = single_file.original_names(
-        list(layers.values()), unet.config["layers_per_block"] + 1
-    )
+    per_level = unet.config["layers_per_block"] + 1
+    original = single_file.original_names(list(layers.values()), per_level)
     return {
         "kohya": {stem: stem for stem in layers},
         "ldm": {stem: kohya_name(original[name]) for stem, name in layers.items()},
@@ -119,39 +122,32 @@ def layer_names(unet) -> dict[str, dict[str, str]]:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """'...to_q.lora_down.weight' -> ('...to_q', 'down'); None for no LoRA's name. Prefixes of peft's names are made one."""
-    old = re.match(
-        r"(.*)\.processor\.to_(q|k|v|out)_lora\.(down|up)\.weight$", name
-    )  # diffusers before peft
-    if old:
-        name = f"{old[1]}.to_{old[2]}{'.0' if old[2] == 'out' else ''}.lora.{old[3]}.weight"
+    """'...to_q.lora_down.weight' -> ('...to_q', 'down'); None for no LoRA's name. Prefixes of
+    peft's names are made one."""
+    # diffusers before peft.
+    if old := re.match(r"(.*)\.processor\.to_(q|k|v|out)_lora\.(down|up)\.weight$", name):
+        layer = "out.0" if old[2] == "out" else old[2]
+        name = f"{old[1]}.to_{layer}.lora.{old[3]}.weight"
     if not name.startswith("lora_"):
         name = re.sub(r"^(base_model\.model\.)?(unet\.|diffusion_model\.)?", "unet.", name)
     ending = next((e for e in ENDINGS if name.endswith("." + e)), None)
     return (name.removesuffix("." + ending), ENDINGS[ending]) if ending else None
 
 
-# ---------------------------------------------------------------------------------------- in
+# ------------------------------------------------------------------------------------------ in
 
 
 def read(path, unet) -> SliderFile:
-    """Read any LoRA file for `unet`; nothing of it is changed. Raises ValueError, one line that names the file, if it is not
-    a plain low-rank one, damaged, or made for another model. Warns of parts for the text encoders, which are left out."""
+    """Read any LoRA file for `unet`. ValueError, one line that names the file, if it is not a
+    plain low-rank one, damaged, or made for another model. Warns of parts for the text encoders,
+    which are left out."""
     path = Path(path)
     tensors, metadata = load_tensors(path)
-    odd = next(
-        (
-            (kind, name)
-            for name in tensors
-            for word, kind in OTHER_KINDS.items()
-            if re.search(word, name)
-        ),
-        None,
-    )
-    if odd:
-        raise ValueError(
-            f"{path}: a {odd[0]} file ({odd[1]}); only plain low-rank ones (LoRA, LoCon) can be used"
-        )
+    for name in tensors:
+        for pattern, kind in OTHER_KINDS.items():
+            if re.search(pattern, name):
+                only = "only plain low-rank ones (LoRA, LoCon) can be used"
+                raise ValueError(f"{path}: a {kind} file ({name}); {only}")
     stems = {
         theirs: (stem, naming)
         for naming, table in layer_names(unet).items()
@@ -159,34 +155,33 @@ def read(path, unet) -> SliderFile:
     }
     layers = layers_by_kohya_name(unet)
     found: dict[str, dict] = {}
-    naming, text = "kohya", []
+    naming, text_encoder = "kohya", []
     for name, tensor in tensors.items():
         if TEXT_ENCODER.match(name):
-            text.append(name)
+            text_encoder.append(name)
             continue
         layer, which = split_name(name) or (None, None)
         if which is None:
             raise ValueError(f"{path}: not a slider or LoRA file: {name} is no part of one")
         if layer not in stems:
-            raise ValueError(
-                f"{path}: was made for another model: it changes {layer}, which this one does not have"
-            )
+            lacks = f"it changes {layer}, which this one does not have"
+            raise ValueError(f"{path}: was made for another model: {lacks}")
         stem, naming = stems[layer]
         found.setdefault(stem, {})[which] = tensor
     if not found:
         raise ValueError(f"{path}: not a slider or LoRA file: it holds nothing for a UNet")
-    if text:
-        warnings.warn(
-            f"{path}: its {len({(split_name(n) or (n,))[0] for n in text})} changes of the text encoders are left out: sliders change the UNet alone",
-            stacklevel=2,
-        )
-    adapter = parse_json_object(
-        metadata.pop(ADAPTER, "{}"), path
-    )  # diffusers' own place for alpha, in force where it is given
-    parts = {stem: check_delta(path, stem, layers[stem][1], here) for stem, here in found.items()}
-    for stem, part in parts.items():
-        part.alpha = adapter_alpha(adapter, layers[stem][0], part)
-    return SliderFile(parts, naming, metadata, text)
+    if text_encoder:
+        n = len({(split_name(name) or (name,))[0] for name in text_encoder})
+        left_out = "are left out: sliders change the UNet alone"
+        warnings.warn(f"{path}: its {n} changes of the text encoders {left_out}", stacklevel=2)
+    # diffusers' own place for alpha, in force where it is given.
+    adapter = parse_json_object(metadata.pop(ADAPTER, "{}"), path)
+    deltas = {}
+    for stem, parts in found.items():
+        name_in_unet, module = layers[stem]
+        deltas[stem] = check_delta(path, stem, module, parts)
+        deltas[stem].alpha = adapter_alpha(adapter, name_in_unet, deltas[stem])
+    return SliderFile(deltas, naming, metadata, text_encoder)
 
 
 def list_files(path) -> list[str]:
@@ -204,7 +199,8 @@ def list_files(path) -> list[str]:
 
 
 def parse_json_object(text: str, path) -> dict:
-    """A JSON object out of a file's metadata. Raises ValueError, naming the file, for anything else."""
+    """A JSON object out of a file's metadata. Raises ValueError, naming the file, for anything
+    else."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -215,119 +211,112 @@ def parse_json_object(text: str, path) -> dict:
 
 
 def useful_range(metadata: dict[str, str], path="the slider file") -> tuple[float, float] | None:
-    """Lowest and highest scale that are of use (training.probe), if the file's metadata says. ValueError if it says nonsense."""
+    """Lowest and highest scale that are of use (support/probe.py), if the file's metadata says.
+    ValueError if it says nonsense."""
     if "probe" not in metadata:
         return None
     found = parse_json_object(metadata["probe"], path).get("range")
-    if not (
-        isinstance(found, list)
-        and len(found) == 2
-        and all(isinstance(x, int | float) and abs(x) < 1e6 for x in found)
-    ):
+    is_number = lambda x: isinstance(x, int | float) and abs(x) < 1e6
+    if not isinstance(found, list) or len(found) != 2 or not all(map(is_number, found)):
         raise ValueError(f"{path}: damaged: its useful range is {str(found)[:50]}")
     return found[0], found[1]
 
 
-def adapter_alpha(adapter: dict, layer: str, part: Delta) -> float:
-    """alpha of a layer from diffusers' metadata ("unet.lora_alpha", and by layer "unet.alpha_pattern"); else as it was."""
+def adapter_alpha(adapter: dict, layer: str, delta: Delta) -> float:
+    """alpha of a layer from diffusers' metadata ("unet.lora_alpha", and by layer
+    "unet.alpha_pattern"); else as it was."""
     alpha = adapter.get("unet.lora_alpha")
     for pattern, value in (adapter.get("unet.alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", layer):
             alpha = value
     if alpha is None:
-        return part.alpha
-    return float(alpha) * (len(part.down) ** 0.5 if adapter.get("unet.use_rslora") else 1.0)
+        return delta.alpha
+    return float(alpha) * (len(delta.down) ** 0.5 if adapter.get("unet.use_rslora") else 1.0)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors and the metadata of a .safetensors file, or of a .pt one, which is unpickled with weights_only=True."""
+    """The tensors and the metadata of a .safetensors file, or of a .pt one, which is unpickled with
+    weights_only=True. ValueError, naming the file, for anything else."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    if path.stat().st_size > LARGEST:
-        raise ValueError(f"{path}: {path.stat().st_size / 2**30:.1f} GiB is no LoRA's size")
+    size = path.stat().st_size
+    if size > LARGEST:
+        raise ValueError(f"{path}: {size / 2**30:.1f} GiB is no LoRA's size")
     if path.suffix.lower() in (".pt", ".pth", ".bin", ".ckpt"):
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged one can raise anything
             reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-            raise ValueError(
-                f"{path}: not a file of tensors alone, or damaged; it was not read ({reason})"
-            ) from None
-        tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else tensors
-        if not isinstance(tensors, dict) or not all(
-            isinstance(k, str) and torch.is_tensor(v) for k, v in tensors.items()
-        ):
+            what = "not a file of tensors alone, or damaged; it was not read"
+            raise ValueError(f"{path}: {what} ({reason})") from None
+        if isinstance(tensors, dict):
+            tensors = tensors.get("state_dict", tensors)
+        is_tensor = lambda k, v: isinstance(k, str) and torch.is_tensor(v)
+        if not isinstance(tensors, dict) or not all(is_tensor(*item) for item in tensors.items()):
             raise ValueError(f"{path}: not a dict of tensors")
         return tensors, {}
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path}: {weights.describe_file(path)} ({str(error).splitlines()[0]})"
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: {weights.describe_file(path)} ({reason})") from None
 
 
-def check_delta(path, name: str, layer: Layer, here: dict) -> Delta:
-    """The Part of one layer in float32. Raises ValueError unless its tensors fit each other and the layer."""
+def check_delta(path, name: str, layer: Layer, parts: dict) -> Delta:
+    """The Delta of one layer, in float32. ValueError unless its tensors fit each other and the
+    layer. parts: "down", "up" and maybe "alpha"."""
     for which in ("down", "up"):
-        if which not in here:
+        if which not in parts:
             raise ValueError(f"{path}: damaged: {name} has no lora_{which}")
-    down, up = here["down"].float(), here["up"].float()
-    if layer.weight.ndim == 4 and down.ndim == 2:  # a 1x1 convolution, kept as a matrix
-        down = down[:, :, None, None]
-    if layer.weight.ndim == 4 and up.ndim == 2:
-        up = up[:, :, None, None]
-    if layer.weight.ndim == 2 and down.ndim == up.ndim == 4:
+    down, up, W = parts["down"].float(), parts["up"].float(), layer.weight
+    if W.ndim == 4:  # a 1x1 convolution may be kept as a matrix
+        down = down[:, :, None, None] if down.ndim == 2 else down
+        up = up[:, :, None, None] if up.ndim == 2 else up
+    elif down.ndim == up.ndim == 4:
         down, up = down.flatten(1), up.flatten(1)
     r = len(down)
-    fits = (
-        r
-        and up.ndim == down.ndim == layer.weight.ndim
-        and down.shape[1:] == layer.weight.shape[1:]
-        and up.shape[:2] == (len(layer.weight), r)
-    )
-    if not fits or (up.ndim == 4 and up.shape[2:] != (1, 1)):
-        raise ValueError(
-            f"{path}: was made for another model, or is damaged: {name} is {tuple(layer.weight.shape)}, its lora_down "
-            f"{tuple(down.shape)}, its lora_up {tuple(up.shape)}"
+    fits = r and up.ndim == down.ndim == W.ndim and down.shape[1:] == W.shape[1:]
+    fits = fits and up.shape == (len(W), r, 1, 1)[: W.ndim]
+    if not fits:
+        shapes = (
+            f"{name} is {tuple(W.shape)}, its lora_down {tuple(down.shape)}, "
+            f"its lora_up {tuple(up.shape)}"
         )
-    alpha = here.get("alpha", torch.tensor(float(r)))
+        raise ValueError(f"{path}: was made for another model, or is damaged: {shapes}")
+    alpha = parts.get("alpha", torch.tensor(float(r)))
     if alpha.numel() != 1 or not all(t.isfinite().all() for t in (down, up, alpha)):
         raise ValueError(f"{path}: {name} holds NaN, infinite numbers or more than one alpha")
     return Delta(down, up, float(alpha))
 
 
-# ---------------------------------------------------------------------------------------- out
+# ----------------------------------------------------------------------------------------- out
 
 
 def write(
     path,
-    parts: dict[str, Delta],
+    deltas: dict[str, Delta],
     metadata: dict,
     naming: str = "kohya",
     unet=None,
     dtype=torch.float16,
 ):
-    """Write a slider file. metadata: any JSON values. unet: the model that
-    the names are of, needed for the namings that are not kohya's."""
-    theirs = layer_names(unet)[naming] if naming != "kohya" else {stem: stem for stem in parts}
-    down, up = (
-        ("lora_A.weight", "lora_B.weight")
-        if naming == "peft"
-        else ("lora_down.weight", "lora_up.weight")
-    )
+    """Write a slider file. metadata: any JSON values. unet: the model that the names are of, needed
+    for the namings that are not kohya's."""
+    names = {stem: stem for stem in deltas} if naming == "kohya" else layer_names(unet)[naming]
+    peft = naming == "peft"
+    down, up = ("lora_A", "lora_B") if peft else ("lora_down", "lora_up")
     tensors = {}
-    for stem, part in parts.items():
-        B = part.up.detach().cpu().float()
-        if naming == "peft":  # has no place for alpha, and takes it to be r: alpha / r goes into B
-            B = B * (part.alpha / len(part.down))
+    for stem, delta in deltas.items():
+        name, A, B = names[stem], delta.down.detach().cpu(), delta.up.detach().cpu().float()
+        if peft:  # has no place for alpha, and takes it to be r: alpha / r goes into B
+            B = B * (delta.alpha / len(A))
         else:
-            tensors[f"{theirs[stem]}.alpha"] = torch.tensor(part.alpha, dtype=dtype)
-        tensors[f"{theirs[stem]}.{down}"] = part.down.detach().cpu().to(dtype).contiguous()
-        tensors[f"{theirs[stem]}.{up}"] = B.to(dtype).contiguous()
+            tensors[f"{name}.alpha"] = torch.tensor(delta.alpha, dtype=dtype)
+        tensors[f"{name}.{down}.weight"] = A.to(dtype).contiguous()
+        tensors[f"{name}.{up}.weight"] = B.to(dtype).contiguous()
     metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
-    save_tensors(path, tensors, tool_metadata(parts, metadata) | metadata)
+    save_tensors(path, tensors, tool_metadata(deltas, metadata) | metadata)
 
 
 def save_tensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None):
@@ -335,12 +324,13 @@ def save_tensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str
     write_atomically(Path(path), lambda p: save_file(tensors, p, metadata=metadata))
 
 
-def tool_metadata(parts: dict[str, Delta], metadata: dict[str, str]) -> dict[str, str]:
-    """What ComfyUI, A1111 and model browsers display, in their keys: kohya's ss_..., and Stability's modelspec."""
+def tool_metadata(deltas: dict[str, Delta], metadata: dict[str, str]) -> dict[str, str]:
+    """What ComfyUI, A1111 and model browsers display, in their keys: kohya's ss_..., and
+    Stability's modelspec."""
     settings = parse_json_object(metadata.get("settings", "{}"), "the slider file")
-    rank = max((len(part.down) for part in parts.values()), default=0)
-    alpha = max((part.alpha for part in parts.values()), default=0.0)
-    said = {
+    rank = max((len(delta.down) for delta in deltas.values()), default=0)
+    alpha = max((delta.alpha for delta in deltas.values()), default=0.0)
+    out = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": f"{alpha:g}",
@@ -351,18 +341,11 @@ def tool_metadata(parts: dict[str, Delta], metadata: dict[str, str]) -> dict[str
         "modelspec.implementation": "diffusers",
         "modelspec.title": metadata.get("kind", "slider"),
     }
-    for key, name in (
-        ("ss_learning_rate", "lr"),
-        ("ss_max_train_steps", "steps"),
-        ("ss_seed", "seed"),
-        ("modelspec.resolution", "size"),
-    ):
-        if settings.get(name):
-            said[key] = (
-                f"{settings[name]}x{settings[name]}" if name == "size" else str(settings[name])
-            )
+    keys = {"ss_learning_rate": "lr", "ss_max_train_steps": "steps", "ss_seed": "seed"}
+    out |= {key: str(settings[name]) for key, name in keys.items() if settings.get(name)}
+    if size := settings.get("size"):
+        out["modelspec.resolution"] = f"{size}x{size}"
     if settings.get("pos"):
-        said["modelspec.description"] = (
-            f"concept slider: + {settings['pos']} - {settings.get('neg')}"
-        )
-    return said
+        ends = f"+ {settings['pos']} - {settings.get('neg')}"
+        out["modelspec.description"] = f"concept slider: {ends}"
+    return out

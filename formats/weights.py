@@ -1,9 +1,9 @@
-"""Find a model's weights, in whichever form SDXL comes, and pour them into its modules.
+"""Find a model's weights, in whichever form SDXL comes, and load them into its modules.
 
-Three forms: a folder as released (fp32 or `fp16` files, whole or in shards), one .safetensors file in the original
-naming (single_file.py), a Hub id. `find` turns each into the same thing, a table of where every tensor is; `pour` and
-`pour_text_encoder` read tensor by tensor from there. Nothing is unpickled, and nothing but a Hub id reaches the network.
-"""
+Three forms: a folder as released (fp32 or `fp16` files, whole or in shards), one .safetensors file
+in the original naming (single_file.py), a Hub id. `find_weights` turns each into the same thing, a
+table of where every tensor is; `load_module` and `load_text_encoder` read tensor by tensor from
+there. Nothing is unpickled, and nothing but a Hub id reaches the network."""
 
 import json
 import re
@@ -17,12 +17,8 @@ from formats import single_file
 
 PARTS = ["unet", "vae", "text_encoder", "text_encoder_2"]
 SDXL_ID = "stabilityai/stable-diffusion-xl-base-1.0"
-OLD_VAE_ATTENTION = {
-    "query": "to_q",
-    "key": "to_k",
-    "value": "to_v",
-    "proj_attn": "to_out.0",
-}  # some released VAEs'
+# Some released VAEs'.
+OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 @dataclass
@@ -44,8 +40,8 @@ class ModelFiles:
 def find_weights(path_or_id, base=None) -> ModelFiles:
     """A folder or file as it is; otherwise a Hub id, downloaded into huggingface_hub's cache.
 
-    base: the SDXL folder or Hub id that a single file takes its tokenizers from. Raises ValueError, one line.
-    """
+    base: the SDXL folder or Hub id that a single file takes its tokenizers from. Raises
+    ValueError, one line."""
     path = Path(path_or_id)
     if path.is_dir():
         return from_folder(path)
@@ -69,7 +65,7 @@ def from_hub(name, patterns=("*.json", "*.txt", "*/*.safetensors"), **options) -
         ) from None
 
 
-# ------------------------------------------------------------------------------------------ an SDXL folder
+# ----------------------------------------------------------------------------------- an SDXL folder
 
 
 def from_folder(root: Path) -> ModelFiles:
@@ -104,43 +100,37 @@ def locate_tensors(root: Path, part: str) -> dict[str, tuple[Path, str, str]]:
 
 
 def released(part: str, name: str) -> str:
-    """The name that a released folder of today gives a tensor: some older VAEs', and transformers 5's, are others."""
+    """The name that a released folder of today gives a tensor: some older VAEs', and transformers
+    5's, are others."""
     if part == "vae":
-        return re.sub(
-            r"(attentions\.0)\.(query|key|value|proj_attn)\b",
-            lambda m: f"{m[1]}.{OLD_VAE_ATTENTION[m[2]]}",
-            name,
-        )
+        old = r"(attentions\.0)\.(query|key|value|proj_attn)\b"
+        return re.sub(old, lambda m: f"{m[1]}.{OLD_VAE_ATTENTION[m[2]]}", name)
     if part.startswith("text_encoder") and not name.startswith(("text_model.", "text_projection.")):
         return "text_model." + name
     return name
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The .safetensors files of one part: the whole or its shards, plain or fp16, the plain ones first."""
+    """The .safetensors files of one part: the whole or its shards, plain or fp16, the plain ones
+    first."""
     stem = "model" if folder.name.startswith("text_encoder") else "diffusion_pytorch_model"
     for variant in ("", ".fp16"):
-        whole, index = (
-            folder / f"{stem}{variant}.safetensors",
-            folder / f"{stem}.safetensors.index{variant}.json",
-        )
+        whole = folder / f"{stem}{variant}.safetensors"
+        index = folder / f"{stem}.safetensors.index{variant}.json"
         if whole.exists():
             return [whole]
         if index.exists():
-            names = sorted(
-                {str(name) for name in dict(read_json(index).get("weight_map", {})).values()}
-            )
+            weight_map = dict(read_json(index).get("weight_map", {}))
+            names = sorted({str(name) for name in weight_map.values()})
             odd = [name for name in names if Path(name).name != name]
             if odd or not names:
-                raise ValueError(
-                    f"{index}: names no files beside it" + (f": {odd[0]!r}" if odd else "")
-                )
+                which = f": {odd[0]!r}" if odd else ""
+                raise ValueError(f"{index}: names no files beside it{which}")
             return [folder / name for name in names]
     pickled = next((f.name for f in folder.glob("*.bin")), None)
     if pickled:
-        raise ValueError(
-            f"{folder}: has only {pickled}, a pickle; only .safetensors files are read"
-        )
+        only = "only .safetensors files are read"
+        raise ValueError(f"{folder}: has only {pickled}, a pickle; {only}")
     raise ValueError(f"{folder / stem}.safetensors: missing from the model folder")
 
 
@@ -164,65 +154,62 @@ def read_header(file: Path) -> dict[str, tuple]:
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file") from None
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: {describe_file(file)} ({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{file}: {describe_file(file)} ({reason})") from None
 
 
 def describe_file(file: Path) -> str:
     with open(file, "rb") as f:
         start = f.read(4)
     if start[:2] == b"PK" or start[:1] == b"\x80":
-        return "a pickle (.ckpt, .pt, .bin), which can run code when it is read; only .safetensors files are read"
+        pickle = "a pickle (.ckpt, .pt, .bin), which can run code when it is read"
+        return f"{pickle}; only .safetensors files are read"
     return "not a readable .safetensors file: cut short, or something else"
 
 
-# ------------------------------------------------------------------------------------------ one file
+# ----------------------------------------------------------------------------------------- one file
 
 
 def from_single_file(path: Path, base=None) -> ModelFiles:
-    """A checkpoint in one file holds no tokenizers and no noise schedule: those come from `base`; without it from the
-    file's own folder, then from SDXL 1.0's folder where huggingface_hub has cached it before."""
+    """A checkpoint in one file holds no tokenizers and no noise schedule: those come from `base`;
+    without it from the file's own folder, then from SDXL 1.0's folder where huggingface_hub has
+    cached it before."""
     shapes = read_header(path)
     with safe_open(path, "pt") as f:
         kind = single_file.identify(shapes, f.metadata() or {})
     if kind != "sdxl":
         raise ValueError(f"{path}: {kind}")
     root = base_folder(path, base)
-    # What the base folder says of a part; without one, what SDXL 1.0's does.
-    said = (
-        lambda part, *file: read_json(root.joinpath(*file))
-        if root and root.joinpath(*file).exists()
-        else single_file.SDXL[part]
-    )
+
+    def config_of(part, *file):
+        """What the base folder says of a part; without one, what SDXL 1.0's does."""
+        path = root and root.joinpath(*file)
+        return read_json(path) if path and path.exists() else single_file.SDXL[part]
+
     try:
         renamed = single_file.rename(shapes)
-        configs = single_file.configs(
-            shapes, {part: said(part, part, "config.json") for part in PARTS}
-        )
-    except (KeyError, IndexError, StopIteration) as error:
+        bases = {part: config_of(part, part, "config.json") for part in PARTS}
+        configs = single_file.configs(shapes, bases)
+    except (KeyError, IndexError) as error:
         raise ValueError(f"{path}: an incomplete SDXL checkpoint: it lacks {error}") from None
-    configs |= {
-        "model_index": said("model_index", "model_index.json"),
-        "scheduler": said("scheduler", "scheduler", "scheduler_config.json"),
-    }
+    configs["model_index"] = config_of("model_index", "model_index.json")
+    configs["scheduler"] = config_of("scheduler", "scheduler", "scheduler_config.json")
     locations = {
         part: {new: (path, old, action) for new, old, action in entries}
         for part, entries in renamed.items()
     }
-    return ModelFiles(
-        configs, locations, [root / "tokenizer", root / "tokenizer_2"] if root else []
-    )
+    tokenizers = [root / "tokenizer", root / "tokenizer_2"] if root else []
+    return ModelFiles(configs, locations, tokenizers)
 
 
 def base_folder(path: Path, base) -> Path | None:
-    """The folder that has tokenizers for a single file; None if there is none and none was named."""
-    has = lambda folder: all(
-        (folder / t / "vocab.json").exists() or (folder / t / "tokenizer.json").exists()
-        for t in ("tokenizer", "tokenizer_2")
-    )
+    """The folder that has tokenizers for a single file; None if there is none and none was
+    named."""
+    folders, files = ("tokenizer", "tokenizer_2"), ("vocab.json", "tokenizer.json")
+    has = lambda root: all(any((root / d / f).exists() for f in files) for d in folders)
     if base:
-        root = (
-            Path(base) if Path(base).is_dir() else from_hub(base, ("*.json", "*/*.json", "*/*.txt"))
-        )
+        is_folder = Path(base).is_dir()
+        root = Path(base) if is_folder else from_hub(base, ("*.json", "*/*.json", "*/*.txt"))
         if not has(root):
             raise ValueError(f"{base}: has no tokenizer/ and tokenizer_2/ to use with {path.name}")
         return root
@@ -235,15 +222,16 @@ def base_folder(path: Path, base) -> Path | None:
     return root if has(root) else None
 
 
-# ------------------------------------------------------------------------------------------ pouring
+# ----------------------------------------------------------------------------------------- loading
 
 
 def read_tensors(locations: dict, device, dtype, chunk: int = 2**28):
-    """Yield {released name: tensor} some `chunk` bytes at a time, each tensor on `device` in `dtype`.
+    """Yield {released name: tensor} some `chunk` bytes at a time, each tensor on `device` in
+    `dtype`.
 
-    The file is mapped, not read: a tensor that is already as it is wanted stays a view of the mapping, and costs no
-    memory of its own; one that is converted is copied, and its chunk's mapping closed before the next is opened.
-    """
+    The file is mapped, not read: a tensor that is already as it is wanted stays a view of the
+    mapping, and costs no memory of its own; one that is converted is copied, and its chunk's
+    mapping closed before the next is opened."""
     rest = sorted(locations.items(), key=lambda item: (str(item[1][0]), item[1][1]))
     while rest:
         file, part, size = rest[0][1][0], {}, 0
@@ -258,7 +246,8 @@ def read_tensors(locations: dict, device, dtype, chunk: int = 2**28):
 
 
 def load_module(kind, config: dict, locations: dict, device, dtype, part: str):
-    """Build kind(config) without memory, then fill it. Raises ValueError unless names and shapes fit exactly."""
+    """Build kind(config) without memory, then fill it. Raises ValueError unless names and shapes
+    fit exactly."""
     try:
         with torch.device("meta"):
             module = kind(config)
@@ -266,45 +255,38 @@ def load_module(kind, config: dict, locations: dict, device, dtype, part: str):
         raise ValueError(f"{part}/config.json: missing or odd: {error}") from None
     check_names(module.state_dict(), locations, part)
     try:
-        for some in read_tensors(locations, device, dtype):
-            module.load_state_dict(some, strict=False, assign=True)
+        for chunk in read_tensors(locations, device, dtype):
+            module.load_state_dict(chunk, strict=False, assign=True)
     except torch.OutOfMemoryError:
         raise
     except (SafetensorError, RuntimeError, OSError) as error:
-        raise ValueError(
-            f"{part}: the weights do not fit config.json: {str(error).splitlines()[-1].strip()}"
-        ) from None
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{part}: the weights do not fit config.json: {reason}") from None
     return module.eval().requires_grad_(False)
 
 
 def load_text_encoder(kind, config: dict, locations: dict, device, dtype, part: str):
-    """The same for transformers' `kind`, by its own loading: its names for the parameters change with its version."""
+    """The same for transformers' `kind`, by its own loading: its names for the parameters change
+    with its version."""
+    not_settings = ("architectures", "transformers_version", "dtype", "torch_dtype")
+    settings = {k: v for k, v in config.items() if k not in not_settings}
     try:
-        settings = kind.config_class(
-            **{
-                k: v
-                for k, v in config.items()
-                if k not in ("architectures", "transformers_version", "dtype", "torch_dtype")
-            }
-        )
+        settings = kind.config_class(**settings)
     except Exception as error:  # its checks of a damaged config raise anything
-        raise ValueError(
-            f"{part}/config.json: missing or odd: {' '.join(str(error).split())[:200]}"
-        ) from None
-    state = {name: t for some in read_tensors(locations, "cpu", dtype) for name, t in some.items()}
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{part}/config.json: missing or odd: {reason}") from None
+    tensors = {k: v for chunk in read_tensors(locations, "cpu", dtype) for k, v in chunk.items()}
+    options = dict(state_dict=tensors, dtype=dtype, output_loading_info=True)
+    wrong = f"{part}: the weights do not fit config.json"
     try:
-        module, info = kind.from_pretrained(
-            None, config=settings, state_dict=state, dtype=dtype, output_loading_info=True
-        )
+        module, info = kind.from_pretrained(None, config=settings, **options)
     except Exception as error:  # a config that its checks let pass can still raise anything
-        raise ValueError(
-            f"{part}: the weights do not fit config.json: {(str(error).splitlines() or [type(error).__name__])[-1].strip()}"
-        ) from None
-    lacking = [n for n in info["missing_keys"] if not n.endswith("position_ids")]
-    if lacking or info["unexpected_keys"] or info["mismatched_keys"]:
-        raise ValueError(
-            f"{part}: the weights do not fit config.json: {[*lacking, *info['unexpected_keys'], *info['mismatched_keys']][0]}"
-        )
+        reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
+        raise ValueError(f"{wrong}: {reason}") from None
+    names = [name for name in info["missing_keys"] if not name.endswith("position_ids")]
+    names += [*info["unexpected_keys"], *info["mismatched_keys"]]
+    if names:
+        raise ValueError(f"{wrong}: {names[0]}")
     return module.to(device).eval().requires_grad_(False)
 
 

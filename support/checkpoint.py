@@ -98,9 +98,8 @@ def open_checkpoint(args, out: Path) -> Checkpoint:
         if args.resume:
             print(f"{folder}: no checkpoint there yet: this starts from the beginning")
         elif folder.exists() and not args.overwrite:
-            raise ValueError(
-                f"{folder}: a checkpoint is there: --resume goes on from it, --overwrite starts anew"
-            )
+            remedy = "--resume goes on from it, --overwrite starts anew"
+            raise ValueError(f"{folder}: a checkpoint is there: {remedy}")
         Checkpoint(folder).remove()
     return resume_or_new(folder, settings)
 

@@ -97,14 +97,17 @@ def name_directions(encode, prompt: str, words: list[str], v) -> list[list[str]]
 
 
 WORDS = """
-old young child smiling serious dark bright colorful gray red green blue yellow white black indoors
-outdoors night day winter summer close-up distant man woman crowd alone modern ancient luxury poor city
-nature forest beach mountain painting photograph drawing cartoon statue blurry detailed simple big small
-hat glasses beard long-hair short-hair uniform casual elegant happy sad angry
+old young child smiling serious dark bright colorful gray red green blue yellow white black
+indoors outdoors night day winter summer close-up distant man woman crowd alone modern ancient
+luxury poor city nature forest beach mountain painting photograph drawing cartoon statue blurry
+detailed simple big small hat glasses beard long-hair short-hair uniform casual elegant happy sad
+angry
 """.split()
 
 
-def words_of(model) -> list[str]:
-    """Words to name directions with: those the model was trained on, where its folder lists
-    them."""
+def words_of(model, path=None) -> list[str]:
+    """Words to name directions with: of the file `path`, one a line; without one those the model
+    was trained on, where its folder lists them."""
+    if path:
+        return [word.strip() for word in Path(path).read_text().splitlines() if word.strip()]
     return sorted(model.known_words) if model.known_words else WORDS

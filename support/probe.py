@@ -26,8 +26,8 @@ def probe(model, slider, cond, uncond, shape, seeds: int, steps: int = STEPS) ->
     surprise: how badly the frozen model denoises the picture, as a multiple of scale 0's:
               || eps_theta(x_t) - eps ||^2 at a few low t. It bounds the picture's likelihood
               (Ho et al. 2020), and rises where pictures break down, whatever the attribute.
-    range:    the scales where surprise reaches SURPRISE, or where a unit of scale changes a tenth of
-              what the first does.
+    range:    the scales where surprise reaches SURPRISE, or where a unit of scale changes a tenth
+              of what the first does.
     """
     x_T = sampler.noise(range(seeds), shape, model.device, model.dtype)
     eps = sampler.noise(range(seeds, 2 * seeds), shape, model.device, model.dtype)
@@ -67,13 +67,19 @@ def useful_end(scales, surprise, change) -> float:
     return scales[-1]
 
 
+def draw_scales(model, slider, cond, uncond, x_T, scales, **settings) -> list[list]:
+    """The noises x_T (n, 4, h, w) drawn with `slider` at each of `scales`: n pictures for each.
+    cond, uncond: one row each. settings: support/sweep.py's."""
+    columns = [[(slider, scale)] for scale in scales]
+    settings |= dict(alpha_bar=model.alpha_bar)
+    latents = dict(sweep(model.unet, x_T, cond, uncond, columns, **settings))
+    return [model.decode(latents[i]) for i in range(len(columns))]
+
+
 def preview(model, slider, cond, uncond, shape):
     """A sheet of a few seeds at a few scales. cond, uncond: one row each."""
     x_T = sampler.noise(PREVIEW_SEEDS, shape, model.device, model.dtype)
-    columns = [[(slider, scale)] for scale in PREVIEW_SCALES]
-    settings = dict(alpha_bar=model.alpha_bar, batch=len(x_T))
-    latents = dict(sweep(model.unet, x_T, cond, uncond, columns, **settings))
-    drawn = [model.decode(latents[i]) for i in range(len(columns))]
+    drawn = draw_scales(model, slider, cond, uncond, x_T, PREVIEW_SCALES, batch=len(x_T))
     rows = [list(row) for row in zip(*drawn)]
     names = [images.scale_label(scale) for scale in PREVIEW_SCALES]
     return images.contact_sheet(rows, names, [str(seed) for seed in PREVIEW_SEEDS])

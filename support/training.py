@@ -258,8 +258,8 @@ def verdict(reading: dict, difference: float, enough=(0.25, 0.5), unknown_words=
         )
     if share < enough[0] and loss < 0.8:
         lines.append(
-            f"WARNING: it learned by heart what it was trained on (loss {loss:.2f}) and little else: "
-            "give it more to learn from, such as more pairs."
+            f"WARNING: it learned by heart what it was trained on (loss {loss:.2f}) and little "
+            "else: give it more to learn from, such as more pairs."
         )
     elif share < enough[0]:
         lines.append("WARNING: it learned next to nothing. Try more --steps, or a higher --lr.")
