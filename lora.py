@@ -142,22 +142,23 @@ class Slider(nn.Module):
         finally:
             self.scale = before
 
-    @torch.no_grad()
-    def merge(self, unet: nn.Module, scale: float = 1.0):
-        """W <- W + scale * (alpha / r) B A, for good: what follows builds on the changed model."""
-        for part, layer in self.layers_of(unet):
-            A, B = slider_files.concatenate([(part.delta(), 1.0)])
-            W = layer.weight.float() + scale * slider_files.delta_weight(A, B)
-            layer.weight = nn.Parameter(W.to(layer.weight.dtype), requires_grad=False)
+
+def by_layer(unet: nn.Module, pairs) -> dict[Layer, list]:
+    """pairs (slider, scale) -> {layer of `unet`: [(Delta, scale)]}. ValueError if one does not
+    fit."""
+    deltas: dict[Layer, list] = {}
+    for slider, scale in pairs:
+        for part, layer in slider.layers_of(unet):
+            deltas.setdefault(layer, []).append((part.delta(), scale))
+    return deltas
 
 
 class Composed:
     """Several sliders at fixed scales as one change of `unet`: on at any scale but 0, off at 0.
 
-    Exact, and in each layer in the cheaper of two forms: one low-rank change; or, where the ranks
-    add up to much, W + sum_i scale_i (alpha_i / r_i) B_i A_i in W's place. The latter costs no time
-    however many sliders there are, but memory for a second W, and it rounds in bfloat16.
-    """
+    In each layer in the cheaper of two forms: one low-rank change; or, where the ranks add up to
+    much and W's dtype keeps 99% of the change, W + sum_i scale_i (alpha_i / r_i) B_i A_i in W's
+    place. The latter costs no time however many sliders there are, but memory for a second W."""
 
     attached = True  # from its construction on
 
@@ -165,19 +166,18 @@ class Composed:
         """pairs: (slider, scale), sliders not attached. only_low_rank: where another Composed is on
         the same UNet, as only one W can stand in a layer. ValueError if a slider does not fit."""
         self._scale, self.handles, self.replaced = 0.0, [], []
-        deltas: dict[Layer, list] = {}
-        for slider, scale in pairs:
-            for part, layer in slider.layers_of(unet):
-                deltas.setdefault(layer, []).append((part.delta(), scale))
-        for layer, weighted in deltas.items():
+        for layer, weighted in by_layer(unet, pairs).items():
             A, B = slider_files.concatenate(weighted)
-            W, dtype = layer.weight, layer.weight.dtype
-            if only_low_rank or 4 * len(A) <= min(W.shape[:2]):
-                hook = self._hook(A.to(dtype), B.to(dtype))
-                self.handles.append(layer.register_forward_hook(hook))
-            else:
-                changed = (W.float() + slider_files.delta_weight(A, B)).to(dtype)
+            W, change = layer.weight, None
+            if not only_low_rank and 4 * len(A) > min(W.shape[:2]):
+                change = slider_files.delta_weight(A, B)
+                changed = (W.float() + change).to(W.dtype)
+                lost = (changed.float() - W.float() - change).norm()
+            if change is not None and lost <= 0.01 * change.norm():
                 self.replaced.append((layer, W, nn.Parameter(changed, requires_grad=False)))
+            else:
+                hook = self._hook(A.to(W.dtype), B.to(W.dtype))
+                self.handles.append(layer.register_forward_hook(hook))
 
     def _hook(self, A, B):
         return lambda layer, x, y: y + low_rank(x[0], A, B, layer) if self._scale else None

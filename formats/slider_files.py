@@ -16,6 +16,7 @@ ComfyUI, A1111, Forge and InvokeAI read the first two, diffusers all three.
 import json
 import re
 import warnings
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,6 +39,7 @@ ENDINGS = {
     "lora_B.default.weight": "up",
     "lora_linear_layer.down.weight": "down",
     "lora_linear_layer.up.weight": "up",
+    "lora_mid.weight": "mid",
     "alpha": "alpha",
 }
 OTHER_KINDS = {  # what their tensors' names contain
@@ -45,7 +47,6 @@ OTHER_KINDS = {  # what their tensors' names contain
     "lokr_w": "LoKr",
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
-    "lora_mid": "LoCon with a core tensor",
     "lora_t2": "LoHa",
     "oft_": "OFT",
     "on_input": "IA3",
@@ -53,7 +54,14 @@ OTHER_KINDS = {  # what their tensors' names contain
     "glora": "GLoRA",
     r"\.diff(_b)?$": "whole weights",
 }
-ADAPTER = "lora_adapter_metadata"  # diffusers' name for it
+ADAPTER = "lora_adapter_metadata"  # diffusers' name for peft's settings
+# Ways of peft's to start a LoRA that change the base weights: A and B alone mean nothing then.
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# What the names of this UNet's kind of layers begin with, whatever the naming.
+UNET_NAME = re.compile(
+    r"lora_unet_|unet\.((down|up)_blocks|mid_block|(input|output)_blocks|middle_block|conv_|"
+    r"time_embed|add_embedding|label_emb|out\.)"
+)
 TEXT_ENCODER = re.compile(r"(lora_te\d?_|text_encoder(_2)?\.|te\d?\.)")
 LARGEST = 4 * 2**30  # bytes: no LoRA is larger, and a pickle of that size is not read
 
@@ -128,6 +136,8 @@ def split_name(name: str) -> tuple[str, str] | None:
     if old := re.match(r"(.*)\.processor\.to_(q|k|v|out)_lora\.(down|up)\.weight$", name):
         layer = "out.0" if old[2] == "out" else old[2]
         name = f"{old[1]}.to_{layer}.lora.{old[3]}.weight"
+    if name.startswith("lycoris_"):  # LyCORIS on its own, as SimpleTuner uses it
+        name = "lora_unet_" + name.removeprefix("lycoris_")
     if not name.startswith("lora_"):
         name = re.sub(r"^(base_model\.model\.)?(unet\.|diffusion_model\.)?", "unet.", name)
     ending = next((e for e in ENDINGS if name.endswith("." + e)), None)
@@ -138,16 +148,22 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def read(path, unet) -> SliderFile:
-    """Read any LoRA file for `unet`. ValueError, one line that names the file, if it is not a
-    plain low-rank one, damaged, or made for another model. Warns of parts for the text encoders,
-    which are left out."""
+    """Read any LoRA file for `unet`, or a folder that peft wrote. ValueError, one line that names
+    the file, if it is not a plain low-rank one, damaged, or made for another model. Warns of parts
+    for the text encoders, which are left out."""
     path = Path(path)
+    if path.is_dir() and (path / "adapter_config.json").exists():
+        (path,) = map(Path, list_files(path))
     tensors, metadata = load_tensors(path)
+    adapter = adapter_config(path, metadata)
     for name in tensors:
         for pattern, kind in OTHER_KINDS.items():
             if re.search(pattern, name):
                 only = "only plain low-rank ones (LoRA, LoCon) can be used"
                 raise ValueError(f"{path}: a {kind} file ({name}); {only}")
+        if re.search(r"lora_B\.(\w+\.)?bias$", name):
+            remedy = "train without lora_bias, or merge it into the model with peft"
+            raise ValueError(f"{path}: {name} is a bias of peft's, which no slider has: {remedy}")
     stems = {
         theirs: (stem, naming)
         for naming, table in layer_names(unet).items()
@@ -161,9 +177,11 @@ def read(path, unet) -> SliderFile:
             text_encoder.append(name)
             continue
         layer, which = split_name(name) or (None, None)
-        if which is None:
+        if layer is None or which is None:
             raise ValueError(f"{path}: not a slider or LoRA file: {name} is no part of one")
         if layer not in stems:
+            if not UNET_NAME.match(layer):
+                raise ValueError(f"{path}: its layers are named in a way that is not known: {name}")
             lacks = f"it changes {layer}, which this one does not have"
             raise ValueError(f"{path}: was made for another model: {lacks}")
         stem, naming = stems[layer]
@@ -174,8 +192,6 @@ def read(path, unet) -> SliderFile:
         n = len({(split_name(name) or (name,))[0] for name in text_encoder})
         left_out = "are left out: sliders change the UNet alone"
         warnings.warn(f"{path}: its {n} changes of the text encoders {left_out}", stacklevel=2)
-    # diffusers' own place for alpha, in force where it is given.
-    adapter = parse_json_object(metadata.pop(ADAPTER, "{}"), path)
     deltas = {}
     for stem, parts in found.items():
         name_in_unet, module = layers[stem]
@@ -185,14 +201,18 @@ def read(path, unet) -> SliderFile:
 
 
 def list_files(path) -> list[str]:
-    """The slider files that `path` names: itself, or if it is a folder all in it, 2 before 10.
-    ValueError if there is none."""
+    """The slider files that `path` names: itself; of a folder that peft wrote its tensors; of
+    another folder all in it, 2 before 10. ValueError if there is none."""
     path = Path(path)
     if path.is_file():
         return [str(path)]
     if not path.exists():
         raise ValueError(f"{path}: no such file")
-    files = sorted(path.glob("*.safetensors"), key=lambda f: (len(f.stem), f.stem))
+    if (path / "adapter_config.json").exists():
+        files = [path / f"adapter_model.{ending}" for ending in ("safetensors", "bin")]
+        files = [file for file in files if file.exists()][:1]
+    else:
+        files = sorted(path.glob("*.safetensors"), key=lambda f: (len(f.stem), f.stem))
     if not files:
         raise ValueError(f"{path}: holds no slider files")
     return [str(f) for f in files]
@@ -222,16 +242,36 @@ def useful_range(metadata: dict[str, str], path="the slider file") -> tuple[floa
     return found[0], found[1]
 
 
+def adapter_config(path: Path, metadata: dict[str, str]) -> dict:
+    """peft's settings of a file, {} where there are none: from the adapter_config.json that peft
+    writes beside adapter_model.safetensors, or from diffusers' metadata, which it removes there.
+    ValueError for an adapter of another kind, and for one whose A and B alone mean nothing."""
+    config = parse_json_object(metadata.pop(ADAPTER, "{}"), path)
+    config = {name.removeprefix("unet."): value for name, value in config.items()}
+    beside = path.with_name("adapter_config.json")
+    if path.stem == "adapter_model" and beside.exists():
+        config, path = parse_json_object(beside.read_text(), beside), beside
+    kind, init = config.get("peft_type", "LORA"), config.get("init_lora_weights")
+    if kind != "LORA":
+        raise ValueError(f"{path}: a {kind} adapter; only plain low-rank ones (LORA) can be used")
+    if str(init).lower().startswith(CHANGES_THE_BASE):
+        remedy = "convert it with peft's path_initial_model_for_weight_conversion"
+        why = f"was begun with {init}, which changes the model's own weights too"
+        raise ValueError(f"{path}: {why}: {remedy}")
+    return config
+
+
 def adapter_alpha(adapter: dict, layer: str, delta: Delta) -> float:
-    """alpha of a layer from diffusers' metadata ("unet.lora_alpha", and by layer
-    "unet.alpha_pattern"); else as it was."""
-    alpha = adapter.get("unet.lora_alpha")
-    for pattern, value in (adapter.get("unet.alpha_pattern") or {}).items():
+    """alpha of a layer by peft's settings: "alpha_pattern" by its name, or "lora_alpha", scaled by
+    alpha / sqrt(r) with "use_rslora"; without them as it was."""
+    alpha = adapter.get("lora_alpha")
+    for pattern, value in (adapter.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", layer):
             alpha = value
+            break
     if alpha is None:
         return delta.alpha
-    return float(alpha) * (len(delta.down) ** 0.5 if adapter.get("unet.use_rslora") else 1.0)
+    return float(alpha) * (len(delta.down) ** 0.5 if adapter.get("use_rslora") else 1.0)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -265,11 +305,13 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 def check_delta(path, name: str, layer: Layer, parts: dict) -> Delta:
     """The Delta of one layer, in float32. ValueError unless its tensors fit each other and the
-    layer. parts: "down", "up" and maybe "alpha"."""
+    layer. parts: "down", "up", maybe "alpha", and of LyCORIS maybe "mid"."""
     for which in ("down", "up"):
         if which not in parts:
             raise ValueError(f"{path}: damaged: {name} has no lora_{which}")
     down, up, W = parts["down"].float(), parts["up"].float(), layer.weight
+    if (core := parts.get("mid")) is not None:
+        down = fold_core(path, name, core.float(), down)
     if W.ndim == 4:  # a 1x1 convolution may be kept as a matrix
         down = down[:, :, None, None] if down.ndim == 2 else down
         up = up[:, :, None, None] if up.ndim == 2 else up
@@ -290,7 +332,28 @@ def check_delta(path, name: str, layer: Layer, parts: dict) -> Delta:
     return Delta(down, up, float(alpha))
 
 
+def fold_core(path, name: str, core, down):
+    """A convolution in Tucker's form is up core down, with down (q, in, 1, 1), core (p, q, k, k),
+    up (out, p, 1, 1). The core times down is an A (p, in, k, k)."""
+    if core.ndim != 4 or core.shape[1] != len(down) or down[0].numel() != down.shape[1]:
+        shapes = f"its lora_mid is {tuple(core.shape)}, its lora_down {tuple(down.shape)}"
+        raise ValueError(f"{path}: damaged: {name}: {shapes}")
+    return torch.einsum("pqhw,qi->pihw", core, down.flatten(1))
+
+
 # ----------------------------------------------------------------------------------------- out
+
+
+def one_alpha(deltas: dict[str, Delta]) -> dict[str, Delta]:
+    """The same changes with one alpha in all layers, the most frequent; what differs goes into B.
+
+    diffusers reads files whose alphas differ wrongly (findings/diffusers_mixed_alpha.sh). With one
+    alpha every reader finds the same alpha / r, whatever the ranks."""
+    if not deltas:
+        return deltas
+    alpha = Counter(delta.alpha for delta in deltas.values()).most_common(1)[0][0] or 1.0
+    scaled = lambda delta: Delta(delta.down, delta.up.float() * (delta.alpha / alpha), alpha)
+    return {stem: d if d.alpha == alpha else scaled(d) for stem, d in deltas.items()}
 
 
 def write(
@@ -301,8 +364,9 @@ def write(
     unet=None,
     dtype=torch.float16,
 ):
-    """Write a slider file. metadata: any JSON values. unet: the model that the names are of, needed
-    for the namings that are not kohya's."""
+    """Write a slider file, with one alpha for all layers. metadata: any JSON values. unet: the
+    model that the names are of, needed for the namings that are not kohya's."""
+    deltas = one_alpha(deltas)
     names = {stem: stem for stem in deltas} if naming == "kohya" else layer_names(unet)[naming]
     peft = naming == "peft"
     down, up = ("lora_A", "lora_B") if peft else ("lora_down", "lora_up")

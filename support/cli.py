@@ -18,6 +18,7 @@ import lora
 from formats import slider_files, write_atomically
 from sdxl import MINIATURE, SDXL, best_device
 from support import distributed
+from support.merge import merge
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -105,8 +106,11 @@ def load_model(args, vae: bool = True) -> SDXL:
         warnings.warn(slow, stacklevel=2)
     options = dict(device=args.device, dtype=DTYPES.get(args.dtype), base=args.base)
     model = SDXL.load(args.model, vae=vae, text_on_cpu=args.text_on_cpu, **options)
-    for path, weight in args.merge:
-        lora.load(path, model.unet).merge(model.unet, 1.0 if weight is None else weight)
+    loras = [(lora.load(path, model.unet), 1.0 if w is None else w) for path, w in args.merge]
+    rounding = merge(model.unet, loras)  # all at once, rounded once
+    dtype = str(model.dtype).removeprefix("torch.")
+    if warning := rounding.warning(dtype, "--dtype"):
+        warnings.warn(f"--merge: {warning}", stacklevel=2)
     return model
 
 
