@@ -1,7 +1,6 @@
 """Apply sliders:
 
-    python slider.py --prompt "a photo of a person" --slider age.safetensors --scales -2,0,2
-    --seeds 0-3
+    python slider.py --prompt "a photo of a person" --slider age.safetensors --seeds 0-3
 
 Writes a labelled strip (rows are seeds, columns are scales), the same as a GIF, and every picture
 as a file of its own. `--slider FILE` may be repeated; FILE:1.5 keeps that one at 1.5 while the

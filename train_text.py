@@ -1,7 +1,7 @@
 """Train a text slider:
 
-    python train_text.py --pos "a photo of a person, very old" --neg "a photo of a person, very
-    young"
+    python train_text.py --pos "a photo of a person, very old" \\
+        --neg "a photo of a person, very young"
 
 The paper's eq. (8). With theta the frozen model, theta* the model with the slider, and P the
 preserved concepts,
