@@ -1,11 +1,14 @@
 """Look at slider files, and do arithmetic on them.
 
-python tools.py info age.safetensors smile.safetensors        what they are; how alike they are
-python tools.py convert age.safetensors --to peft --out age_peft.safetensors
-python tools.py merge age.safetensors:1.5 smile.safetensors --out both.safetensors    (--rank 8: the nearest of that rank)
-python tools.py extract tuned.safetensors --rank 16 --out tuned_lora.safetensors      what a fine-tune changed in --model
-python tools.py bake age.safetensors:1.5 --out older_model                            --model with the sliders in its weights
-"""
+    python -m extras.tools info age.safetensors smile.safetensors
+    python -m extras.tools convert age.safetensors --to peft --out age_peft.safetensors
+    python -m extras.tools merge age.safetensors:1.5 smile.safetensors --out both.safetensors
+    python -m extras.tools extract tuned.safetensors --rank 16 --out tuned_lora.safetensors
+    python -m extras.tools bake age.safetensors:1.5 --out older_model
+
+info says what they are and how alike they are; merge takes --rank 8 for the nearest of that rank;
+extract finds what a fine-tune changed in --model; bake writes --model with the sliders in its
+weights."""
 
 import shutil
 from pathlib import Path
@@ -19,29 +22,31 @@ from formats.slider_files import Delta, concatenate, delta_weight
 from sdxl import MINIATURE
 from sdxl_unet import UNet
 from support import cli
+from support.merge import Rounding
 
 
-def bare(config: dict) -> UNet:
-    """A UNet without its weights: names and shapes."""
+def without_weights(config: dict) -> UNet:
+    """A UNet of names and shapes alone."""
     with torch.device("meta"):
         return UNet(config)
 
 
 def unet_for(args) -> UNet:
-    """--model's UNet; without --model the miniature's or SDXL's, whichever the first of the slider files fits."""
-    unet = bare(weights.find_weights(args.model, args.base).configs["unet"])
+    """--model's UNet. Without --model the miniature's or SDXL's, whichever the first file fits."""
+    unet = without_weights(weights.find_weights(args.model, args.base).configs["unet"])
     if args.model == str(MINIATURE) and args.what in ("info", "convert", "merge"):
         try:
             slider_files.read(cli.file_and_scale(args.files[0])[0], unet)
         except ValueError as error:  # what else may be wrong is said when the file is used
             if "another model" in str(error):
-                return bare(single_file.SDXL["unet"])
+                return without_weights(single_file.SDXL["unet"])
     return unet
 
 
 def of_rank(A, B, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The A (rank, in), B (out, rank) whose product is nearest to B A (Eckart & Young 1936), by the SVD of B A; through the QR
-    of each, so that nothing larger than R x R is decomposed. The singular values are shared evenly. A kernel counts as in."""
+    """The A (rank, in), B (out, rank) whose product is nearest to B A (Eckart & Young 1936): by
+    the SVD of B A, through the QR of each, so that nothing larger than R x R is decomposed. The
+    singular values are shared evenly. A kernel counts as in."""
     Q_B, R_B = torch.linalg.qr(B.flatten(1).double())  # (out, R), (R, R)
     Q_A, R_A = torch.linalg.qr(A.flatten(1).double().T)  # (in, R), (R, R)
     U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
@@ -49,14 +54,13 @@ def of_rank(A, B, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     return (root[:, None] * (Vh[:rank] @ Q_A.T)).float(), (Q_B @ U[:, :rank] * root).float()
 
 
-def inner(a: dict[str, Delta], b: dict[str, Delta]) -> float:
-    """The inner product of two sliders' changes, sum over layers of <B_a A_a, B_b A_b> = tr(A_a^T B_a^T B_b A_b)."""
+def inner_product(a: dict[str, Delta], b: dict[str, Delta]) -> float:
+    """Of two sliders' changes: sum over layers of <B_a A_a, B_b A_b> = tr(A_a^T B_a^T B_b A_b)."""
     total = 0.0
     for name in a.keys() & b.keys():
-        (A1, B1), (A2, B2) = (
-            (x.flatten(1) for x in concatenate([(slider[name], 1.0)])) for slider in (a, b)
-        )
-        total += ((B1.T @ B2) * (A1 @ A2.T)).sum().item()
+        A_a, B_a = (x.flatten(1) for x in concatenate([(a[name], 1.0)]))
+        A_b, B_b = (x.flatten(1) for x in concatenate([(b[name], 1.0)]))
+        total += ((B_a.T @ B_b) * (A_a @ A_b.T)).sum().item()
     return total
 
 
@@ -69,205 +73,183 @@ def block(name: str) -> str:
 def info(args, unet):
     files = [slider_files.read(path, unet) for path in args.files]
     for path, file in zip(args.files, files):
-        ranks = sorted({len(p.down) for p in file.parts.values()})
-        factors = sorted({round(p.alpha / len(p.down), 4) for p in file.parts.values()})
-        convolutions = sum(p.down.ndim == 4 for p in file.parts.values())
+        deltas = file.deltas.values()
+        ranks = sorted({len(delta.down) for delta in deltas})
+        ratios = sorted({round(delta.alpha / len(delta.down), 4) for delta in deltas})
+        convolutions = sum(delta.down.ndim == 4 for delta in deltas)
         print(
-            f"{path}: {file.metadata.get('kind', 'LoRA')}, {file.naming} naming, {len(file.parts)} layers ({convolutions} convolutions), "
-            f"rank {', '.join(map(str, ranks))}, alpha / rank {', '.join(map(str, factors))}"
+            f"{path}: {file.metadata.get('kind', 'LoRA')}, {file.naming} naming, "
+            f"{len(deltas)} layers ({convolutions} convolutions), "
+            f"rank {', '.join(map(str, ranks))}, alpha / rank {', '.join(map(str, ratios))}"
         )
-        norms = {}
-        for name, part in file.parts.items():
-            norms[block(name)] = norms.get(block(name), 0.0) + inner({name: part}, {name: part})
-        print(
-            "  norm of the change, per block: "
-            + ", ".join(f"{b} {n**0.5:.3g}" for b, n in sorted(norms.items()))
-        )
+        squares: dict[str, float] = {}
+        for name, delta in file.deltas.items():
+            one = {name: delta}
+            squares[block(name)] = squares.get(block(name), 0.0) + inner_product(one, one)
+        norms = ", ".join(f"{name} {square**0.5:.3g}" for name, square in sorted(squares.items()))
+        print(f"  norm of the change, per block: {norms}")
         if "settings" in file.metadata:
             settings = slider_files.parse_json_object(file.metadata["settings"], path)
-            print(
-                "  settings: "
-                + ", ".join(
-                    f"{k} {v}"
-                    for k, v in settings.items()
-                    if v is not None and v is not False and v != []
-                )
-            )
+            given = [f"{k} {v}" for k, v in settings.items() if v not in (None, False, [])]
+            print(f"  settings: {', '.join(given)}")
         if useful := slider_files.useful_range(file.metadata, path):
             print("  useful from scale {:+g} to {:+g}".format(*useful))
-    for i, (path, file) in enumerate(zip(args.files, files)):
-        for other, another in list(zip(args.files, files))[i + 1 :]:
-            lengths = (inner(file.parts, file.parts) * inner(another.parts, another.parts)) ** 0.5
-            print(
-                f"{path} and {other}: cosine {inner(file.parts, another.parts) / lengths if lengths else 0:.3f}"
-            )
+    for i, a in enumerate(files):
+        for j in range(i + 1, len(files)):
+            b = files[j]
+            squares_of_both = inner_product(a.deltas, a.deltas) * inner_product(b.deltas, b.deltas)
+            dot = inner_product(a.deltas, b.deltas)
+            cosine = dot / squares_of_both**0.5 if squares_of_both else 0.0
+            print(f"{args.files[i]} and {args.files[j]}: cosine {cosine:.3f}")
 
 
 def convert(args, unet):
     file = slider_files.read(args.files[0], unet)
-    slider_files.write(args.out, file.parts, file.metadata, args.to, unet, cli.DTYPES[args.store])
+    dtype = cli.DTYPES[args.store]
+    slider_files.write(args.out, file.deltas, file.metadata, args.to, unet, dtype)
     print(f"{args.out}: written, {args.to} naming")
 
 
+def weighted_files(args, unet) -> list[tuple[dict[str, Delta], float]]:
+    """The deltas of each FILE[:WEIGHT] of the command line, and its weight."""
+    given = map(cli.file_and_scale, args.files)
+    return [(slider_files.read(path, unet).deltas, 1.0 if w is None else w) for path, w in given]
+
+
 def merge(args, unet):
-    read_in = [
-        (slider_files.read(path, unet), 1.0 if w is None else w)
-        for path, w in map(cli.file_and_scale, args.files)
-    ]
-    parts = {}
-    for name in dict.fromkeys(name for file, _ in read_in for name in file.parts):
-        here = [(file.parts[name], w) for file, w in read_in if name in file.parts]
-        A, B = concatenate(here)
+    by_layer: dict[str, list] = {}
+    for deltas, weight in weighted_files(args, unet):
+        for name, delta in deltas.items():
+            by_layer.setdefault(name, []).append((delta, weight))
+    merged = {}
+    for name, pairs in by_layer.items():
+        A, B = concatenate(pairs)
         if args.rank and args.rank < len(A):
             A, B = of_rank(A, B, args.rank)
-        down, up = here[0][0].down, here[0][0].up
-        parts[name] = Delta(
-            A.view(-1, *down.shape[1:]), B.view(*B.shape[:2], *up.shape[2:]), float(len(A))
-        )
-    slider_files.write(
-        args.out, parts, {"kind": "merged sliders", "of": args.files}, dtype=cli.DTYPES[args.store]
-    )
-    print(f"{args.out}: written, rank {max(len(p.down) for p in parts.values())}")
+        first, _ = pairs[0]
+        A, B = A.view(-1, *first.down.shape[1:]), B.view(*B.shape[:2], *first.up.shape[2:])
+        merged[name] = Delta(A, B, float(len(A)))
+    about = {"kind": "merged sliders", "of": args.files}
+    slider_files.write(args.out, merged, about, dtype=cli.DTYPES[args.store])
+    print(f"{args.out}: written, rank {max(len(delta.down) for delta in merged.values())}")
 
 
 def extract(args, unet):
     """For each layer the rank-r matrix nearest to W_tuned - W."""
-    base, tuned = (
-        weights.find_weights(model, args.base).where["unet"]
-        for model in (args.model, args.files[0])
+    tuned_path = args.files[0]
+    find = lambda model: weights.find_weights(model, args.base).locations["unet"]
+    base, tuned = find(args.model), find(tuned_path)
+    layers = lora.target_layers(unet, args.layers)
+    shapes = {f"{name}.weight": layer.weight.shape for name, layer in layers.items()}
+    if missing := [name for name in shapes if name not in tuned]:
+        raise ValueError(f"{tuned_path}: another kind of UNet: it has no {missing[0]}")
+    read = lambda locations, names: weights.read_tensors(
+        {name: locations[name] for name in names}, "cpu", torch.float32
     )
-    layers = {
-        f"{name}.weight": m.weight.shape
-        for name, m in lora.target_layers(unet, args.layers).items()
-    }
-    missing = [name for name in layers if name not in tuned]
-    if missing:
-        raise ValueError(f"{args.files[0]}: another kind of UNet: it has no {missing[0]}")
-    only = lambda where, names: {name: where[name] for name in names}
-    parts, left, whole = {}, 0.0, 0.0
-    for some in weights.read_tensors(only(tuned, layers), "cpu", torch.float32):
-        before = {
-            name: t
-            for part in weights.read_tensors(only(base, some), "cpu", torch.float32)
-            for name, t in part.items()
-        }
-        for name, W in some.items():
-            if W.shape != layers[name]:
-                raise ValueError(
-                    f"{args.files[0]}: another kind of UNet: {name} is {tuple(W.shape)}"
-                )
+    deltas, lost, total = {}, 0.0, 0.0
+    for chunk in read(tuned, shapes):
+        before = {name: W for part in read(base, chunk) for name, W in part.items()}
+        for name, W in chunk.items():
+            if W.shape != shapes[name]:
+                found = f"{name} is {tuple(W.shape)}"
+                raise ValueError(f"{tuned_path}: another kind of UNet: {found}")
             change = (W - before[name]).flatten(1)  # (out, in * k * k)
             U, S, Vh = torch.linalg.svd(change, full_matrices=False)
-            root = S[: args.rank].sqrt()
-            whole, left = (
-                whole + S.square().sum().item(),
-                left + S[args.rank :].square().sum().item(),
-            )
+            root, squares = S[: args.rank].sqrt(), S.square()
+            total += squares.sum().item()
+            lost += squares[args.rank :].sum().item()
             A, B = root[:, None] * Vh[: args.rank], U[:, : args.rank] * root
-            up = B.view(*B.shape, 1, 1) if W.ndim == 4 else B
-            parts[slider_files.kohya_name(name.removesuffix(".weight"))] = Delta(
-                A.view(-1, *W.shape[1:]), up, float(len(A))
-            )
-    slider_files.write(
-        args.out, parts, {"kind": "extracted", "of": args.files[0]}, dtype=cli.DTYPES[args.store]
-    )
-    print(
-        f"{args.out}: written; rank {args.rank} holds {1 - left / whole if whole else 1:.1%} of the squared change of {len(parts)} layers"
-    )
+            B = B.view(*B.shape, 1, 1) if W.ndim == 4 else B
+            stem = slider_files.kohya_name(name.removesuffix(".weight"))
+            deltas[stem] = Delta(A.view(-1, *W.shape[1:]), B, float(len(A)))
+    about = {"kind": "extracted", "of": Path(tuned_path).name}
+    slider_files.write(args.out, deltas, about, dtype=cli.DTYPES[args.store])
+    share = 1 - lost / total if total else 1
+    holds = f"rank {args.rank} holds {share:.1%} of the squared change of {len(deltas)} layers"
+    print(f"{args.out}: written; {holds}")
 
 
 def bake(args, unet):
-    """Copy --model with the changes added to the UNet's weights, in the form and the dtype that it has."""
+    """Copy --model with the changes added to the UNet's weights: in float32, all changes of a
+    layer at once, rounded to the dtype that it has, or to --store."""
     source, out = Path(args.model), Path(args.out)
     if not source.exists():
         source = weights.from_hub(args.model)
     if out.exists():
         raise ValueError(f"{out}: is there already")
-    known, change = slider_files.layers_by_kohya_name(unet), {}
-    for path, w in map(cli.file_and_scale, args.files):
-        for name, part in slider_files.read(path, unet).parts.items():
-            layer = known[name][0] + ".weight"
-            change.setdefault(layer, []).append((part, 1.0 if w is None else w))
-    whole = out.with_name(out.name + ".tmp")  # renamed once it is whole
+    known = slider_files.layers_by_kohya_name(unet)
+    changes: dict[str, list] = {}
+    for deltas, weight in weighted_files(args, unet):
+        for stem, delta in deltas.items():
+            changes.setdefault(f"{known[stem][0]}.weight", []).append((delta, weight))
+    unfinished = out.with_name(out.name + ".tmp")  # renamed once it is whole
     if source.is_dir():
-        shutil.rmtree(whole, ignore_errors=True)
-        shutil.copytree(
-            source,
-            whole,
-            ignore=lambda folder, names: [
-                n for n in names if Path(folder).name == "unet" and n.endswith(".safetensors")
-            ],
-        )
-    by_file = {}
-    for new, (file, old, _) in weights.find_weights(args.model, args.base).where["unet"].items():
-        by_file.setdefault(file, {})[old] = new
-    for file, released in by_file.items():
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(source, unfinished, ignore=ignore_unet_weights)
+    names_of: dict[Path, dict[str, str]] = {}  # file -> {name there: released name}
+    for name, (file, there, _) in (
+        weights.find_weights(args.model, args.base).locations["unet"].items()
+    ):
+        names_of.setdefault(file, {})[there] = name
+    rounding, store = Rounding(), cli.DTYPES.get(args.store)
+    for file, names in names_of.items():
         with safe_open(file, "pt") as f:
             tensors, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()
-        for old, new in released.items():
-            if new in change:
-                tensors[old] = (
-                    tensors[old].float()
-                    + delta_weight(*concatenate(change[new])).view(tensors[old].shape)
-                ).to(tensors[old].dtype)
-        slider_files.save_tensors(
-            whole / "unet" / file.name if source.is_dir() else out, tensors, metadata
-        )
+        for there, name in names.items():
+            W = tensors[there]
+            dtype = store or W.dtype
+            if name in changes:
+                change = delta_weight(*concatenate(changes[name]))
+                tensors[there] = rounding.add(W, change, dtype)
+                stored = str(dtype).removeprefix("torch.")
+            elif W.is_floating_point():
+                tensors[there] = W.to(dtype)
+        target = unfinished / "unet" / file.name if source.is_dir() else out
+        slider_files.save_tensors(target, tensors, metadata)
     if source.is_dir():
-        whole.rename(out)
-    print(f"{out}: written, {len(change)} layers changed")
+        unfinished.rename(out)
+    print(f"{out}: written, {len(changes)} layers changed")
+    if warning := rounding.warning(stored, "--store"):
+        print(f"WARNING: {warning}")
+
+
+def ignore_unet_weights(folder, names: list[str]) -> list[str]:
+    """For copytree: they are written anew."""
+    return [n for n in names if Path(folder).name == "unet" and n.endswith(".safetensors")]
 
 
 def main():
     p = cli.model_parser(__doc__)
     p.add_argument("what", choices=["info", "convert", "merge", "extract", "bake"])
-    p.add_argument(
-        "files", nargs="+", metavar="FILE[:WEIGHT]", help="slider files (extract: a model)"
-    )
+    files = "slider files (extract: a model)"
+    p.add_argument("files", nargs="+", metavar="FILE[:WEIGHT]", help=files)
     p.add_argument("--out", help="file to write (bake: what --model is, a folder or a file)")
     p.add_argument("--overwrite", action="store_true", help="replace --out if it is there")
-    p.add_argument(
-        "--to",
-        choices=slider_files.NAMINGS,
-        default="kohya",
-        help="convert: naming (default: %(default)s)",
-    )
-    p.add_argument(
-        "--rank",
-        type=int,
-        help="merge, extract: rank of the result (extract: 16; merge: all there is)",
-    )
-    p.add_argument(
-        "--layers",
-        choices=lora.LAYERS,
-        default="all",
-        help="extract: which layers (default: %(default)s)",
-    )
-    p.add_argument(
-        "--store",
-        choices=cli.DTYPES,
-        default="float16",
-        help="dtype in the file (default: %(default)s)",
-    )
+    to = "convert: naming (default: %(default)s)"
+    p.add_argument("--to", choices=slider_files.NAMINGS, default="kohya", help=to)
+    rank = "merge, extract: rank of the result (extract: 16; merge: all there is)"
+    p.add_argument("--rank", type=int, help=rank)
+    layers = "extract: which layers (default: %(default)s)"
+    p.add_argument("--layers", choices=lora.LAYERS, default="all", help=layers)
+    store = "dtype in the file (default: float16; bake: what --model has)"
+    p.add_argument("--store", choices=cli.DTYPES, help=store)
     args = p.parse_args()
     if args.merge:
         raise ValueError("--merge is for training and drawing; here, bake does it")
-    if args.what != "info":
-        if not args.out:
-            raise ValueError("--out is needed: the file to write")
-        if args.what != "bake":
-            if cli.output_file(args.out, ".safetensors").exists() and not args.overwrite:
-                raise ValueError(f"{args.out}: is there already: --overwrite replaces it")
+    if args.what != "info" and not args.out:
+        raise ValueError("--out is needed: the file to write")
+    if args.what in ("convert", "merge", "extract"):
+        args.store = args.store or "float16"
+        if cli.output_file(args.out, ".safetensors").exists() and not args.overwrite:
+            raise ValueError(f"{args.out}: is there already: --overwrite replaces it")
     if args.what in ("convert", "extract") and len(args.files) > 1:
         raise ValueError(f"{args.what} takes one file, not {len(args.files)}")
     if args.rank is not None and args.rank < 1:
         raise ValueError(f"--rank must be at least 1, not {args.rank}")
     args.rank = args.rank or (16 if args.what == "extract" else None)
-    do = {"info": info, "convert": convert, "merge": merge, "extract": extract, "bake": bake}[
-        args.what
-    ]
+    do = {"info": info, "convert": convert, "merge": merge, "extract": extract, "bake": bake}
     with torch.no_grad():
-        do(args, unet_for(args))
+        do[args.what](args, unet_for(args))
 
 
 if __name__ == "__main__":
