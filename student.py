@@ -5,8 +5,8 @@ what the model predicts there (eps_0), a scale s, and what the slider is to make
 
     L = mean over x_t and s of  || eps_{theta, s}(x_t, c_t, t) - target ||^2
 
-The samples of all scales are shuffled together. An x_t that is asked at 1 and at -1 is so in
-different steps: a slider is nearly linear in its scale, so the two say nearly the same about it."""
+The samples of all scales are shuffled together, so the +1 and -1 samples of one x_t usually land in
+different batches. In one batch they would be nearly redundant: a slider is almost linear in s."""
 
 from dataclasses import dataclass, fields
 
@@ -43,24 +43,29 @@ class Targets:
 def predict(unet, slider, batch: Targets):
     """eps_{theta, s}(x_t, c_t, t) with the attached slider at each sample's scale: (b, 4, h, w).
 
-    Leaves the scale set: with gradient checkpointing, backward() runs the UNet's parts again."""
+    The scale stays set: with gradient checkpointing, backward() runs the UNet's parts again."""
     slider.scale = batch.scale  # (b,)
     return unet(batch.x_t, batch.t, *(c[batch.prompt] for c in batch.cond))
 
 
-def make_loss(unet, slider, targets: Targets):
-    """The loss of a text or a visual slider: a function rows (b,) -> (b,), each sample's squared
-    error relative to that of no slider. 1 is an untrained slider, 0 a copy of the teacher.
+def distance(error):
+    """Of a prediction's error (b, 4, h, w), elementwise: another loss goes here."""
+    return error.square()
 
-    ValueError if the teacher's two ends are the same."""
-    no_slider = targets.delta.square().mean()
+
+def make_loss(unet, slider, targets: Targets):
+    """The loss of a text or a visual slider: a function rows (b,) -> (b,), each sample's distance
+    from its target, divided by the mean distance of all samples with no slider (one constant). 1
+    is an untrained slider, 0 a copy of the teacher. ValueError if the teacher's two ends are the
+    same."""
+    no_slider = distance(targets.delta).mean()
     if not no_slider > 0:
         raise ValueError("the model sees no difference between the two ends: nothing to learn")
 
     def loss(rows):
         batch = targets[rows]
         error = predict(unet, slider, batch).float() - batch.target.float()  # (b, 4, h, w)
-        return error.square().mean((1, 2, 3)) / no_slider
+        return distance(error).mean((1, 2, 3)) / no_slider
 
     return loss
 
@@ -72,19 +77,19 @@ class TrainingState:
         self.parameters, self.lr, self.step = list(slider.parameters()), lr, 0
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0)
         self.generator = torch.Generator().manual_seed(seed)
-        self.order: list[int] = []  # samples that are still to come in this epoch
+        self.remaining: list[int] = []  # samples still to come in this epoch
 
     def draw(self, n: int, batch: int):
         """The next `batch` of n samples: every one comes once before any comes again."""
-        if len(self.order) < batch:
-            self.order += torch.randperm(n, generator=self.generator).tolist()
-        rows, self.order = self.order[:batch], self.order[batch:]
+        if len(self.remaining) < batch:
+            self.remaining += torch.randperm(n, generator=self.generator).tolist()
+        rows, self.remaining = self.remaining[:batch], self.remaining[batch:]
         return torch.tensor(rows)
 
     def state_dict(self) -> dict:
         return {
             "step": self.step,
-            "order": self.order,
+            "remaining": self.remaining,
             "generator": self.generator.get_state(),
             "optimizer": self.optimizer.state_dict(),
             "parameters": [p.detach() for p in self.parameters],
@@ -92,7 +97,7 @@ class TrainingState:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict):
-        self.step, self.order = state["step"], state["order"]
+        self.step, self.remaining = state["step"], state["remaining"]
         self.generator.set_state(state["generator"])
         self.optimizer.load_state_dict(state["optimizer"])
         for p, value in zip(self.parameters, state["parameters"], strict=True):
@@ -102,8 +107,8 @@ class TrainingState:
 def fit(state: TrainingState, loss, n: int, *, steps: int, batch: int):
     """Fit a slider: a generator that yields the loss, a number on the device, after each step.
 
-    loss: function of rows (batch,) of the n samples -> (batch,), such as make_loss's. Whoever
-    iterates logs, reads the meter, saves state.state_dict() or stops (support/training.py)."""
+    loss: function of rows (batch,) of the n samples -> (batch,), such as make_loss's. The caller's
+    loop does the logging, the meter, the saving and the stopping (support/training.train)."""
     while state.step < steps:
         rows = state.draw(n, batch)
         state.optimizer.zero_grad()
@@ -125,26 +130,21 @@ def learning_rate(step: int, steps: int, lr: float) -> float:
 def meter(unet, slider, held_out: Targets, batch: int) -> dict[str, float]:
     """How much of the teacher's change the slider makes, on x_t that it was not trained on.
 
-    share:  projection of eps_s - eps_0 onto target - eps_0, in units of the latter; 1 is all of it.
-    cosine: between the two; near 0 the slider does something else.
-    plus, minus: the shares at the positive and at the negative scales (0 where there are none).
-    """
+    share:  projection of eps_s - eps_0 onto target - eps_0, in units of the latter; 1 is all of it;
+            plus, minus: at the positive and at the negative scales (0 where there are none).
+    cosine: between the two; near 0 the slider does something else."""
 
     def products(rows):
         here = held_out[rows]
         made, wanted = predict(unet, slider, here).float() - here.eps_0.float(), here.delta
-        pairs = torch.stack([made * wanted, wanted.square(), made.square()])  # (3, b, 4, h, w)
-        return {"products": pairs.sum((2, 3, 4)).T}
+        terms = torch.stack([made * wanted, wanted.square(), made.square()])  # (3, b, 4, h, w)
+        return {"products": terms.sum((2, 3, 4)).T}
 
-    with slider.at(0.0):
+    with slider.at(0.0):  # predict sets the scale; this restores it afterwards
         found = in_batches(products, len(held_out), batch)["products"]  # (n, 3)
     dot, wanted_2, made_2 = found.T
     share = lambda rows: (dot[rows].sum() / wanted_2[rows].sum().clamp(min=1e-12)).item()
     positive = held_out.scale > 0
-    lengths = (wanted_2.sum() * made_2.sum()).sqrt().clamp(min=1e-12)
-    return {
-        "share": share(slice(None)),
-        "cosine": (dot.sum() / lengths).item(),
-        "plus": share(positive),
-        "minus": share(~positive),
-    }
+    cosine = (dot.sum() / (wanted_2.sum() * made_2.sum()).sqrt().clamp(min=1e-12)).item()
+    shares = {"share": share(slice(None)), "plus": share(positive), "minus": share(~positive)}
+    return shares | {"cosine": cosine}

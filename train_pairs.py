@@ -101,11 +101,10 @@ def main():
     started = time.time()
     model = cli.load_model(args)
     size = training.prepare(args, model, training.recipe(model.unet))
-    slider = training.new_slider(args, model)
+    slider = training.new_slider(args, model)  # not attached yet: the teacher is the bare UNet
 
     kind = "pairs" if len(scales) == 2 else f"groups of {len(scales)}"
-    where = ", ".join(f"{folder} at {scale:+g}" for scale, folder in zip(scales, folders))
-    print(f"{len(groups)} {kind}: {where}")
+    print(f"{len(groups)} {kind}:", ", ".join(f"{f} at {s:+g}" for s, f in zip(scales, folders)))
     latents = [model.encode(images.read_group(files, size[0])) for files in groups]
     latents = torch.stack(latents)  # (n, k, 4, h, w)
     cond, uncond = model.condition([args.prompt], size), model.condition([""], size)
@@ -127,6 +126,7 @@ def main():
     train = collect(model, seen, at, cond, **seen_by, **settings)
     unseen = collect(model, held_out, at, cond, noises=held_out_noises, seed=seed + 1, **settings)
 
+    slider.attach(model.unet)
     reading = training.fit(args, model, slider, train, unseen, cond, uncond, checkpoint)
     about = {"kind": "visual slider", "pairs": len(groups)}
     about["difference"] = (unseen.delta.norm() / unseen.eps_0.float().norm()).item()

@@ -27,8 +27,9 @@ from support.checkpoint import RESUME_HINT, open_checkpoint
 
 
 def encode(model, targets: list[str], pos: str, neg: str, preserve: list[str], size):
-    """The conditioning of every prompt in eq. (8): of c_t (m rows); of (c+, p) for each p, then of
-    (c-, p) for each p (2|P| rows; 2 where P is empty); of the empty prompt (1 row)."""
+    """The prompts of eq. (8) as three conditionings, each a tuple (context, pooled, time_ids): c_t
+    (m rows); the ends, (c+, p) for each p, then (c-, p) for each p (2|P| rows, 2 where P is
+    empty); the empty prompt (1 row)."""
     ends = [f"{end}, {p}" if p else end for end in (pos, neg) for p in preserve or [""]]
     return tuple(model.condition(prompts, size) for prompts in (targets, ends, [""]))
 
@@ -37,18 +38,17 @@ def ends_difference(unet, x_t, t, ends):
     """mean_{p in P} ( eps(x_t, (c+, p), t) - eps(x_t, (c-, p), t) ): (B, 4, h, w), float32.
 
     x_t (B, 4, h, w), t (B,). ends: from `encode`, 2|P| rows."""
-    B, n = len(x_t), len(ends[0])  # n = 2|P|
+    B, n = len(x_t), len(ends[0])  # all x_t with the first end, then all with the second ...
     eps = unet(x_t.repeat(n, 1, 1, 1), t.repeat(n), *(e.repeat_interleave(B, 0) for e in ends))
     eps_pos, eps_neg = eps.float().view(n, *x_t.shape).chunk(2)  # (|P|, B, 4, h, w) each
     return (eps_pos - eps_neg).mean(0)
 
 
-def denoise(model, seeds, cond, uncond, levels, *, size, denoising_steps, guidance):
+def denoise(model, seeds, cond, uncond, keep, *, size, denoising_steps, guidance):
     """Where x_t comes from: b noises denoised by the frozen model, without any slider.
 
-    cond: (b, ...) each. levels: (b, k), the steps at which x_t is kept. Returns x_t (b, k, 4, h,
-    w), t (b, k) and eps_0 (b, k, 4, h, w), the prediction for c_t, which is made there in any
-    case."""
+    cond: (b, ...) each. keep: (b, k), the steps at which x_t is kept. Returns x_t (b, k, 4, h, w),
+    t (b, k) and eps_0 (b, k, 4, h, w), the prediction for c_t: guidance needs it in any case."""
     x_T = sampler.noise(seeds, model.latent_shape(size), model.device, model.dtype)
     visited = []
     bar = tqdm(total=denoising_steps, unit="step", desc="trajectories")
@@ -61,9 +61,9 @@ def denoise(model, seeds, cond, uncond, levels, *, size, denoising_steps, guidan
     sampler.sample(model.unet, x_T, cond, uncond, on_step=on_step, **settings)
     bar.close()
     x_t, eps_0 = (torch.stack(part, 1) for part in zip(*visited))  # (b, denoising_steps, 4, h, w)
-    rows = torch.arange(len(levels))[:, None]
-    t = torch.tensor(sampler.timesteps(denoising_steps))[levels]
-    return {"x_t": x_t[rows, levels], "t": t, "eps_0": eps_0[rows, levels]}
+    rows = torch.arange(len(keep))[:, None]
+    t = torch.tensor(sampler.timesteps(denoising_steps))[keep]
+    return {"x_t": x_t[rows, keep], "t": t, "eps_0": eps_0[rows, keep]}
 
 
 @torch.no_grad()
@@ -81,38 +81,34 @@ def collect(
     guidance: float = 3.0,
     remember=None,
 ) -> Targets:
-    """The teacher: the right-hand side of eq. (8) at `per_trajectory` x_t of each of
-    `trajectories`.
+    """The teacher: the right-hand side of eq. (8), at many x_t.
 
-    The x_t lie evenly on each trajectory, from another offset each. Returns 2 * trajectories *
-    per_trajectory samples: each x_t at scale +1 with eq. (8)'s target, and at -1, which the paper
-    leaves untrained, with its mirror image.
+    Denoises `trajectories` noises and keeps `per_trajectory` evenly spaced x_t of each, beginning
+    at a random step. Returns 2 * trajectories * per_trajectory samples: each x_t at scale +1 with
+    eq. (8)'s target, and at -1, which the paper leaves untrained, with its mirror image.
 
     prompts: from `encode`. batch: samples through the UNet at once (twice that with guidance).
-    remember: as in support/batches.py.
-    """
+    remember: as in support/batches.py."""
     cond, ends, uncond = prompts
     device, k = model.device, per_trajectory
     prompt = (torch.arange(trajectories) % len(cond[0])).to(device)  # the target prompts in turn
     offsets = torch.rand(trajectories, generator=torch.Generator().manual_seed(seed))
-    levels = (
-        (torch.arange(k) + offsets[:, None]) * denoising_steps / k
-    ).long()  # (trajectories, k)
+    keep = ((torch.arange(k) + offsets[:, None]) * denoising_steps / k).long()  # (n, k)
     settings = dict(size=size, denoising_steps=denoising_steps, guidance=guidance)
 
     def walk(rows):
-        c, seeds = tuple(c[prompt[rows]] for c in cond), (seed * 1000 + rows).tolist()
-        return denoise(model, seeds, c, uncond, levels[rows], **settings)
+        seeds, target = (seed * 1000 + rows).tolist(), tuple(part[prompt[rows]] for part in cond)
+        return denoise(model, seeds, target, uncond, keep[rows], **settings)
 
     def difference(rows):
         return {"difference": ends_difference(model.unet, x_t[rows], t[rows], ends)}
 
-    share = dict(remember=remember, device=device)
-    found = in_batches(walk, trajectories, batch, name=f"seed{seed}_trajectories", **share)
-    x_t, t, eps_0 = (found[key].flatten(0, 1) for key in ("x_t", "t", "eps_0"))  # (n, ...)
-    share |= dict(name=f"seed{seed}_ends", desc="both ends")
-    found = in_batches(difference, len(t), max(1, batch // len(ends[0])), **share)
-    delta = eta * found["difference"]  # (n, 4, h, w)
+    common = dict(remember=remember, device=device)
+    walked = in_batches(walk, trajectories, batch, name=f"seed{seed}_trajectories", **common)
+    x_t, t, eps_0 = (walked[key].flatten(0, 1) for key in ("x_t", "t", "eps_0"))  # (n, ...)
+    common |= dict(name=f"seed{seed}_ends", desc="both ends")
+    both_ends = in_batches(difference, len(t), max(1, batch // len(ends[0])), **common)
+    delta = eta * both_ends["difference"]  # (n, 4, h, w)
 
     one = torch.ones(len(t), device=device)
     twice = lambda x: torch.cat([x, x])
@@ -131,6 +127,7 @@ def teach(
     model, prompts, *, seed: int, trajectories: int = 16, per_trajectory: int = 4, **settings
 ):
     """(targets to train on, unseen ones for the meter). prompts, settings: as in `collect`."""
+    # Seeds 2 s + 1 and 2 s + 2: the meter never sees a noise that is trained on.
     return tuple(
         collect(model, prompts, trajectories=n, per_trajectory=per_trajectory, seed=s, **settings)
         for s, n in enumerate(training.split_trajectories(trajectories), 2 * seed + 1)
@@ -143,7 +140,7 @@ def main():
     started = time.time()
     model = cli.load_model(args, vae=bool(args.preview))  # only previews decode pictures
     size = training.prepare(args, model, training.text_recipe(model.unet))
-    slider = training.new_slider(args, model)
+    slider = training.new_slider(args, model)  # not attached yet: the teacher is the bare UNet
 
     targets, preserve = options.target_prompts(args), options.combinations(args.preserve)
     print(f"target: {' | '.join(targets)}\npositive: {args.pos}\nnegative: {args.neg}")
@@ -156,11 +153,13 @@ def main():
 
     names = ("eta", "trajectories", "per_trajectory", "guidance", "denoising_steps", "seed")
     settings = {name: getattr(args, name) for name in names}
+    # Without a backward pass four times as many fit into memory.
     settings |= dict(size=size, batch=4 * args.batch, remember=checkpoint.remember)
     train, held_out = teach(model, prompts, **settings)
     if args.positive_only:
         train = train[train.scale > 0]
 
+    slider.attach(model.unet)
     reading = training.fit(args, model, slider, train, held_out, cond, uncond, checkpoint)
     about = {"kind": "text slider", "prompts": targets, "preserved": preserve}
     about["difference"] = (train.delta.norm() / args.eta / train.eps_0.float().norm()).item()

@@ -29,7 +29,8 @@ def add_training_options(p, small=SMALL, large=LARGE, out="slider.safetensors"):
 
     what = "slider file" if out.endswith(".safetensors") else "folder"
     p.add_argument("--out", default=out, help=default_help(f"{what} to write"))
-    option("layers", "which layers the slider changes", "noxattn", choices=lora.LAYERS)
+    layers = "layers that change: attention (attn), cross-attention (xattn), all but that, or all"
+    option("layers", layers, "noxattn", choices=lora.LAYERS)
     p.add_argument("--no-conv", action="store_true", help="leave convolutions out")
     option("rank", "of each slider", 4, type=int)
     option("alpha", "the LoRA's constant alpha", 1.0, type=cli.number)

@@ -108,6 +108,7 @@ def train(
     shared_loss = lambda rows: loss(distributed.shard(rows))
     steps_of_fit = student.fit(state, shared_loss, n, steps=steps, batch=batch)
     progress = tqdm(total=steps, initial=state.step, unit="step", desc="train")
+    # The loss sets the slider's scale; `at` restores it afterwards.
     with slider.at(0.0), deferred_interrupt() as stop, progress as bar:
         for value in steps_of_fit:
             # Of all processes: so they stop at the same step.
@@ -175,19 +176,18 @@ def fit_targets(
 
 
 def fit(args, model, slider, targets, held_out, cond, uncond, checkpoint: Checkpoint) -> dict:
-    """Fit `slider` as the command line says, with a preview strip every --preview steps. cond,
-    uncond: what the strip shows, by their first rows. Returns the final meter."""
+    """Fit `slider`, which is attached, as the command line says, with a preview strip every
+    --preview steps. cond, uncond: what the strip shows, by their first rows. Returns the final
+    meter."""
     path, shape = Path(args.out), targets.x_t.shape[1:]
     cond, uncond = (tuple(c[:1] for c in rows) for rows in (cond, uncond))
 
     def draw(step):
         due = args.preview and (step % args.preview == 0 or step == args.steps)
         if due and distributed.is_main_process():
-            images.save_image(
-                probe.preview(model, slider, cond, uncond, shape), path.with_suffix(".png")
-            )
+            sheet = probe.preview(model, slider, cond, uncond, shape)
+            images.save_image(sheet, path.with_suffix(".png"))
 
-    slider.attach(model.unet)
     names = ("steps", "batch", "lr", "seed")
     settings = {name: getattr(args, name) for name in names} | {"on_meter": draw}
     settings |= {"meter_every": args.preview or METER_EVERY, "checkpoint": checkpoint}
