@@ -1,4 +1,6 @@
-"""Ten sliders on the miniature, alone, in pairs and all at once, by the measuring stick:  python -m miniature.compose
+"""Ten sliders on the miniature, alone, in pairs and all at once, by the measuring stick:
+
+    python -m miniature.compose
 
 Trains those that are not in the folder yet (about 35 s each on two cores), then measures
 * independence: the effect of one slider (from scale -2 to 2) while another is held at -2, 0 and 2;
@@ -14,12 +16,9 @@ from miniature.effect import readings
 from support import cli
 
 PERSON = "a photo of a person"
+GLASSES_AND_HATS = ["with glasses, without glasses", "with a hat, without a hat"]
 SLIDERS = {  # attribute -> words of its positive and of its negative end, what is preserved
-    "age": (
-        "very old",
-        "very young",
-        ["with glasses, without glasses", "with a hat, without a hat"],
-    ),
+    "age": ("very old", "very young", GLASSES_AND_HATS),
     "smile": ("with a big smile", "with a big frown", ["man, woman"]),
     "eye_size": ("with big eyes", "with small eyes", ["man, woman"]),
     "sex": ("man", "woman", ["old, young"]),
@@ -37,30 +36,19 @@ def train(attribute: str, folder: Path) -> Path:
     path = folder / f"{attribute.replace(' ', '_')}.safetensors"
     if not path.exists():
         pos, neg, preserve = SLIDERS[attribute]
-        command = [
-            "train_text.py",
-            "--prompt",
-            PERSON,
-            "--pos",
-            f"{PERSON}, {pos}",
-            "--neg",
-            f"{PERSON}, {neg}",
-            "--out",
-            str(path),
-        ]
-        subprocess.run(
-            [sys.executable, *command, *(word for p in preserve for word in ("--preserve", p))],
-            check=True,
-        )
+        command = ["train_text.py", "--prompt", PERSON, "--out", str(path)]
+        command += ["--pos", f"{PERSON}, {pos}", "--neg", f"{PERSON}, {neg}"]
+        for concepts in preserve:
+            command += ["--preserve", concepts]
+        subprocess.run([sys.executable, *command], check=True)
     return path
 
 
 def main():
     p = cli.model_parser(__doc__)
     p.add_argument("--out", default="out/ten", help="folder of the sliders (default: %(default)s)")
-    p.add_argument(
-        "--seeds", type=cli.seed_list, default=list(range(1000, 1064)), help="default: 1000-1063"
-    )
+    seeds = dict(default=list(range(1000, 1064)), help="default: 1000-1063")
+    p.add_argument("--seeds", type=cli.seed_list, **seeds)
     p.add_argument("--steps", type=int, default=30)
     args = p.parse_args()
     files = {attribute: train(attribute, Path(args.out)) for attribute in SLIDERS}
@@ -69,18 +57,17 @@ def main():
 
     for pair in PAIRS:
         for one, other in (pair, pair[::-1]):
-            columns = [
-                [(sliders[one], s), (sliders[other], held)]
-                for held in (-2.0, 0.0, 2.0)
-                for s in (-2.0, 2.0)
-            ]
-            means = (
-                readings(model, columns, args.seeds, steps=args.steps)[one].mean(1).reshape(3, 2)
-            )
+            columns = []
+            for held in (-2.0, 0.0, 2.0):
+                columns += [[(sliders[one], s), (sliders[other], held)] for s in (-2.0, 2.0)]
+            rows = readings(model, columns, args.seeds, steps=args.steps)[one]
+            means = rows.mean(1).reshape(3, 2)
             effects = means[:, 1] - means[:, 0]
+            off = abs(effects / effects[1] - 1).max()
             print(
-                f"{one} from scale -2 to 2, {other} held at -2, 0, 2: moves {', '.join(f'{e:.3f}' for e in effects)}, "
-                f"at most {abs(effects / effects[1] - 1).max():.0%} off its effect alone",
+                f"{one} from scale -2 to 2, {other} held at -2, 0, 2: "
+                f"moves {', '.join(f'{e:.3f}' for e in effects)}, "
+                f"at most {off:.0%} off its effect alone",
                 flush=True,
             )
 

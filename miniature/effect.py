@@ -1,8 +1,10 @@
-"""What a slider does on the miniature, by the measuring stick:  python -m miniature.effect age.safetensors --attribute age
+"""What a slider does on the miniature, by the measuring stick:
 
-Generates the same seeds at scales -3 ... 3, on prompts that no slider here is trained on, and prints the mean of every
-attribute at every scale, and how far each moves: its largest less its smallest mean, as a share of its range.
-"""
+    python -m miniature.effect age.safetensors --attribute age
+
+Generates the same seeds at scales -3 ... 3, on prompts that no slider here is trained on. Prints
+the mean of every attribute at every scale, and how far each moves: its largest less its smallest
+mean, as a share of its range."""
 
 import json
 
@@ -26,39 +28,41 @@ PROMPTS = [
     "a woman, blue background",
     "a portrait of a male person with black hair",
 ]
-NAMED = {
-    "hair_length": {"long", "short"},
-    "skin": {"skin"},
-    "sex": {"man", "woman", "male", "female"},
-}  # what PROMPTS say of these they hold fast
+# What PROMPTS say of these they hold fast.
+SEX = {"man", "woman", "male", "female"}
+NAMED = {"hair_length": {"long", "short"}, "skin": {"skin"}, "sex": SEX}
 SCALES = [-3, -2, -1, 0, 1, 2, 3]
 
 
 def readings(model, columns, seeds, prompts=PROMPTS, **settings):
-    """{attribute: array (columns, seeds)}. columns, settings: of slider.sweep. Seeds take the prompts in turn."""
+    """{attribute: array (columns, seeds)}. columns, settings: of slider.sweep. Seeds take the
+    prompts in turn."""
     return table(pictures(model, columns, seeds, prompts, **settings))
 
 
 def table(columns) -> dict[str, np.ndarray]:
-    """What the measuring stick reads in columns of pictures: {attribute: array (columns, pictures)}."""
+    """What the measuring stick reads in columns of pictures: {attribute: array (columns,
+    pictures)}."""
     tables = [attributes(drawn) for drawn in columns]
     return {name: np.array([one[name] for one in tables]) for name in tables[0]}
 
 
 def pictures(model, columns, seeds, prompts=PROMPTS, **settings):
-    """As slider.sweep, but the seeds take the prompts in turn: a list of pictures, one for each seed, for each column."""
-    known = [{} for _ in columns]
+    """As slider.sweep, but the seeds take the prompts in turn: a list of pictures, one for each
+    seed, for each column."""
+    by_seed = [{} for _ in columns]
     for i, prompt in enumerate(tqdm(prompts, unit="prompt", desc="pictures")):
-        mine = seeds[i :: len(prompts)]
-        if len(mine):
-            for column, drawn in zip(known, slider.sweep(model, prompt, mine, columns, **settings)):
-                column.update(zip(mine, drawn))
-    return [[column[s] for s in seeds] for column in known]
+        its_seeds = seeds[i :: len(prompts)]
+        if len(its_seeds):
+            drawn = slider.sweep(model, prompt, its_seeds, columns, **settings)
+            for column, pictures_of_column in zip(by_seed, drawn):
+                column.update(zip(its_seeds, pictures_of_column))
+    return [[column[seed] for seed in seeds] for column in by_seed]
 
 
 def attributes(drawn) -> dict[str, np.ndarray]:
-    """What the measuring stick reads in N pictures, all as numbers: {attribute: array (N,)}. Hair and background become one
-    yes/no attribute for each of their words."""
+    """What the measuring stick reads in N pictures, all as numbers: {attribute: array (N,)}. Hair
+    and background become one yes/no attribute for each of their words."""
     read = measure(drawn)
     found = {name: read[name] for name in world.RANGES}
     for name in ("hair", "background"):
@@ -66,27 +70,26 @@ def attributes(drawn) -> dict[str, np.ndarray]:
     return found | {"face": (read["kind"] == "face").astype(float)}
 
 
-def said(columns, count: int) -> list[list[str]]:
-    """For each picture of each column what the measuring stick reads of the `count` attributes that move most from column to
-    column: "measured age 0.31 (0 to 1), smile -0.20 (-1 to 1)"."""
+def captions(columns, count: int) -> list[list[str]]:
+    """For each picture of each column what the measuring stick reads of the `count` attributes that
+    move most from column to column: "measured age 0.31 (0 to 1), smile -0.20 (-1 to 1)"."""
     rows = table(columns)
-    reach = lambda name: float(np.median(np.ptp(rows[name], 0))) / span(
-        name
-    )  # in the middle picture: a hat that comes and goes in one does not count
-    most = sorted(rows, key=lambda name: (reach(name), moved(rows[name], name)), reverse=True)[
-        :count
-    ]
-    one = (
-        lambda name,
-        value: f"{name.replace('_', ' ')} {value:.2f} ({' to '.join(f'{end:g}' for end in world.RANGES.get(name, (0, 1)))})"
-    )
-    return [
-        [
-            "measured " + ", ".join(one(name, rows[name][c, i]) for name in most)
-            for i in range(len(column))
-        ]
-        for c, column in enumerate(columns)
-    ]
+
+    def movement(name):
+        """In the middle picture first: a hat that comes and goes in one picture does not count."""
+        reach = float(np.median(np.ptp(rows[name], 0))) / span(name)
+        return reach, moved(rows[name], name)
+
+    def reading(name, value):
+        low, high = world.RANGES.get(name, (0, 1))
+        return f"{name.replace('_', ' ')} {value:.2f} ({low:g} to {high:g})"
+
+    most = sorted(rows, key=movement, reverse=True)[:count]
+    texts = []
+    for c, column in enumerate(columns):
+        of = lambda i: ", ".join(reading(name, rows[name][c, i]) for name in most)
+        texts.append([f"measured {of(i)}" for i in range(len(column))])
+    return texts
 
 
 def span(name: str) -> float:
@@ -121,29 +124,20 @@ def summary(table, attribute, scales=SCALES) -> dict:
 
 def order(means) -> str:
     steps = np.diff(means)
-    return (
-        "rises at every scale"
-        if (steps > 0).all()
-        else "FALLS at every scale"
-        if (steps < 0).all()
-        else "NOT in order of the scales"
-    )
+    if (steps > 0).all():
+        return "rises at every scale"
+    return "FALLS at every scale" if (steps < 0).all() else "NOT in order of the scales"
 
 
 def main():
     p = cli.model_parser(__doc__)
     p.add_argument("slider", help="slider file")
-    p.add_argument(
-        "--attribute", required=True, choices=world.RANGES, help="what it is meant to move"
-    )
-    p.add_argument(
-        "--prompt",
-        action="append",
-        help="instead of the eight, less those that name the attribute; may be repeated, seeds take them in turn",
-    )
-    p.add_argument(
-        "--seeds", type=cli.seed_list, default=list(range(1000, 1064)), help="default: 1000-1063"
-    )
+    attribute = "what it is meant to move"
+    p.add_argument("--attribute", required=True, choices=world.RANGES, help=attribute)
+    prompt = "instead of the eight, less those that name the attribute; may be repeated, in turn"
+    p.add_argument("--prompt", action="append", help=prompt)
+    seeds = dict(default=list(range(1000, 1064)), help="default: 1000-1063")
+    p.add_argument("--seeds", type=cli.seed_list, **seeds)
     p.add_argument("--scales", type=cli.numbers, default=SCALES)
     p.add_argument("--steps", type=int, default=30)
     p.add_argument("--start", type=cli.fraction, default=0.3)

@@ -1,8 +1,8 @@
 """Do the miniature's samples follow their prompts?  python -m miniature.follow
 
-For prompts that name one attribute: the share of pictures that the measuring stick puts on the right side of that
-attribute's middle, or gives the right word. Then how often plain prompts go wrong, as a part of the training pictures does.
-"""
+For prompts that name one attribute: the share of pictures that the measuring stick puts on the
+right side of that attribute's middle, or gives the right word. Then how often plain prompts go
+wrong, as a part of the training pictures does."""
 
 import numpy as np
 
@@ -11,7 +11,8 @@ from miniature import world
 from miniature.measure import measure
 from support import cli
 
-PROMPTS = {  # prompt -> the attribute that it names, and its value: 1 above the middle, 0 below it, or the word
+# Prompt -> the attribute that it names, and its value: 1 above the middle, 0 below it, or the word.
+PROMPTS = {
     "a photo of a man": ("sex", 1),
     "a photo of a woman": ("sex", 0),
     "a photo of a person with glasses": ("glasses", 1),
@@ -43,33 +44,28 @@ def follows(model, n: int, steps: int = 30) -> dict[str, float]:
     for prompt, (name, want) in PROMPTS.items():
         read = measure(slider.generate(model, prompt, range(100, 100 + n), steps=steps))[name]
         middle = np.mean(world.RANGES.get(name, (0, 0)))
-        shares[prompt] = float(
-            np.mean(read == want if isinstance(want, str) else (read > middle) == bool(want))
-        )
+        right = read == want if isinstance(want, str) else (read > middle) == bool(want)
+        shares[prompt] = float(np.mean(right))
     return shares
 
 
 def main():
     p = cli.model_parser(__doc__)
-    p.add_argument(
-        "--pictures", type=int, default=32, help="for each prompt (default: %(default)s)"
-    )
+    pictures = "for each prompt (default: %(default)s)"
+    p.add_argument("--pictures", type=int, default=32, help=pictures)
     args = p.parse_args()
     model = cli.load_model(args)
     shares = follows(model, args.pictures)
     for prompt, share in sorted(shares.items(), key=lambda item: item[1]):
         print(f"{share:6.1%}  {prompt}")
-    print(
-        f"{np.mean(list(shares.values())):6.1%}  mean of the {len(shares)} prompts, {args.pictures} pictures each"
-    )
-    face = measure(
-        slider.generate(model, "a photo of a person", range(500, 500 + 4 * args.pictures))
-    )
-    hand = measure(slider.generate(model, "a photo of a hand", range(500, 500 + 4 * args.pictures)))
+    what = f"mean of the {len(shares)} prompts, {args.pictures} pictures each"
+    print(f"{np.mean(list(shares.values())):6.1%}  {what}")
+    seeds = range(500, 500 + 4 * args.pictures)
+    face = measure(slider.generate(model, "a photo of a person", seeds))
+    hand = measure(slider.generate(model, "a photo of a hand", seeds))
     print(f"{np.mean(face['malformed'] > 0.5):6.1%}  of faces from the plain prompt are malformed")
-    print(
-        f"{np.mean(hand['fingers'] != 5):6.1%}  of hands from the plain prompt do not have five fingers"
-    )
+    wrong = "of hands from the plain prompt do not have five fingers"
+    print(f"{np.mean(hand['fingers'] != 5):6.1%}  {wrong}")
 
 
 if __name__ == "__main__":

@@ -1,42 +1,42 @@
-"""The miniature's judges in the places of CLIP, LPIPS and Inception (evaluate.Judges). They are small networks trained on the
-drawn world alone: their numbers compare with one another, not with any that real judges give.
+"""The miniature's judges in the places of CLIP, LPIPS and Inception (metrics.Judges). They are
+small networks trained on the drawn world alone: their numbers compare with one another, not with
+any that real judges give.
 
-CLIP: the convolutional vision tower that the text encoders were trained against (train.py), with the second text encoder.
-LPIPS: the judge's convolutions, every unit-length layer weighted alike. FID: the 160 numbers before the judge's last layer.
-"""
-
-from pathlib import Path
+CLIP: the image encoder that the text encoders were trained against (train.py), with the second
+text encoder. LPIPS: the judge's convolutions, every unit-length layer weighted alike. FID: the 160
+numbers before the judge's last layer."""
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import nn
 
-from extras.evaluate import Judges
-from miniature.measure import Judge, judge, tensor
-from sdxl import SDXL
+from extras.metrics import Judges
+from miniature.measure import judge, tensor
+from sdxl import MINIATURE, SDXL
+from support.clip import ConvolutionalEncoder, load_encoder
 
 
-def vision_tower() -> Judge:
-    """pictures (B, 3, 128, 128) in [-1, 1] -> (B, 128), in the space of the second text encoder's pooled output."""
-    tower = Judge(outputs=128)
-    tower.load_state_dict(
-        {k: v.float() for k, v in load_file(Path(__file__).parent / "vision.safetensors").items()}
-    )
-    return tower.eval().requires_grad_(False)
+def image_encoder() -> ConvolutionalEncoder:
+    """Pictures (B, 3, 128, 128) in [-1, 1] -> (B, 128), in the space of the second text encoder's
+    pooled output."""
+    return load_encoder(MINIATURE / "image_encoder")
 
 
 @torch.no_grad()
 def miniature_judges(model: SDXL | None = None) -> Judges:
     """model: the miniature, if it is loaded already, with its text encoders."""
-    model, tower = model or SDXL.load(vae=False), vision_tower()
-    known = {}  # prompts encoded before: training releases the text encoders
+    model, encoder = model or SDXL.load(vae=False), image_encoder()
+    encoded = {}  # prompts encoded before: training releases the text encoders
+
+    @torch.no_grad()
+    def clip_pictures(images):
+        return encoder(tensor(images))
 
     @torch.no_grad()
     def clip_prompts(prompts):
-        for p in set(prompts) - known.keys():
-            known[p] = model.encode_prompt([p])[1][0].float().cpu()
-        return torch.stack([known[p] for p in prompts])
+        for prompt in set(prompts) - encoded.keys():
+            encoded[prompt] = model.encode_prompt([prompt])[1][0].float().cpu()
+        return torch.stack([encoded[prompt] for prompt in prompts])
 
     @torch.no_grad()
     def layers(images):
@@ -47,7 +47,8 @@ def miniature_judges(model: SDXL | None = None) -> Judges:
                 out.append(F.normalize(x, dim=1, eps=1e-10))
         return out
 
-    seen = lambda net: torch.no_grad()(lambda images: net(tensor(images)))
-    return Judges(
-        seen(tower), clip_prompts, layers, seen(lambda x: judge().head[:2](judge().features(x)))
-    )
+    @torch.no_grad()
+    def features(images):
+        return judge().head[:2](judge().features(tensor(images)))
+
+    return Judges(clip_pictures, clip_prompts, layers, features)

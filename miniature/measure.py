@@ -1,14 +1,16 @@
 """The measuring stick: given pictures of the drawn world, the value of each attribute.
 
-    readings = measure(pictures)      # {"age": array (N,), "smile": ..., "hair": array of words, "fingers": ...}
+    readings = measure(pictures)  # {"age": array (N,), "hair": array of words, "fingers": ..., ...}
 
-Where geometry allows, it is geometry: the number of fingers is counted along the hand's outline, the eyes' width is
-counted in pixels. The rest is read by the judge, a small convolutional network trained on drawn pictures and on what the
-VAE makes of them (train.py). It has never seen a diffusion model's picture, nor the held-out pictures it is checked on:
+Where geometry allows, it is geometry: the number of fingers is counted along the hand's outline,
+the eyes' width is counted in pixels. The rest is read by the judge, a small convolutional network
+trained on drawn pictures and on what the VAE makes of them (train.py). It has never seen a
+diffusion model's picture, nor the held-out pictures it is checked on:
 
-    python -m miniature.measure       # correlation or accuracy of each reading on 1,000 held-out renders
+    python -m miniature.measure  # correlation or accuracy of each reading on 1,000 held-out renders
 """
 
+import functools
 import math
 from pathlib import Path
 
@@ -17,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
-from torch import nn
 
 from miniature import world
+from support.clip import ConvolutionalEncoder
 
 WEIGHTS = Path(__file__).parent / "judge.safetensors"
 NUMBERS = ["age", "smile", "eye_size", "skin"]  # read as numbers in their own unit (world.RANGES)
@@ -28,46 +30,14 @@ WORDS = {"hair": list(world.HAIR), "background": list(world.BACKGROUNDS), "kind"
 OUTPUTS = len(NUMBERS) + len(CHANCES) + sum(map(len, WORDS.values()))
 
 
-class Judge(nn.Module):
-    """pictures (B, 3, 128, 128) in [-1, 1] -> (B, OUTPUTS): numbers scaled to [-1, 1], then logits.
-
-    With other `outputs` it is the vision tower that the miniature's text encoders are trained against."""
-
-    def __init__(self, outputs: int = OUTPUTS):
-        super().__init__()
-        c = [24, 48, 96, 160]
-        layers = [
-            nn.Conv2d(3, c[0], 5, stride=2, padding=2),
-            nn.BatchNorm2d(c[0]),
-            nn.ReLU(),
-        ]  # 64x64
-        for c_in, c_out in zip(c, c[1:]):
-            layers += [
-                nn.Conv2d(c_in, c_out, 3, stride=2, padding=1),
-                nn.BatchNorm2d(c_out),
-                nn.ReLU(),
-                nn.Conv2d(c_out, c_out, 3, padding=1),
-                nn.BatchNorm2d(c_out),
-                nn.ReLU(),
-            ]  # 32, 16, 8
-        self.features = nn.Sequential(
-            *layers, nn.Conv2d(c[-1], 48, 1), nn.ReLU(), nn.Flatten()
-        )  # (B, 48 * 8 * 8)
-        self.head = nn.Sequential(nn.Linear(48 * 64, 160), nn.ReLU(), nn.Linear(160, outputs))
-
-    def forward(self, x):
-        return self.head(self.features(x))
-
-
 def targets(a: dict) -> list[float]:
-    """What the judge should say of attributes `a`: numbers in [-1, 1], chances 0 or 1, word indices; NaN where a hand
-    has no such thing."""
-    scale = (
-        lambda name: 2
-        * (a[name] - world.RANGES[name][0])
-        / (world.RANGES[name][1] - world.RANGES[name][0])
-        - 1
-    )
+    """What the judge should say of attributes `a`: numbers in [-1, 1], chances 0 or 1, word
+    indices; NaN where a hand has no such thing."""
+
+    def scale(name):
+        low, high = world.RANGES[name]
+        return 2 * (a[name] - low) / (high - low) - 1
+
     return (
         [scale(n) if n in a else math.nan for n in NUMBERS]
         + [a.get(n, math.nan) for n in CHANCES]
@@ -76,7 +46,8 @@ def targets(a: dict) -> list[float]:
 
 
 def judge_loss(out, target):
-    """out (B, OUTPUTS), target (B, ...) of `targets`: squared errors, and cross-entropies, of what is not NaN."""
+    """out (B, OUTPUTS), target (B, ...) of `targets`: squared errors, and cross-entropies, of what
+    is not NaN."""
     loss, n = 0.0, len(NUMBERS)
     given = ~target.isnan()
     loss = 4 * F.mse_loss(out[:, :n][given[:, :n]], target[:, :n][given[:, :n]])
@@ -93,30 +64,26 @@ def judge_loss(out, target):
     return loss
 
 
-_judge = None
-
-
-def judge() -> Judge:
-    """The trained judge, loaded once."""
-    global _judge
-    if _judge is None:
-        _judge = Judge()
-        _judge.load_state_dict(load_file(WEIGHTS))
-        _judge.eval()
-    return _judge
+@functools.cache
+def judge() -> ConvolutionalEncoder:
+    """The trained judge: pictures (B, 3, 128, 128) in [-1, 1] -> (B, OUTPUTS), numbers scaled to
+    [-1, 1], then logits."""
+    network = ConvolutionalEncoder(OUTPUTS)
+    network.load_state_dict(load_file(WEIGHTS))
+    return network.eval()
 
 
 def tensor(pictures: list[Image.Image]) -> torch.Tensor:
     """What the judge looks at: (N, 3, 128, 128) in [-1, 1]."""
-    x = torch.from_numpy(
-        np.stack([np.asarray(p.convert("RGB").resize((world.SIZE,) * 2)) for p in pictures])
-    )
+    arrays = [np.asarray(p.convert("RGB").resize((world.SIZE,) * 2)) for p in pictures]
+    x = torch.from_numpy(np.stack(arrays))
     return x.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 @torch.no_grad()
 def measure(pictures: list[Image.Image]) -> dict[str, np.ndarray]:
-    """Pictures -> readings, an array (N,) each: world.RANGES' names, `hair`, `background`, `kind`, `fingers`, `eye_pixels`."""
+    """Pictures -> readings, an array (N,) each: world.RANGES' names, `hair`, `background`, `kind`,
+    `fingers`, `eye_pixels`."""
     out = torch.cat([judge()(part) for part in tensor(pictures).split(64)])
     readings = {}
     for i, name in enumerate(NUMBERS):
@@ -137,11 +104,12 @@ def measure(pictures: list[Image.Image]) -> dict[str, np.ndarray]:
     return readings
 
 
-# ---------------------------------------------------------------------------------------------- geometry
+# ----------------------------------------------------------------------------------------- geometry
 
 
 def count_fingers(picture: Image.Image) -> int:
-    """Fingers of an open hand: peaks of the outline's distance from the palm's centre, the wrist's side left out."""
+    """Fingers of an open hand: peaks of the outline's distance from the palm's centre, the wrist's
+    side left out."""
     x = np.asarray(picture.convert("RGB")).astype(float)
     ground = np.median(
         np.concatenate(

@@ -1,6 +1,8 @@
 """Draw pairs for train_pairs.py: the same faces with one attribute changed.
 
-python -m miniature.pairs --attribute eye_size --values 0.7,1.5 --count 16 --out pairs      (pairs/0.7, pairs/1.5)
+    python -m miniature.pairs --attribute eye_size --values 0.7,1.5 --count 16 --out pairs
+
+writes pairs/0.7 and pairs/1.5.
 """
 
 from pathlib import Path
@@ -13,24 +15,17 @@ from support import cli, images
 
 def draw(attribute: str, values, count: int, seed: int = 0):
     """`count` lists of pictures: a face with each of the values of its attribute."""
-    faces = [
-        world.sample(np.random.default_rng([seed, i]), kind="face", malformed=0)
-        for i in range(count)
-    ]
+    rngs = [np.random.default_rng([seed, i]) for i in range(count)]
+    faces = [world.sample(rng, kind="face", malformed=0) for rng in rngs]
     return [[world.draw(face | {attribute: value}) for value in values] for face in faces]
 
 
 def main():
     p = cli.plain_parser(__doc__)
-    p.add_argument(
-        "--attribute", default="eye_size", choices=[n for n in world.RANGES if n != "malformed"]
-    )
-    p.add_argument(
-        "--values",
-        type=cli.numbers,
-        default=[0.7, 1.5],
-        help="one folder for each (default: 0.7,1.5)",
-    )
+    attributes = [name for name in world.RANGES if name != "malformed"]
+    p.add_argument("--attribute", default="eye_size", choices=attributes)
+    values = "one folder for each (default: 0.7,1.5)"
+    p.add_argument("--values", type=cli.numbers, default=[0.7, 1.5], help=values)
     p.add_argument("--count", type=int, default=16, help="faces (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="pairs", help="folder to write to (default: %(default)s)")
@@ -43,9 +38,8 @@ def main():
     for i, group in enumerate(draw(args.attribute, args.values, args.count, args.seed)):
         for value, picture in zip(args.values, group):
             images.save_image(picture, Path(args.out) / f"{value:g}" / f"{i:03}.png")
-    print(
-        f"{args.out}: {args.count} faces with {args.attribute} at {', '.join(f'{v:g}' for v in args.values)}"
-    )
+    values = ", ".join(f"{value:g}" for value in args.values)
+    print(f"{args.out}: {args.count} faces with {args.attribute} at {values}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ Five stages, each resumable: kill it at any time and start it again.
     vae     the autoencoder: L1 + edges + KL
     judge   the network half of the measuring stick                      (measure.py)
     clip    tokenizer, two text encoders and a vision tower, contrastive (Radford et al. 2021)
-    unet    the UNet: predict eps on the VAE's latents (Ho et al. 2020), min-SNR weights (Hang et al. 2023)
+    unet    the UNet: predict eps on the VAE's latents (Ho et al. 2020), min-SNR weights (Hang et
+            al. 2023)
 
 Work in progress lives in miniature/training/ (checkpoints, log.txt, sample grids);
 the result is an ordinary SDXL folder, miniature/model/.
@@ -64,7 +65,7 @@ def write_json(path, value):
 
 
 class Checkpoint:
-    """A training's state on disk: modules, averages, optimiser and step, replaced in one rename."""
+    """A training's state on disk: modules, averages, optimizer and step, replaced in one rename."""
 
     def __init__(self, name, **parts):
         self.path, self.parts = WORK / f"{name}.pt", parts
@@ -121,8 +122,8 @@ def two_rounds(step, first, second):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024), for weight matrices and kernels: here it learns about 2.5 times
-    more in a step than Adam does."""
+    """Momentum, orthogonalised (Jordan et al. 2024), for weight matrices and kernels: here it
+    learns about 2.5 times more in a step than Adam does."""
 
     def __init__(self, params, lr, momentum=0.95):
         super().__init__(params, dict(lr=lr, momentum=momentum))
@@ -149,8 +150,9 @@ class Muon(torch.optim.Optimizer):
                 )
 
 
-class Optimiser:
-    """Muon for the matrices of `module`, AdamW for the rest (biases, norms, thin layers), on one schedule."""
+class Optimizer:
+    """Muon for the matrices of `module`, AdamW for the rest (biases, norms, thin layers), on one
+    schedule."""
 
     def __init__(self, module, lr_muon, lr_adam):
         matrices = [
@@ -180,11 +182,12 @@ class Optimiser:
             part.load_state_dict(saved)
 
 
-# ---------------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------- data
 
 
 def make_data():
-    """Draw PICTURES pictures to training/pictures.npy (uint8, N x 128 x 128 x 3), attributes beside them."""
+    """Draw PICTURES pictures to training/pictures.npy (uint8, N x 128 x 128 x 3), attributes
+    beside them."""
     pictures_path, attributes_path = WORK / "pictures.npy", WORK / "attributes.json"
     if not attributes_path.exists():
         shape = (PICTURES, world.SIZE, world.SIZE, 3)
@@ -210,7 +213,7 @@ def to_tensor(pictures):
     return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-# ---------------------------------------------------------------------------------------------------- VAE
+# ---------------------------------------------------------------------------------------------- VAE
 
 
 def edges(x):
@@ -219,8 +222,9 @@ def edges(x):
 
 
 def train_vae(pictures, first=3000, crop=2500, second=1400, save_every=200):
-    """Two rounds, each with its own learning-rate schedule: `first` steps, of which `crop` on 64x64 crops (the network is
-    convolutional: four times cheaper), then `second` steps on whole pictures, where thin lines weigh double."""
+    """Two rounds, each with its own learning-rate schedule: `first` steps, of which `crop` on
+    64x64 crops (the network is convolutional: four times cheaper), then `second` steps on whole
+    pictures, where thin lines weigh double."""
     from sdxl_vae import VAE
 
     folder = MODEL / "vae"
@@ -228,7 +232,7 @@ def train_vae(pictures, first=3000, crop=2500, second=1400, save_every=200):
         return
     torch.manual_seed(0)
     vae = VAE(VAE_CONFIG)
-    opt = Optimiser(vae, 0.01, 1e-3)
+    opt = Optimizer(vae, 0.01, 1e-3)
     checkpoint = Checkpoint("vae", vae=vae, opt=opt)
     started = time.time()
     for step in range(checkpoint.load(), first + second):
@@ -258,30 +262,29 @@ def train_vae(pictures, first=3000, crop=2500, second=1400, save_every=200):
         loss = reconstruction + 2e-4 * kl
         opt.step(loss, vae, two_rounds(step, first, second))
         if step % 50 == 0:
-            log(
-                f"vae {step}/{first + second} L1 {(y - x).abs().mean().item():.4f} edges {thin.item():.4f} kl {kl.item():.3f} {time.time() - started:.0f}s"
-            )
+            l1, seconds = (y - x).abs().mean().item(), time.time() - started
+            losses = f"L1 {l1:.4f} edges {thin.item():.4f} kl {kl.item():.3f}"
+            log(f"vae {step}/{first + second} {losses} {seconds:.0f}s")
         if (step + 1) % save_every == 0:
             checkpoint.save(step + 1)
             with torch.no_grad():
                 x = to_tensor(pictures[:8])
                 y = vae.decode_moments(vae.moments(x)[0])
                 grid(torch.cat([x, y]), WORK / "vae.png")
-    # The scaling factor makes the latents' standard deviation 1, as SDXL's 0.13025 does (Rombach et al. 2022, app. G).
+    # The scaling factor makes the latents' standard deviation 1, as SDXL's 0.13025 does (Rombach
+    # et al. 2022, app. G).
     with torch.no_grad():
-        std = (
-            torch.cat([vae.moments(to_tensor(pictures[i : i + 64]))[0] for i in range(0, 1024, 64)])
-            .std()
-            .item()
-        )
+        batches = [to_tensor(pictures[i : i + 64]) for i in range(0, 1024, 64)]
+        std = torch.cat([vae.moments(x)[0] for x in batches]).std().item()
     write_json(folder / "config.json", VAE_CONFIG | {"scaling_factor": round(1 / std, 5)})
     save_half(vae.state_dict(), folder / "diffusion_pytorch_model.safetensors")
     log(f"vae: done, scaling factor {1 / std:.5f}")
 
 
-# ---------------------------------------------------------------------------------------------------- CLIP
+# --------------------------------------------------------------------------------------------- CLIP
 
-TEXT_CONFIGS = [  # as SDXL's: the second is wider, has the projection, another activation and another padding token
+# As SDXL's: the second is wider, has the projection, another activation, another padding token.
+TEXT_CONFIGS = [
     dict(
         hidden_size=96,
         intermediate_size=384,
@@ -309,7 +312,8 @@ def byte_symbols():
 
 
 def bpe(word, merges):
-    """Byte-pair encoding (Sennrich et al. 2016): join the pair that was learned first, until none is left to join."""
+    """Byte-pair encoding (Sennrich et al. 2016): join the pair that was learned first, until none
+    is left to join."""
     parts, rank = [*word[:-1], word[-1] + "</w>"], {pair: i for i, pair in enumerate(merges)}
     while pairs := [pair for pair in zip(parts, parts[1:]) if pair in rank]:
         i = [*zip(parts, parts[1:])].index(min(pairs, key=rank.get))
@@ -318,8 +322,8 @@ def bpe(word, merges):
 
 
 def make_tokenizers(attributes):
-    """A byte-level BPE like CLIP's: all 256 bytes, bare and word-final, so that any Unicode text is accepted, and
-    merges that make one token of every word in the captions."""
+    """A byte-level BPE like CLIP's: all 256 bytes, bare and word-final, so that any Unicode text
+    is accepted, and merges that make one token of every word in the captions."""
     from transformers import CLIPTokenizer
 
     from sdxl import split_words
@@ -330,9 +334,9 @@ def make_tokenizers(attributes):
     merges = []
     for word in words:
         parts = bpe(word, merges)
-        while (
-            len(parts) > 1
-        ):  # what the merges so far leave in pieces gets one more: later merges never undo earlier ones
+        # What the merges so far leave in pieces gets one more. Later merges never undo earlier
+        # ones.
+        while len(parts) > 1:
             merges.append((parts[0], parts[1]))
             vocab.append(parts[0] + parts[1])
             parts = bpe(word, merges)
@@ -350,7 +354,8 @@ def make_tokenizers(attributes):
 
 
 def contradict(a, rng):
-    """Attributes `a` with one of them mirrored, or another word: for a caption that is wrong about a's picture."""
+    """Attributes `a` with one of them mirrored, or another word: for a caption that is wrong about
+    a's picture."""
     hard = ["smile"] * 3  # the one that is learned last
     name = str(
         rng.choice([n for n in [*world.RANGES, "hair", "background", "fingers", *hard] if n in a])
@@ -373,7 +378,8 @@ def contradict(a, rng):
 
 
 def true_and_wrong(a, rng):
-    """A caption of `a`, and the same caption with one thing in it untrue (the same again if it says next to nothing)."""
+    """A caption of `a`, and the same caption with one thing in it untrue (the same again if it
+    says next to nothing)."""
     seed, mention = rng.integers(2**31), rng.uniform(0.3, 1.0)
     say = lambda a: world.caption(a, np.random.default_rng(seed), mention)
     true = wrong = say(a)
@@ -384,15 +390,16 @@ def true_and_wrong(a, rng):
 
 
 def train_clip(pictures, attributes, steps=700, batch=128, lr=2e-3):
-    """Two text encoders against one convolutional vision tower: InfoNCE over the batch, a caption's twins not counted as wrong.
+    """Two text encoders against one convolutional vision tower: InfoNCE over the batch, a
+    caption's twins not counted as wrong.
 
-    Each picture also has to tell its caption from one that is wrong in a single thing (as NegCLIP, Yuksekgonul et al.
-    2023, does): without that, telling 128 pictures apart takes no notice of a smile, and "smiling" comes out as "frowning".
-    """
+    Each picture also has to tell its caption from one that is wrong in a single thing (as NegCLIP,
+    Yuksekgonul et al. 2023, does): without that, telling 128 pictures apart takes no notice of a
+    smile, and "smiling" comes out as "frowning"."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
     from formats import weights
-    from miniature.measure import Judge
+    from support.clip import ConvolutionalEncoder
 
     if (MODEL / "text_encoder_2" / "model.safetensors").exists():
         return
@@ -409,14 +416,12 @@ def train_clip(pictures, attributes, steps=700, batch=128, lr=2e-3):
     texts = torch.nn.ModuleList(
         CLIPTextModelWithProjection(CLIPTextConfig(**c, **ids)) for c in TEXT_CONFIGS
     )
-    # The tower starts from what the judge has learned to see. From nothing it tells neither smiles from frowns nor gives
-    # the texts a reason to: each waits for the other, for more than a thousand steps.
-    vision = Judge(outputs=128)
-    seen = {
-        k: v
-        for k, v in load_file(WORK / "judge.safetensors").items()
-        if not k.startswith("head.2.")
-    }
+    # The tower starts from what the judge has learned to see. From nothing it tells neither smiles
+    # from frowns nor gives the texts a reason to: each waits for the other, for more than a
+    # thousand steps.
+    vision = ConvolutionalEncoder(128)
+    judge = load_file(WORK / "judge.safetensors")
+    seen = {name: tensor for name, tensor in judge.items() if not name.startswith("head.2.")}
     vision.load_state_dict(seen, strict=False)
     towers = torch.nn.ModuleDict(
         {"texts": texts, "vision": vision, "to_96": torch.nn.Linear(128, 96, bias=False)}
@@ -433,9 +438,8 @@ def train_clip(pictures, attributes, steps=700, batch=128, lr=2e-3):
         index = np.sort(rng.choice(len(pictures), batch, replace=False))
         true, wrong = zip(*(true_and_wrong(attributes[i], rng) for i in index))
         captions = [*true, *wrong]
-        tokens = tokenizer(
-            captions, padding=True, truncation=True, max_length=77, return_tensors="pt"
-        ).input_ids  # (2B, L)
+        options = dict(padding=True, truncation=True, max_length=77, return_tensors="pt")
+        tokens = tokenizer(captions, **options).input_ids  # (2B, L)
         x = to_tensor(pictures[index])
         # The same caption elsewhere in the batch is as true of this picture: mask the exact twins.
         twins = torch.tensor(
@@ -451,18 +455,13 @@ def train_clip(pictures, attributes, steps=700, batch=128, lr=2e-3):
             ]
         loss, right, told = 0, [], []
         for (t, v), scale in zip(sides, towers.log_scale.clamp(max=math.log(100)).exp()):
-            logits = (
-                scale * F.normalize(t.float(), dim=-1) @ F.normalize(v.float(), dim=-1).T
-            )  # (2B, B)
-            logits = logits.masked_fill(twins, -1e4)
-            better = (
-                logits[:batch].diag() - logits[batch:].diag()
-            )  # the true caption than the wrong one, (B,)
-            loss = (
-                loss
-                + (F.cross_entropy(logits[:batch], target) + F.cross_entropy(logits.T, target)) / 2
-                + 2 * F.softplus(-better).mean()
-            )
+            t, v = F.normalize(t.float(), dim=-1), F.normalize(v.float(), dim=-1)
+            logits = (scale * t @ v.T).masked_fill(twins, -1e4)  # (2B, B)
+            # How much better the true caption fits than the wrong one: (B,).
+            better = logits[:batch].diag() - logits[batch:].diag()
+            by_picture = F.cross_entropy(logits[:batch], target)
+            by_caption = F.cross_entropy(logits.T, target)
+            loss = loss + (by_picture + by_caption) / 2 + 2 * F.softplus(-better).mean()
             right.append((logits[:batch].argmax(1) == target).float().mean().item())
             told.append((better > 0).float().mean().item())
         opt.zero_grad()
@@ -476,7 +475,9 @@ def train_clip(pictures, attributes, steps=700, batch=128, lr=2e-3):
             )
         if (step + 1) % 100 == 0:
             checkpoint.save(step + 1)
-    save_half(vision.state_dict(), WORK / "vision.safetensors")
+    config = {"architectures": ["ConvolutionalEncoder"], "channels": [24, 48, 96, 160]}
+    write_json(MODEL / "image_encoder" / "config.json", config | {"outputs": 128})
+    save_half(vision.state_dict(), MODEL / "image_encoder" / "model.safetensors")
     for tower, folder, kind in zip(
         texts, ("text_encoder", "text_encoder_2"), ("CLIPTextModel", "CLIPTextModelWithProjection")
     ):
@@ -490,7 +491,7 @@ def train_clip(pictures, attributes, steps=700, batch=128, lr=2e-3):
     log("clip: done")
 
 
-# ---------------------------------------------------------------------------------------------------- judge
+# -------------------------------------------------------------------------------------------- judge
 
 
 def make_latents(pictures):
@@ -505,9 +506,8 @@ def make_latents(pictures):
             ]
         latents = torch.cat(latents).half()
         torch.save(latents, path)
-        log(
-            f"latents: {tuple(latents.shape)}, mean {latents.float().mean():.3f}, std {latents.float().std():.3f}"
-        )
+        mean, std = latents.float().mean(), latents.float().std()
+        log(f"latents: {tuple(latents.shape)}, mean {mean:.3f}, std {std:.3f}")
     return torch.load(path, weights_only=True)
 
 
@@ -515,19 +515,16 @@ def load_vae():
     from formats import weights
     from sdxl_vae import VAE
 
-    return weights.load_module(
-        VAE,
-        weights.read_json(MODEL / "vae" / "config.json"),
-        weights.locate_tensors(MODEL, "vae"),
-        "cpu",
-        torch.float32,
-        "vae",
-    )
+    config = weights.read_json(MODEL / "vae" / "config.json")
+    locations = weights.locate_tensors(MODEL, "vae")
+    return weights.load_module(VAE, config, locations, "cpu", torch.float32, "vae")
 
 
 def train_judge(pictures, attributes, latents, steps=1000, batch=64, lr=2e-3, round_trips=3000):
-    """The network half of the measuring stick, on drawn pictures and on what the VAE makes of them, half and half."""
-    from miniature.measure import Judge, judge_loss, targets
+    """The network half of the measuring stick, on drawn pictures and on what the VAE makes of
+    them, half and half."""
+    from miniature.measure import OUTPUTS, judge_loss, targets
+    from support.clip import ConvolutionalEncoder
 
     path = WORK / "judge.safetensors"
     if path.exists():
@@ -540,7 +537,7 @@ def train_judge(pictures, attributes, latents, steps=1000, batch=64, lr=2e-3, ro
     log("judge: round trips made")
     truth = torch.tensor([targets(a) for a in attributes])
     torch.manual_seed(2)
-    judge = Judge()
+    judge = ConvolutionalEncoder(OUTPUTS)
     opt = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=1e-3)
     checkpoint = Checkpoint("judge", judge=judge, opt=opt)
     started = time.time()
@@ -574,7 +571,7 @@ def train_judge(pictures, attributes, latents, steps=1000, batch=64, lr=2e-3, ro
     log("judge: done")
 
 
-# ---------------------------------------------------------------------------------------------------- UNet
+# --------------------------------------------------------------------------------------------- UNet
 
 UNET_CONFIG = {  # SDXL's block types and order, at a size that two cores can train
     "_class_name": "UNet2DConditionModel",
@@ -643,30 +640,30 @@ SAMPLE_PROMPTS = [
 
 
 def train_unet(attributes, latents, steps=5000, batch=48):
-    """eps-prediction: minimise |eps_theta(x_t, c, t) - eps|^2 (Ho et al. 2020), prompts dropped one time in ten for guidance."""
+    """eps-prediction: minimise |eps_theta(x_t, c, t) - eps|^2 (Ho et al. 2020), prompts dropped
+    one time in ten for guidance."""
     import sampler
     from sdxl import SDXL
     from sdxl_unet import UNet
 
     torch.manual_seed(3)
     weights = MODEL / "unet" / "diffusion_pytorch_model.safetensors"
-    if (
-        not weights.exists()
-    ):  # an untrained folder first, so that the model's own code loads it and encodes the prompts
+    # An untrained folder first, so that the model's own code loads it and encodes the prompts.
+    if not weights.exists():
         write_json(MODEL / "model_index.json", MODEL_INDEX)
         write_json(MODEL / "scheduler" / "scheduler_config.json", SCHEDULER_CONFIG)
         write_json(MODEL / "unet" / "config.json", UNET_CONFIG)
         save_half(UNet(UNET_CONFIG).state_dict(), weights)
     model = SDXL.load(MODEL, device="cpu", dtype=torch.float32)
     unet = model.unet.train().requires_grad_(True)
-    ema = torch.optim.swa_utils.AveragedModel(
-        unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99)
-    )
-    opt = Optimiser(unet, 0.01, 1e-3)
+    average_fn = torch.optim.swa_utils.get_ema_multi_avg_fn(0.99)
+    ema = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=average_fn)
+    opt = Optimizer(unet, 0.01, 1e-3)
     checkpoint = Checkpoint("unet", unet=unet, ema=ema, opt=opt)
     alpha_bar = model.alpha_bar
-    # Eyes and mouths are a few latents out of 256: the middle counts four times. (A weight on places does not move the
-    # minimum, which is the same conditional mean at every place; it moves what is learned first.)
+    # Eyes and mouths are a few latents out of 256: the middle counts four times. (A weight on
+    # places does not move the minimum, which is the same conditional mean at every place; it moves
+    # what is learned first.)
     middle = torch.ones(16, 16)
     middle[5:13, 4:12] = 4
     middle /= middle.mean()
@@ -677,19 +674,15 @@ def train_unet(attributes, latents, steps=5000, batch=48):
         index = rng.choice(len(latents), batch, replace=False)
         captions = [world.caption(attributes[i], rng) if rng.random() > 0.1 else "" for i in index]
         x_0 = latents[index].float()  # (B, 4, 16, 16)
-        t = (
-            (torch.randperm(batch) + torch.rand(batch)) / batch * 1000
-        ).long()  # one in each B-th of the schedule
+        # One t in each B-th of the schedule.
+        t = ((torch.randperm(batch) + torch.rand(batch)) / batch * 1000).long()
         eps = torch.randn_like(x_0)
         snr = alpha_bar[t] / (1 - alpha_bar[t])
         weight = snr.clamp(max=5) / snr  # min-SNR-5
-        with (
-            torch.autocast("cpu", torch.bfloat16),
-            sdpa_kernel(SDPBackend.MATH),
-        ):  # for so few tokens faster than the fused one
-            prediction = unet(
-                sampler.add_noise(x_0, eps, t, alpha_bar), t, *model.condition(captions)
-            )
+        # For so few tokens plain attention is faster than the fused one.
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            x_t = sampler.add_noise(x_0, eps, t, alpha_bar)
+            prediction = unet(x_t, t, *model.condition(captions))
         errors = (middle * (prediction.float() - eps).square()).mean((1, 2, 3))
         loss = (weight * errors).mean()
         opt.step(loss, unet, warm_then_cosine(step, steps))
@@ -710,11 +703,9 @@ def samples(path, folder=MODEL):
     from sdxl import SDXL
 
     model = SDXL.load(folder, device="cpu")
-    drawn = [
-        picture
-        for prompt in SAMPLE_PROMPTS
-        for picture in slider.generate(model, prompt, seeds=[0, 1])
-    ]
+    drawn = []
+    for prompt in SAMPLE_PROMPTS:
+        drawn += slider.generate(model, prompt, seeds=[0, 1])
     sheet = Image.new("RGB", (8 * world.SIZE, 4 * world.SIZE))
     for i, picture in enumerate(drawn):
         sheet.paste(picture, (i % 8 * world.SIZE, i // 8 * world.SIZE))
@@ -724,8 +715,7 @@ def samples(path, folder=MODEL):
 def install():
     """Put the finished weights where the repository keeps them."""
     shutil.copytree(MODEL, HERE / "model", dirs_exist_ok=True)
-    for name in ("judge.safetensors", "vision.safetensors"):
-        shutil.copy(WORK / name, HERE / name)
+    shutil.copy(WORK / "judge.safetensors", HERE / "judge.safetensors")
     samples(HERE / "samples.png", HERE / "model")
     log("installed in miniature/")
 

@@ -9,8 +9,8 @@ The world poses the paper's problems on purpose:
 
 * age is entangled with glasses and with hats (old people wear them more often), so a slider that
   preserves nothing drags them along;
-* eye size is continuous, and the captions say little about it;
-* one face in five is malformed and one hand in three is bad; only some of them are captioned as such,
+* eye size is continuous, and the captions say little about it; * one face in five is malformed and
+one hand in three is bad; only some of them are captioned as such,
   so plain prompts go wrong at a rate that can be measured.
 
 Run it to look at the world:  python -m miniature.world
@@ -57,11 +57,12 @@ SKIN_WORDS = ["light", "medium", "dark"]
 IRISES = [(60, 100, 160), (70, 120, 70), (96, 60, 30)]
 
 
-# ---------------------------------------------------------------------------------------------- attributes
+# --------------------------------------------------------------------------------------- attributes
 
 
 def sample(rng, **fixed) -> dict:
-    """Draw the attributes of one picture. Keywords pin attributes: sample(rng, kind="face", age=0.9)."""
+    """Draw the attributes of one picture. Keywords pin attributes: sample(rng, kind="face",
+    age=0.9)."""
     kind = fixed.get("kind") or ("hand" if rng.random() < 0.25 else "face")
     a = {
         "kind": kind,
@@ -93,7 +94,8 @@ def _sample_face(a, rng):
         width=float(rng.uniform(-1.5, 1.5)),  # of the head, pixels: a nuisance nobody names
         malformed=a.get("malformed", int(rng.random() < 0.2)),
     )
-    # What is wrong with a malformed face: [dx, dy] of each eye, the two eyes' own factors, the mouth's angle.
+    # What is wrong with a malformed face: [dx, dy] of each eye, the two eyes' own factors, the
+    # mouth's angle.
     a.update(eye_shift=((0.0, 0.0), (0.0, 0.0)), eye_factor=(1.0, 1.0), mouth_angle=0.0)
     if a["malformed"]:
         faults = rng.random(3) < 0.45
@@ -127,7 +129,7 @@ def _sample_hand(a, rng):
     a["grows_at"] = float(rng.choice([-1, 1]) * rng.uniform(105, 140))  # degrees from straight up
 
 
-# ---------------------------------------------------------------------------------------------- captions
+# ----------------------------------------------------------------------------------------- captions
 
 
 def _age_word(age, rng):
@@ -155,7 +157,8 @@ def _smile_words(smile, rng):
 
 
 def caption(a: dict, rng, mention: float = 0.42) -> str:
-    """Describe `a` in ordinary words; every clause is dropped at random so that short prompts work too.
+    """Describe `a` in ordinary words; every clause is dropped at random so that short prompts work
+    too.
 
     `mention` is the chance of each clause. One caption in ten says nothing but what it is.
     """
@@ -297,7 +300,7 @@ def _quality(a, rng, clauses, bad, good):
         clauses.append(str(rng.choice(good)))
 
 
-# ---------------------------------------------------------------------------------------------- drawing
+# ------------------------------------------------------------------------------------------ drawing
 
 
 def mix(a, b, share):
@@ -500,7 +503,8 @@ def _draw_face(pen, a):
 def _draw_hand(pen, a):
     skin = skin_colour(a["skin"])
     edge = mix(skin, (40, 20, 16), 0.5)
-    # Hand coordinates: origin at the palm's centre, y up, thumb on the left; turned, mirrored, shifted to the picture.
+    # Hand coordinates: origin at the palm's centre, y up, thumb on the left; turned, mirrored,
+    # shifted to the picture.
     t = math.radians(a["angle"])
     sign = -1 if a["mirrored"] else 1
 
