@@ -93,9 +93,9 @@ class Slider(nn.Module):
         ValueError for one rank that not every layer can have."""
         super().__init__()
         pick = lambda value, name: value[name] if isinstance(value, dict) else value
-        full_ranks = [min(len(m.weight), m.weight[0].numel()) for m in layers.values()]
-        if not isinstance(rank, dict) and not 1 <= rank <= (most := min(full_ranks, default=0)):
-            raise ValueError(f"rank: {rank} is not between 1 and {most}, a layer's full rank")
+        full = min((min(len(m.weight), m.weight[0].numel()) for m in layers.values()), default=0)
+        if not isinstance(rank, dict) and not 1 <= rank <= full:
+            raise ValueError(f"rank: {rank} is not between 1 and {full}, a layer's full rank")
         for name, layer in layers.items():
             self.add_module(kohya_name(name), LowRank(layer, pick(rank, name), pick(alpha, name)))
         self.scale, self.attached = 0.0, False

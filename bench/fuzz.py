@@ -30,7 +30,7 @@ import invert
 import lora
 from formats import slider_files, weights
 from sdxl import MINIATURE, SDXL
-from support import images, training
+from support import cost, images, inversions
 from support.checkpoint import Checkpoint
 
 CANARY = "code_that_ran"
@@ -294,12 +294,12 @@ def good_files(folder: Path, model) -> dict:
     made = invert.Inversion(
         torch.zeros(1, 4, 2, 2), [(torch.zeros(1, 7, 3), torch.zeros(1, 3), torch.zeros(1, 6))] * 2
     )
-    invert.kept(folder / "i.safetensors", lambda _: made)
+    inversions.cached(folder / "i.safetensors", lambda _: made)
     kinds["inversion"].append(
         (
             (folder / "i.safetensors").read_bytes(),
             "i.safetensors",
-            lambda p: invert.kept(p, lambda _: made),
+            lambda p: inversions.cached(p, lambda _: made),
             SAFETENSORS,
         )
     )
@@ -395,7 +395,7 @@ def run(n: int, seed: int, slow: float, memory: float) -> tuple[collections.Coun
                 def finding(text):
                     findings.append(f"{what}: {text}")
 
-                at_first, started = training.peak_memory(), time.time()
+                at_first, started = cost.peak_memory(), time.time()
                 limit = slow + 5 * what.startswith(
                     "folder"
                 )  # a model folder that is whole after all takes its time to load
@@ -413,8 +413,8 @@ def run(n: int, seed: int, slow: float, memory: float) -> tuple[collections.Coun
                     )
                 if time.time() - started > limit:
                     finding(f"took {time.time() - started:.1f} s")
-                if training.peak_memory() - at_first > memory * 2**20:
-                    finding(f"took {(training.peak_memory() - at_first) / 2**20:.0f} MiB")
+                if cost.peak_memory() - at_first > memory * 2**20:
+                    finding(f"took {(cost.peak_memory() - at_first) / 2**20:.0f} MiB")
                 if Path(CANARY).exists():
                     finding("CODE RAN")
                     Path(CANARY).unlink()

@@ -31,7 +31,7 @@ import sampler
 import student
 import train_text
 from miniature import effect
-from support import cli
+from support import cli, options, training
 
 TARGET = "a photo of a person"
 CONCEPTS = {  # attribute of the measuring stick -> positive, negative, --preserve
@@ -188,7 +188,7 @@ def ours(model, slider, prompts, *, eta, size, seed, recipe):
     train, held_out = train_text.teach(
         model, prompts, eta=eta, size=size, seed=seed, batch=4 * recipe["batch"]
     )
-    student.fit(
+    training.fit_targets(
         model.unet,
         slider,
         train,
@@ -237,12 +237,12 @@ def main():
     args = p.parse_args()
     args.dtype = args.dtype or cli.fast_dtype()
     model = cli.load_model(args)
-    size, recipe, path = (min(model.size, 512),) * 2, train_text.recipe(model.unet), Path(args.json)
+    size, recipe, path = (min(model.size, 512),) * 2, training.text_recipe(model.unet), Path(args.json)
     done = json.loads(path.read_text()) if path.exists() else []
     for attribute in args.attribute or ["eye_size"]:
         pos, neg, preserve = CONCEPTS[attribute]
         prompts = train_text.encode(
-            model, [TARGET], pos, neg, train_text.combinations(preserve), size
+            model, [TARGET], pos, neg, options.combinations(preserve), size
         )
         held_out = train_text.collect(
             model,

@@ -22,13 +22,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import invert
 import lora
-import sdxl_unet
 import train_space
 from formats.single_file import SDXL
 from sdxl import MINIATURE
 from sdxl_unet import UNet
 from sdxl_vae import VAE
-from support import training
+from support import cost, training
 from support.cli import DTYPES
 
 CONFIGS = {
@@ -79,7 +78,7 @@ def ours(config, dtype):
     def slider(checkpointing):
         slider = lora.Slider(lora.target_layers(unet)).attach(unet)
         slider.scale = 1.0
-        sdxl_unet.checkpointing(unet, checkpointing)
+        training.set_checkpointing(unet, checkpointing)
         return list(slider.parameters())
 
     return unet, slider
@@ -133,7 +132,7 @@ def measure(who, what, size, dtype, steps):
         seconds.append(time.time() - started)
     print(
         json.dumps(
-            {"seconds": seconds[1:], "first": seconds[0], "GiB": training.peak_memory() / 2**30}
+            {"seconds": seconds[1:], "first": seconds[0], "GiB": cost.peak_memory() / 2**30}
         )
     )
 
@@ -142,13 +141,13 @@ def measure(who, what, size, dtype, steps):
 def evaluate(side, n):
     """The frozen UNet on n samples at once, `side` latents wide."""
     unet = empty(UNet)
-    before, started = training.peak_memory(), time.time()
+    before, started = cost.peak_memory(), time.time()
     unet(*inputs(side=side, n=n))
     print(
         json.dumps(
             {
                 "seconds": [time.time() - started],
-                "GiB": training.peak_memory() / 2**30,
+                "GiB": cost.peak_memory() / 2**30,
                 "start": before / 2**30,
             }
         )
@@ -161,13 +160,13 @@ def decode(tile):
     torch.manual_seed(0)
     vae = VAE(SDXL["vae"]).eval()
     vae.tile = tile
-    before, started = training.peak_memory(), time.time()
+    before, started = cost.peak_memory(), time.time()
     vae.decode(torch.randn(1, 4, 128, 128))
     print(
         json.dumps(
             {
                 "seconds": [time.time() - started],
-                "GiB": training.peak_memory() / 2**30,
+                "GiB": cost.peak_memory() / 2**30,
                 "start": before / 2**30,
             }
         )
@@ -177,9 +176,9 @@ def decode(tile):
 def null_text(checkpointing):
     """One gradient of null-text inversion (invert.py): of the unconditional embedding, one sample of 512 pixels."""
     unet = empty(UNet)
-    sdxl_unet.checkpointing(unet, checkpointing)
+    training.set_checkpointing(unet, checkpointing)
     x_t, t, context, pooled, time_ids = inputs()
-    before, started = training.peak_memory(), time.time()
+    before, started = cost.peak_memory(), time.time()
     null = context.float().requires_grad_(), pooled.float().requires_grad_()
     _, loss = invert.step_loss(
         unet,
@@ -197,7 +196,7 @@ def null_text(checkpointing):
         json.dumps(
             {
                 "seconds": [time.time() - started],
-                "GiB": training.peak_memory() / 2**30,
+                "GiB": cost.peak_memory() / 2**30,
                 "start": before / 2**30,
             }
         )
@@ -222,8 +221,8 @@ def space(checkpointing):
     tower = CLIPVisionModelWithProjection(vit_l).eval().requires_grad_(False)
     see = lambda x: tower(pixel_values=F.adaptive_avg_pool2d((x + 1) / 2, 224)).image_embeds
     unet = empty(UNet)
-    sdxl_unet.checkpointing(unet, checkpointing)
-    sdxl_unet.checkpointing(vae, checkpointing)
+    training.set_checkpointing(unet, checkpointing)
+    training.set_checkpointing(vae, checkpointing)
     x_t, t, *cond = inputs()
     model = SimpleNamespace(
         unet=unet, vae=vae, alpha_bar=torch.linspace(1, 0, 1000), device="cpu", dtype=torch.bfloat16
@@ -237,13 +236,13 @@ def space(checkpointing):
         model, see, samples, tuple(cond), tuple(cond), v, rank=1, guidance=1.0, batch=1
     )
     slider = lora.Slider(lora.target_layers(unet, "xattn"), 1).attach(unet)
-    before, started = training.peak_memory(), time.time()
+    before, started = cost.peak_memory(), time.time()
     (1 - F.cosine_similarity(*of.change(slider, zero, zero, torch.ones(1)))).sum().backward()
     print(
         json.dumps(
             {
                 "seconds": [time.time() - started],
-                "GiB": training.peak_memory() / 2**30,
+                "GiB": cost.peak_memory() / 2**30,
                 "start": before / 2**30,
             }
         )

@@ -1,9 +1,11 @@
-"""Delayed activation, and eta at training against alpha at inference.  python -m experiments.activation
+"""Delayed activation, and eta at training against alpha at inference.
 
-* The age slider at scale 2, switched on after 0 to 80% of the denoising: what it does, and what of the picture it keeps.
-* Sliders trained at 0.5 to 4 times the default eta, drawn at scales that make eta times scale the same: is alpha at
-  inference the same knob as eta at training?
-"""
+    python -m experiments.activation
+
+* The age slider at scale 2, switched on after 0 to 80% of the denoising: what it does, and what of
+  the picture stays.
+* Sliders trained at 0.5 to 4 times the default eta, drawn at scales that make eta times scale the
+  same: is alpha at inference the same knob as eta at training?"""
 
 import functools
 
@@ -18,21 +20,21 @@ def main():
     lab = Lab(__doc__, "activation")
     (before,) = lab.draw([[]])
     age, shown = lab.text_slider("age"), {"plain": before}
+    draw = functools.cache(lambda start: lab.draw([[(age, 2.0, start)]])[0])
     for start in STARTS:
-        draw = functools.cache(
-            lambda: lab.draw([[(age, 2.0, start)]])[0]
-        )  # measured, and some of them shown
-        lab.once(f"start {start}", lambda: lab.edit("age", before, draw()))
+        lab.once(f"start {start}", lambda: lab.edit("age", before, draw(start)))
         if start in (0.0, 0.2, 0.4, 0.6):
-            shown[f"start {start}"] = draw()
+            shown[f"start {start}"] = draw(start)
     for factor in ETAS:
         for product in PRODUCTS:
+            scale = product / factor
 
             def measure():
                 slider = lab.text_slider("age", eta=factor * lab.recipe["eta"])
-                return lab.edit("age", before, lab.draw([[(slider, product / factor)]])[0])
+                (after,) = lab.draw([[(slider, scale)]])
+                return lab.edit("age", before, after)
 
-            lab.once(f"eta {factor:g} times the default, scale {product / factor:g}", measure)
+            lab.once(f"eta {factor:g} times the default, scale {scale:g}", measure)
     lab.sheet(list(shown.values()), list(shown))
 
 

@@ -1,27 +1,40 @@
-"""What the experiments share: the concepts, sliders trained once and kept, measures of an edit, results that survive a stop.
+"""What the experiments share: the concepts, sliders that are trained once, measures of an edit,
+results that survive a stop.
 
-Every experiment is `python -m experiments.NAME`; it writes experiments/results/NAME.json and NAME.png. With --model it runs
-the same on SDXL, with the prompts of the paper's experiments and real judges (evaluate.py; without the measuring stick).
-"""
+Every experiment is `python -m experiments.NAME`. It writes experiments/results/NAME.json and
+NAME.png. With --model it runs the same on SDXL, with the prompts of the paper's experiments and
+real judges (extras/metrics.py), without the measuring stick."""
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import lora
-import student
 import train_text
-from extras import evaluate
+from extras import metrics
 from miniature import effect
 from miniature.compose import PERSON, SLIDERS
-from support import cli, images, training
+from support import cli, images, options, training
+from support.options import default_help
 
 RESULTS = Path(__file__).parent / "results"
 
-# concept -> target prompt, what is added for the positive and the negative end, --preserve, what the measuring stick calls it
+
+class Concept(NamedTuple):
+    """What a text slider is trained for."""
+
+    target: str  # prompt
+    pos: str  # what is added to it at the positive end
+    neg: str
+    preserve: list[str]  # --preserve
+    attribute: str | None = None  # as the measuring stick calls it
+
+
 NAMES = {
     "eye_size": "eye size",
     "hair red": "red hair",
@@ -29,47 +42,32 @@ NAMES = {
     "background blue": "blue background",
 }
 TEN = {
-    NAMES.get(attribute, attribute): (PERSON, *words, attribute)
+    NAMES.get(attribute, attribute): Concept(PERSON, *words, attribute)
     for attribute, words in SLIDERS.items()
 }
-REPAIR = {
-    "faces": (
-        PERSON,
-        "well made, detailed face",
-        "distorted, deformed",
-        ["man, woman"],
-        "malformed",
-    ),
-    "hands": (
-        "a hand",
-        "realistic hands, five fingers, 8k hyperrealistic hands",
-        "poorly drawn hands, distorted hands, misplaced fingers",
-        [],
-        "malformed",
-    ),
-}
 MINIATURE = {name: TEN[name] for name in ("age", "smile", "eye size", "red hair")}
-PAPER = {  # the paper's text sliders (its Table 1), as its code spells the first
-    "age": (
-        "male person",
-        "very old",
-        "very young",
-        ["white, black, asian, indian, hispanic", "male, female"],
-        None,
-    ),
-    "curly hair": ("person", "with curly hair", "with straight hair", ["male, female"], None),
-    "sky": ("a scenery", "dark, cloudy sky", "clear, blue sky", [], None),
-    "rusty": ("car", "rusty, damaged", "pristine, brand new", [], None),
+
+WELL_MADE = "well made, detailed face"
+GOOD_HANDS = "realistic hands, five fingers, 8k hyperrealistic hands"
+BAD_HANDS = "poorly drawn hands, distorted hands, misplaced fingers"
+REPAIR = {
+    "faces": Concept(PERSON, WELL_MADE, "distorted, deformed", ["man, woman"], "malformed"),
+    "hands": Concept("a hand", GOOD_HANDS, BAD_HANDS, [], "malformed"),
 }
+
+# The paper's text sliders (its Table 1), as its code spells the first.
+PEOPLE = ["white, black, asian, indian, hispanic", "male, female"]
+PAPER = {
+    "age": Concept("male person", "very old", "very young", PEOPLE),
+    "curly hair": Concept("person", "with curly hair", "with straight hair", ["male, female"]),
+    "sky": Concept("a scenery", "dark, cloudy sky", "clear, blue sky", []),
+    "rusty": Concept("car", "rusty, damaged", "pristine, brand new", []),
+}
+GOOD_PEOPLE = "realistic, perfect limbs, high detail, high quality"
+BAD_PEOPLE = "poorly drawn limbs, bad anatomy, disfigured, low quality"
 PAPER_REPAIR = {
-    "faces": (
-        "person",
-        "realistic, perfect limbs, high detail, high quality",
-        "poorly drawn limbs, bad anatomy, disfigured, low quality",
-        [],
-        None,
-    ),
-    "hands": ("hands", *REPAIR["hands"][1:4], None),
+    "faces": Concept("person", GOOD_PEOPLE, BAD_PEOPLE, []),
+    "hands": Concept("hands", GOOD_HANDS, BAD_HANDS, []),
 }
 PAPER_PROMPTS = [
     "image of a person, 8k, realistic",
@@ -82,35 +80,19 @@ PAPER_PROMPTS = [
 class Lab:
     """The model, its judges, and the options of an experiment."""
 
-    def __init__(
-        self,
-        doc: str,
-        name: str,
-        more=lambda parser: None,
-        count: int = 32,
-        dtype: str | None = None,
-    ):
-        """more: adds options of this experiment to the parser. count, dtype: defaults of --pictures and --dtype (bfloat16, as the
-        committed results have it, where the processor is quick at it)."""
+    def __init__(self, doc, name, add_options=lambda parser: None, count=32, dtype=None):
+        """add_options: adds options of this experiment to the parser. count, dtype: defaults of
+        --pictures and --dtype (bfloat16, as the committed results have it, where the processor is
+        quick at it)."""
         p = cli.model_parser(doc)
-        more(p)
-        p.add_argument(
-            "--seed", type=int, default=0, help="of trainings and pictures (default: %(default)s)"
-        )
-        p.add_argument(
-            "--pictures",
-            type=int,
-            default=count,
-            help="seeds that are measured (default: %(default)s)",
-        )
-        p.add_argument(
-            "--out", default=str(RESULTS), help="folder of results (default: %(default)s)"
-        )
-        p.add_argument(
-            "--sliders",
-            default="out/experiments",
-            help="folder of trained sliders, used again if they are there (default: %(default)s)",
-        )
+        add_options(p)
+        seed = default_help("of trainings and pictures")
+        p.add_argument("--seed", type=int, default=0, help=seed)
+        pictures = default_help("seeds that are measured")
+        p.add_argument("--pictures", type=int, default=count, help=pictures)
+        p.add_argument("--out", default=str(RESULTS), help=default_help("folder of results"))
+        sliders = default_help("folder of trained sliders, used again if they are there")
+        p.add_argument("--sliders", default="out/experiments", help=sliders)
         self.args = p.parse_args()
         self.args.dtype = self.args.dtype or dtype or cli.fast_dtype()
         self.model = cli.load_model(self.args)
@@ -118,24 +100,17 @@ class Lab:
         if self.small:
             from miniature.judges import miniature_judges
 
-            self.judges, self.concepts, self.all_concepts, self.prompts = (
-                miniature_judges(self.model),
-                MINIATURE,
-                TEN | REPAIR,
-                effect.PROMPTS,
-            )
+            self.judges, self.prompts = miniature_judges(self.model), effect.PROMPTS
+            self.concepts, self.all_concepts = MINIATURE, TEN | REPAIR
         else:
-            self.judges, self.prompts = (
-                evaluate.real_judges(device=str(self.model.device)),
-                PAPER_PROMPTS,
-            )
+            self.judges = metrics.real_judges(device=str(self.model.device))
+            self.prompts = PAPER_PROMPTS
             self.concepts, self.all_concepts = PAPER, PAPER | PAPER_REPAIR
-        self.recipe = train_text.recipe(self.model.unet)
+        self.recipe = training.text_recipe(self.model.unet)
         self.size = (min(self.model.size, 512),) * 2
         self.seed = self.args.seed
-        self.seeds = list(
-            range(1000 + 1000 * self.seed, 1000 + 1000 * self.seed + self.args.pictures)
-        )
+        first = 1000 + 1000 * self.seed
+        self.seeds = list(range(first, first + self.args.pictures))
         self.path = Path(self.args.out) / f"{name}{f'_seed{self.seed}' if self.seed else ''}.json"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.results = json.loads(self.path.read_text()) if self.path.exists() else {}
@@ -150,103 +125,93 @@ class Lab:
 
     def encode(self, concept: str, preserve=None):
         """train_text.encode's three parts for `concept`. preserve: instead of its own."""
-        target, pos, neg, own, _ = self.all_concepts[concept]
-        combinations = train_text.combinations(own if preserve is None else preserve)
-        return train_text.encode(
-            self.model, [target], f"{target}, {pos}", f"{target}, {neg}", combinations, self.size
-        )
+        target, pos, neg, its_own, _ = self.all_concepts[concept]
+        preserved = options.combinations(its_own if preserve is None else preserve)
+        ends = (f"{target}, {pos}", f"{target}, {neg}")
+        return train_text.encode(self.model, [target], *ends, preserved, self.size)
 
     def text_slider(
-        self,
-        concept: str,
-        preserve=None,
-        full=False,
-        rank: int = 4,
-        seed: int | None = None,
-        **changes,
+        self, concept: str, preserve=None, full=False, rank=4, seed=None, **changes
     ) -> lora.Slider:
-        """A text slider of `concept`. preserve: instead of the concept's own; full: every weight of the same layers in place
-        of a LoRA; seed: another than the experiment's; changes: of eta, lr, steps, batch, trajectories."""
-        preserve = self.all_concepts[concept][3] if preserve is None else preserve
+        """A text slider of `concept`. preserve: instead of the concept's own. full: every weight
+        of the same layers in the place of a LoRA. seed: another than the experiment's. changes: of
+        eta, lr, steps, batch, trajectories."""
+        preserve = self.all_concepts[concept].preserve if preserve is None else preserve
         recipe = self.recipe | {"trajectories": 16} | changes
         seed = self.seed if seed is None else seed
-        name = "_".join(
-            [
-                concept,
-                "full" if full else f"r{rank}",
-                f"p{len(train_text.combinations(preserve))}",
-                f"seed{seed}",
-                *(f"{k}{v:g}" for k, v in changes.items()),
-            ]
-        ).replace(" ", "-")
-        teach = lambda: train_text.teach(
-            self.model,
-            self.encode(concept, preserve),
-            eta=recipe["eta"],
-            trajectories=recipe["trajectories"],
-            size=self.size,
-            seed=seed,
-            batch=4 * recipe["batch"],
-        )
-        return self.kept(
-            name, teach, recipe, Full if full else lora.Slider, *([] if full else [rank]), seed=seed
-        )
+        words = [concept, "full" if full else f"r{rank}"]
+        words += [f"p{len(options.combinations(preserve))}", f"seed{seed}"]
+        words += [f"{k}{v:g}" for k, v in changes.items()]
+        name = "_".join(words).replace(" ", "-")
 
-    def kept(self, name: str, teach, recipe, kind=lora.Slider, *rank, seed: int) -> lora.Slider:
-        """The slider of this name, trained if it is not in the folder."""
-        path = Path(self.args.sliders) / f"{name}.safetensors"
-        if kind is lora.Slider and path.exists():
-            return lora.load(path, self.model.unet)
+        def teach():
+            settings = {k: recipe[k] for k in ("eta", "trajectories")}
+            settings |= dict(size=self.size, seed=seed, batch=4 * recipe["batch"])
+            return train_text.teach(self.model, self.encode(concept, preserve), **settings)
+
+        return self.load_or_train(name, teach, recipe, None if full else rank, seed)
+
+    def load_or_train(self, name: str, teach, recipe: dict, rank: int | None, seed: int):
+        """The slider `name`, trained if it is not in the folder. teach: function that returns the
+        targets to train on and the meter's. recipe: steps, batch, lr. rank: None for a change of
+        every weight, which no file holds."""
+        path, unet = Path(self.args.sliders) / f"{name}.safetensors", self.model.unet
+        if rank is not None and path.exists():
+            return lora.load(path, unet)
         torch.manual_seed(seed)
-        new = kind(lora.target_layers(self.model.unet), *rank).to(self.model.device)
+        layers = lora.target_layers(unet)
+        slider = Full(layers) if rank is None else lora.Slider(layers, rank)
+        slider.to(self.model.device)
         train, held_out = teach()
-        new.attach(self.model.unet)
-        reading = student.fit(
-            self.model.unet,
-            new,
-            train,
-            held_out,
-            steps=recipe["steps"],
-            batch=recipe["batch"],
-            lr=recipe["lr"],
-            seed=seed,
-        )
-        new.detach()
-        new.requires_grad_(False)
-        if kind is lora.Slider:
-            lora.save(path, new, {"meter": reading})
-            return lora.load(path, self.model.unet)
-        return new
+        slider.attach(unet)
+        settings = {k: recipe[k] for k in ("steps", "batch", "lr")}
+        reading = training.fit_targets(unet, slider, train, held_out, seed=seed, **settings)
+        slider.detach()
+        slider.requires_grad_(False)
+        if rank is None:
+            return slider
+        lora.save(path, slider, {"meter": reading})
+        return lora.load(path, unet)
 
     def draw(self, columns, prompts=None, **settings):
-        """A list of pictures, one for each seed, for each column (slider.sweep's)."""
+        """A list of pictures, one for each seed, for each of `columns` (slider.sweep's)."""
         return effect.pictures(self.model, columns, self.seeds, prompts or self.prompts, **settings)
 
+    def clip_change(self, concept: str, before, after):
+        """(N,): change in CLIP score for the words of the concept's positive end."""
+        target, pos, *_ = self.all_concepts[concept]
+        return metrics.clip_change(self.judges, before, after, f"{target}, {pos}")
+
+    def lpips(self, before, after) -> dict:
+        """The mean with its interval."""
+        return metrics.interval(metrics.lpips(self.judges, before, after))
+
     def edit(self, concept: str, before, after) -> dict:
-        """What an edit did: change in CLIP score for the words that describe it, LPIPS, FID; on the miniature how far the
-        attribute moved (in its range, towards the positive end) and what else did."""
-        target, pos, _, _, attribute = self.all_concepts[concept]
+        """What an edit did: change in CLIP score, LPIPS, FID; on the miniature how far the
+        attribute moved, and what else did (`moved`)."""
         found = {
-            "clip_change": evaluate.interval(
-                evaluate.clip_change(self.judges, before, after, f"{target}, {pos}")
-            ),
-            "lpips": evaluate.interval(evaluate.lpips(self.judges, before, after)),
-            "fid": evaluate.fid(self.judges, before, after),
+            "clip_change": metrics.interval(self.clip_change(concept, before, after)),
+            "lpips": self.lpips(before, after),
+            "fid": metrics.fid(self.judges, before, after),
         }
+        attribute = self.all_concepts[concept].attribute
         return found | (moved(before, after, attribute) if self.small else {})
 
     def sheet(self, columns, names, rows: int = 4):
         """NAME.png: the first seeds' pictures in each column."""
         shown = [list(row) for row in zip(*(column[:rows] for column in columns))]
-        images.save_image(
-            images.contact_sheet(shown, names, [str(s) for s in self.seeds[:rows]]),
-            self.path.with_suffix(".png"),
-        )
+        self.save_sheet(shown, names, [str(seed) for seed in self.seeds[:rows]])
+
+    def save_sheet(self, rows, columns: list[str], row_names: list[str], name: str = ""):
+        """Write images.contact_sheet's sheet beside the results: NAME.png, or NAME_name.png."""
+        path = self.path.with_name(f"{self.path.stem}{'_' * bool(name)}{name}.png")
+        images.save_image(images.contact_sheet(rows, columns, row_names), path)
 
 
 def moved(before, after, attribute: str) -> dict:
-    """The measuring stick: mean change of the attribute in units of its range, with its interval; the mean change of each
-    other attribute without its sign: the largest, and their mean; and the share of malformed faces after the edit."""
+    """By the measuring stick: mean change of the attribute in units of its range, with its
+    interval; of the other attributes' mean changes, without their signs, the largest and the mean;
+    the share of malformed faces after the edit."""
     a, b = effect.attributes(before), effect.attributes(after)
     change = {name: (b[name] - a[name]) / effect.span(name) for name in a}
     others = {
@@ -256,7 +221,7 @@ def moved(before, after, attribute: str) -> dict:
     }
     worst = max(others, key=others.get)
     return {
-        "moved": evaluate.interval(change[attribute]),
+        "moved": metrics.interval(change[attribute]),
         "worst_other": worst,
         "worst_other_moved": others[worst],
         "mean_other_moved": float(np.mean(list(others.values()))),
@@ -270,17 +235,13 @@ class FullRank(nn.Module):
     def __init__(self, layer):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros_like(layer.weight, dtype=torch.float32))
-        self.like = (
-            [layer] if isinstance(layer, nn.Conv2d) else []
-        )  # in a list: not a part of this module
+        self.convolution = {}
+        if isinstance(layer, nn.Conv2d):
+            self.convolution = dict(stride=layer.stride, padding=layer.padding)
 
     def forward(self, x):
         W = self.weight.to(x.dtype)
-        return (
-            nn.functional.conv2d(x, W, None, self.like[0].stride, self.like[0].padding)
-            if self.like
-            else nn.functional.linear(x, W)
-        )
+        return F.conv2d(x, W, **self.convolution) if self.convolution else F.linear(x, W)
 
 
 class Full(lora.Slider):
@@ -289,4 +250,4 @@ class Full(lora.Slider):
     def __init__(self, layers):
         super().__init__({}, {}, {})
         for name, layer in layers.items():
-            self.add_module(lora.file_name(name), FullRank(layer))
+            self.add_module(lora.kohya_name(name), FullRank(layer))

@@ -1,65 +1,55 @@
-"""Does guidance multiply a slider?  python -m experiments.guidance
+"""Does guidance multiply a slider?
 
-A slider was taught at a prompt c_t, but is on in both predictions that guidance combines. If it makes the same change D in
-both, it passes through once: (eps_u + D) + g ((eps_c + D) - (eps_u + D)) = eps_u + g (eps_c - eps_u) + D.
+    python -m experiments.guidance
+
+A slider was taught at a prompt c_t, but is on in both predictions that guidance combines. If it
+makes the same change D in both, it passes through once:
+
+    (eps_u + D) + g ((eps_c + D) - (eps_u + D))  =  eps_u + g (eps_c - eps_u) + D
 
 * The change at scale 1 in eps_u against that in eps_c, at x_t of noises that training has not seen.
-* What the slider at scale 2 does to pictures drawn at guidance 1 to 10, each against the plain picture at the same guidance.
-"""
+* What the slider at scale 2 does to pictures drawn at guidance 1 to 10, each against the plain
+  picture at the same guidance."""
 
 import dataclasses
 import functools
 
 import torch
 
-import lora
 import student
 import train_text
 from experiments.common import Lab
 from support import cli
+from support.sweep import composed
 
 GUIDANCE = [1.0, 2.0, 3.0, 5.0, 7.5, 10.0]
 
 
 @torch.no_grad()
 def changes(lab, concept: str, slider) -> dict:
-    """Cosine between the slider's change of eps_u and its change of eps_c, and the length of the first in units of the second's."""
-    prompts = lab.encode(concept)
-    batch = 4 * lab.recipe["batch"]
-    seen = train_text.collect(
-        lab.model,
-        prompts,
-        eta=1.0,
-        trajectories=8,
-        per_trajectory=4,
-        size=lab.size,
-        seed=1000 + lab.seed,
-        batch=batch,
-    )
+    """Cosine between the slider's change of eps_u and its change of eps_c, and the length of the
+    first in units of the second's."""
+    prompts, batch = lab.encode(concept), 4 * lab.recipe["batch"]
+    settings = dict(eta=1.0, trajectories=8, per_trajectory=4, size=lab.size, batch=batch)
+    seen = train_text.collect(lab.model, prompts, seed=1000 + lab.seed, **settings)
     at_c = seen[seen.scale > 0]  # every x_t once
     at_u = dataclasses.replace(at_c, cond=prompts[2], prompt=torch.zeros_like(at_c.prompt))
-    with lora.hung(lab.model.unet, [(slider, 1.0, 0.0)]):
-        D_c, D_u = (
-            torch.cat(
-                [
-                    change(lab.model.unet, slider, samples[rows])
-                    for rows in torch.arange(len(samples)).split(batch)
-                ]
-            )
-            for samples in (at_c, at_u)
-        )
-    return {
-        "cosine": torch.cosine_similarity(D_u.flatten(), D_c.flatten(), 0).item(),
-        "length": (D_u.norm() / D_c.norm()).item(),
-    }
+
+    def all_changes(samples):
+        batches = torch.arange(len(samples)).split(batch)
+        return torch.cat([change(lab.model.unet, slider, samples[rows]) for rows in batches])
+
+    with composed(lab.model.unet, [(slider, 1.0, 0.0)]):
+        D_c, D_u = all_changes(at_c), all_changes(at_u)
+    cosine = torch.cosine_similarity(D_u.flatten(), D_c.flatten(), 0).item()
+    return {"cosine": cosine, "length": (D_u.norm() / D_c.norm()).item()}
 
 
 def change(unet, slider, samples):
     """eps_1 - eps_0, (b, 4, h, w)."""
     off = dataclasses.replace(samples, scale=torch.zeros_like(samples.scale))
-    return (
-        student.predict(unet, slider, samples).float() - student.predict(unet, slider, off).float()
-    )
+    eps_1, eps_0 = (student.predict(unet, slider, at).float() for at in (samples, off))
+    return eps_1 - eps_0
 
 
 def main():
@@ -69,9 +59,8 @@ def main():
         slider = lab.text_slider(concept)
         lab.once(concept, lambda: changes(lab, concept, slider))
         for g in GUIDANCE:
-            draw = functools.cache(
-                lambda: lab.draw([[(slider, 2.0)]], guidance=g)[0]
-            )  # measured, and some of them shown
+            # Measured, and drawn again only if it is shown and was measured by an earlier run.
+            draw = functools.cache(lambda: lab.draw([[(slider, 2.0)]], guidance=g)[0])
             lab.once(f"{concept}: guidance {g:g}", lambda: lab.edit(concept, plain(g), draw()))
             if concept == "age" and g in (1, 5, 10):
                 shown += [(f"guidance {g:g}", plain(g)), ("age 2", draw())]

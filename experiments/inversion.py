@@ -13,7 +13,7 @@ import invert
 import sampler
 import slider
 from experiments.common import Lab
-from extras import evaluate
+from extras import metrics
 from miniature import effect, world
 from support import cli, images
 
@@ -54,12 +54,12 @@ def main():
     settings = dict(alpha_bar=model.alpha_bar, steps=STEPS, guidance=GUIDANCE)
     parts = [slice(i, i + 16) for i in range(0, len(originals), 16)]
     z, cond, empty = (
-        model.latents(originals),
+        model.encode(originals),
         model.condition(prompts, lab.size),
         model.condition([""], lab.size),
     )
-    roundtrip = model.pictures(z)
-    lab.once("VAE alone", lambda: {"psnr": evaluate.interval(evaluate.psnr(originals, roundtrip))})
+    roundtrip = model.decode(z)
+    lab.once("VAE alone", lambda: {"psnr": metrics.interval(metrics.psnr(originals, roundtrip))})
 
     def inverted(method):
         for part in parts:
@@ -83,7 +83,7 @@ def main():
             for part, inversion in inverted(method):
                 found[method, part.start] = inversion
                 n += inversion.evaluations
-                drawn += model.pictures(
+                drawn += model.decode(
                     sampler.sample(
                         model.unet,
                         inversion.x_T,
@@ -94,8 +94,8 @@ def main():
                 )
             shown[method] = drawn
             return {
-                "psnr": evaluate.interval(evaluate.psnr(originals, drawn)),
-                "lpips": evaluate.interval(evaluate.lpips(lab.judges, originals, drawn)),
+                "psnr": metrics.interval(metrics.psnr(originals, drawn)),
+                "lpips": metrics.interval(metrics.lpips(lab.judges, originals, drawn)),
                 "evaluations": n / len(originals),
             }
 
@@ -137,8 +137,8 @@ def main():
                         lab.path.with_name(f"{lab.path.stem}_{concept.replace(' ', '_')}.png"),
                     )
                 result = {
-                    "lpips at 0": evaluate.interval(
-                        evaluate.lpips(lab.judges, originals, columns[SCALES.index(0.0)])
+                    "lpips at 0": metrics.interval(
+                        metrics.lpips(lab.judges, originals, columns[SCALES.index(0.0)])
                     )
                 }
                 if lab.small:

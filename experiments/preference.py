@@ -14,7 +14,7 @@ from pathlib import Path
 
 import page as drag
 
-from extras import evaluate
+from extras import metrics
 from support import cli, images
 
 PAGE = """<!doctype html>
@@ -132,7 +132,7 @@ def count(files: list[Path]) -> dict:
         "b": n["b"],
         "neither": n[""],
         "raters": len({r["rater"] for r in last}),
-        "share": evaluate.wilson(n["b"], decided),
+        "share": metrics.wilson(n["b"], decided),
         "p": min(1.0, 2 * tail),
         "left": sum(r["side"] == "1" for r in last) / decided,
     }

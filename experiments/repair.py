@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.common import Lab, moved
-from extras import evaluate
+from extras import metrics
 from miniature import world
 from miniature.measure import measure
 from support import cli, images
@@ -95,12 +95,12 @@ def main():
         )  # drawn if anything is still to be measured
 
         def measured(after):
-            found = {"fid": evaluate.fid(lab.judges, after, good)} if good else {}
-            found["lpips"] = evaluate.interval(evaluate.lpips(lab.judges, every()[0], after))
+            found = {"fid": metrics.fid(lab.judges, after, good)} if good else {}
+            found["lpips"] = metrics.interval(metrics.lpips(lab.judges, every()[0], after))
             if lab.small:
                 a, b = measure(every()[0]), measure(after)
                 found |= {
-                    "wrong": evaluate.wilson(int(wrong(b, what).sum()), len(after)),
+                    "wrong": metrics.wilson(int(wrong(b, what).sum()), len(after)),
                     "mended": int((wrong(a, what) & ~wrong(b, what)).sum()),
                     "broken": int((~wrong(a, what) & wrong(b, what)).sum()),
                     "kept": kept(a, b),

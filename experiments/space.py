@@ -1,6 +1,6 @@
 """SliderSpace: eight sliders from "a photo of a person", what they move, and directions at random as a control.  python -m experiments.space
 
-Three sets of directions in the same span: principal ones, as in the paper; the same turned to independent ones (spread.turned);
+Three sets of directions in the same span: principal ones, as in the paper; the same turned to independent ones (train_space.independent_rotation);
 and the same turned at random, as a control.
 
 * Effect: the features of held-out seeds at scales -2 to 2, along each slider's own direction; the effect of a slider is the mean
@@ -22,7 +22,8 @@ import slider
 import train_space
 from experiments.common import Lab
 from miniature import effect
-from support import checkpoint, cli, images, spread, training
+from support import checkpoint, cli, clip, images, training
+from support.batches import in_batches
 
 PROMPT = "a photo of a person"
 K, SAMPLES, TRAIN_SAMPLES = 8, 512, 128
@@ -45,7 +46,7 @@ def main():
         dtype="float32",
     )
     model = lab.model
-    clip, encode = spread.towers(lab.args, model)
+    clip, encode = clip.towers(lab.args, model)
     cond, uncond = model.condition([PROMPT], lab.size), model.condition([""], lab.size)
     recipe = training.recipe(model.unet, train_space.SMALL, train_space.LARGE)
     drawing = dict(steps=20, guidance=5.0, start=train_space.START)
@@ -73,12 +74,12 @@ def main():
             batch=32,
             **drawing,
         )
-        return drawn, train_space.of_all(
-            SAMPLES, 32, lambda rows: spread.features(model, clip, drawn.x_0[rows]), "features"
+        return drawn, in_batches(
+            SAMPLES, 32, lambda rows: clip.features(model, clip, drawn.x_0[rows]), "features"
         )
 
     def directions(kind):
-        v, sigma, share = spread.directions(samples()[1], K, independent=kind == "independent")
+        v, sigma, share = train_space.directions(samples()[1], K, independent=kind == "independent")
         return (
             (*turned_at_random(v, sigma, lab.seed), None) if kind == "random" else (v, sigma, share)
         )
@@ -125,7 +126,7 @@ def main():
         v, _, share = directions(kind)
         sliders, v, rows, effects = sliders_for(kind), v.cpu(), [], []
         seconds = time.time() - started
-        hints = spread.names(encode, PROMPT, spread.words_of(model), v)
+        hints = clip.name_directions(encode, PROMPT, clip.words_of(model), v)
         for i, one in enumerate(sliders):
             drawn = draw(lab.seeds, [[(one, s)] for s in train_space.SCALES])
             f = [look(column) for column in drawn]

@@ -12,7 +12,7 @@ import torch
 import lora
 import train_pairs
 from experiments.common import Lab
-from extras import evaluate
+from extras import metrics
 from miniature import effect, measure
 from miniature import pairs as drawn_pairs
 from support import cli, images, training
@@ -34,7 +34,7 @@ def main():
         ]
     else:
         groups = drawn_pairs.draw("eye_size", [0.6, 1.6], 16, lab.seed)
-    latents = torch.stack([lab.model.latents(group) for group in groups])  # (n, 2, 4, h, w)
+    latents = torch.stack([lab.model.encode(group) for group in groups])  # (n, 2, 4, h, w)
     cond, recipe = lab.model.condition([PROMPT], lab.size), training.recipe(lab.model.unet)
 
     def by_pairs(name, which, scales, target, **changes):
@@ -71,7 +71,7 @@ def main():
             before = drawn[SCALES.index(0.0)]
             found = {
                 "lpips": [
-                    evaluate.interval(evaluate.lpips(lab.judges, before, after))["mean"]
+                    metrics.interval(metrics.lpips(lab.judges, before, after))["mean"]
                     for after in drawn
                 ]
             }
@@ -83,7 +83,7 @@ def main():
                     if k not in ("attribute", "scales")
                 }
                 found["pixels"] = [
-                    evaluate.interval([measure.eye_pixels(p) for p in column]) for column in drawn
+                    metrics.interval([measure.eye_pixels(p) for p in column]) for column in drawn
                 ]
                 found["malformed"] = (table["malformed"] > 0.5).mean(1).tolist()
             return found

@@ -1,12 +1,13 @@
 """How far did an edit go, and what did it cost the picture?
 
-    python -m extras.evaluate --original out/plain --edited out/old --prompt "a photo of an old
-    person"
+    python -m extras.evaluate --original out/plain --edited out/old \\
+        --prompt "a photo of an old person"
 
 Change in CLIP score, LPIPS and FID (extras/metrics.py) of pictures matched by file name, with 95%
-bootstrap intervals over the pictures. The judges of real pictures need `pip install -r
-requirements-judges.txt`. With --judges miniature they are the miniature's own networks
-(miniature/judges.py), whose numbers compare with nothing but each other."""
+bootstrap intervals over the pictures. The judges of real pictures are CLIP ViT-B/32, LPIPS on
+AlexNet and Inception: pip install -r requirements-judges.txt. With --judges miniature they are the
+miniature's own networks (miniature/judges.py), whose numbers compare with nothing but each other.
+"""
 
 import json
 from pathlib import Path

@@ -4,7 +4,7 @@
 
 Serves http://127.0.0.1:8000 to this machine alone. Every position of the sliders is drawn when it
 is asked for: about a second on the miniature. For a page to keep or to send, with its pictures
-inside, see slider.py --html. """
+inside, see slider.py --html."""
 
 import http.server
 import io

@@ -1,12 +1,12 @@
 """How far did an edit go, and what did it cost the picture? The measures of the paper.
 
-* change in CLIP score (Hessel et al. 2021): 100 cos(picture, prompt), edited less original; *
-LPIPS (Zhang et al. 2018): the distance of two pictures in a network's features, 0 for the same; *
-FID (Heusel et al. 2017): the distance of two sets of pictures, as Gaussians in a network's
-features;
+* change in CLIP score (Hessel et al. 2021): 100 cos(picture, prompt), edited less original;
+* LPIPS (Zhang et al. 2018): the distance of two pictures in a network's features, 0 for the same;
+* FID (Heusel et al. 2017): the distance of two sets of pictures, as Gaussians in a network's
+  features.
 
-and 95% intervals. The judges of real pictures are CLIP ViT-B/32, LPIPS on AlexNet and Inception.
-"""
+And 95% intervals for them. The judges of real pictures are CLIP ViT-B/32, LPIPS on AlexNet and
+Inception."""
 
 import functools
 from collections.abc import Callable
@@ -133,9 +133,8 @@ def real_judges(
 
     @functools.cache
     def load_clip():
-        return CLIPModel.from_pretrained(clip).eval().to(device), CLIPProcessor.from_pretrained(
-            clip
-        )
+        net = CLIPModel.from_pretrained(clip).eval().to(device)
+        return net, CLIPProcessor.from_pretrained(clip)
 
     @functools.cache
     def load_lpips():

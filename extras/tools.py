@@ -187,9 +187,8 @@ def bake(args, unet):
         shutil.rmtree(unfinished, ignore_errors=True)
         shutil.copytree(source, unfinished, ignore=ignore_unet_weights)
     names_of: dict[Path, dict[str, str]] = {}  # file -> {name there: released name}
-    for name, (file, there, _) in (
-        weights.find_weights(args.model, args.base).locations["unet"].items()
-    ):
+    locations = weights.find_weights(args.model, args.base).locations["unet"]
+    for name, (file, there, _) in locations.items():
         names_of.setdefault(file, {})[there] = name
     rounding, store = Rounding(), cli.DTYPES.get(args.store)
     for file, names in names_of.items():

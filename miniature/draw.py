@@ -1,8 +1,8 @@
 """slider.py for the miniature, where what is seen can be measured: the same options, and under each
 picture of an --html page what the measuring stick reads of it.
 
-    python -m miniature.draw --prompt "a portrait of a person" --slider age.safetensors --html
-    age.html
+    python -m miniature.draw --prompt "a portrait of a person" --slider age.safetensors \\
+        --html age.html
 """
 
 import slider

@@ -134,7 +134,10 @@ def main():
     p.add_argument("slider", help="slider file")
     attribute = "what it is meant to move"
     p.add_argument("--attribute", required=True, choices=world.RANGES, help=attribute)
-    prompt = "instead of the eight, less those that name the attribute; may be repeated, in turn"
+    prompt = (
+        "instead of the eight, less those that name the attribute; "
+        "may be repeated, seeds take them in turn"
+    )
     p.add_argument("--prompt", action="append", help=prompt)
     seeds = dict(default=list(range(1000, 1064)), help="default: 1000-1063")
     p.add_argument("--seeds", type=cli.seed_list, **seeds)
@@ -149,23 +152,15 @@ def main():
         raise ValueError("--scales: two at least, or nothing can move")
     model = cli.load_model(args)
     loaded = lora.load(args.slider, model.unet)
-    prompts = args.prompt or [
-        p for p in PROMPTS if not NAMED.get(args.attribute, set()) & set(split_words(p))
-    ]
-    table = readings(
-        model,
-        [[(loaded, scale)] for scale in args.scales],
-        args.seeds,
-        prompts,
-        steps=args.steps,
-        start=args.start,
-        guidance=args.guidance,
-    )
+    named = NAMED.get(args.attribute, set())
+    prompts = args.prompt or [p for p in PROMPTS if not named & set(split_words(p))]
+    settings = {name: getattr(args, name) for name in ("steps", "start", "guidance")}
+    columns = [[(loaded, scale)] for scale in args.scales]
+    table = readings(model, columns, args.seeds, prompts, **settings)
     print(f"{'':18}" + "".join(f"{s:+8g}" for s in args.scales) + "   moved")
     for name, rows in table.items():
-        print(
-            f"{name:18}" + "".join(f"{m:8.2f}" for m in rows.mean(1)) + f"{moved(rows, name):8.0%}"
-        )
+        means = "".join(f"{mean:8.2f}" for mean in rows.mean(1))
+        print(f"{name:18}{means}{moved(rows, name):8.0%}")
     result = summary(table, args.attribute, args.scales)
     print(
         f"{args.attribute}: moves {result['moved']:.0%} of its range, {order(result['means'])}; "

@@ -48,16 +48,17 @@ def targets(a: dict) -> list[float]:
 def judge_loss(out, target):
     """out (B, OUTPUTS), target (B, ...) of `targets`: squared errors, and cross-entropies, of what
     is not NaN."""
-    loss, n = 0.0, len(NUMBERS)
     given = ~target.isnan()
-    loss = 4 * F.mse_loss(out[:, :n][given[:, :n]], target[:, :n][given[:, :n]])
-    chances, known = target[:, n : n + len(CHANCES)], given[:, n : n + len(CHANCES)]
-    loss = loss + F.binary_cross_entropy_with_logits(
-        out[:, n : n + len(CHANCES)][known], chances[known]
-    )
-    at = n + len(CHANCES)
+    numbers = slice(0, len(NUMBERS))
+    chances = slice(len(NUMBERS), len(NUMBERS) + len(CHANCES))
+    known = given[:, numbers]
+    loss = 4 * F.mse_loss(out[:, numbers][known], target[:, numbers][known])
+    known = given[:, chances]
+    cross_entropy = F.binary_cross_entropy_with_logits
+    loss = loss + cross_entropy(out[:, chances][known], target[:, chances][known])
+    at = chances.stop
     for i, words in enumerate(WORDS.values()):
-        column = target[:, n + len(CHANCES) + i]
+        column = target[:, chances.stop + i]
         known = ~column.isnan()
         loss = loss + 0.5 * F.cross_entropy(out[known, at : at + len(words)], column[known].long())
         at += len(words)
@@ -95,13 +96,10 @@ def measure(pictures: list[Image.Image]) -> dict[str, np.ndarray]:
     for name, words in WORDS.items():
         readings[name] = np.array(words)[out[:, at : at + len(words)].argmax(1).numpy()]
         at += len(words)
-    readings["fingers"] = np.array(
-        [count_fingers(p) if kind == "hand" else 0 for p, kind in zip(pictures, readings["kind"])]
-    )
-    readings["eye_pixels"] = np.array(
-        [eye_pixels(p) if kind == "face" else 0.0 for p, kind in zip(pictures, readings["kind"])]
-    )
-    return readings
+    both = list(zip(pictures, readings["kind"]))
+    fingers = [count_fingers(p) if kind == "hand" else 0 for p, kind in both]
+    widths = [eye_pixels(p) if kind == "face" else 0.0 for p, kind in both]
+    return readings | {"fingers": np.array(fingers), "eye_pixels": np.array(widths)}
 
 
 # ----------------------------------------------------------------------------------------- geometry
@@ -111,28 +109,19 @@ def count_fingers(picture: Image.Image) -> int:
     """Fingers of an open hand: peaks of the outline's distance from the palm's centre, the wrist's
     side left out."""
     x = np.asarray(picture.convert("RGB")).astype(float)
-    ground = np.median(
-        np.concatenate(
-            [x[:6].reshape(-1, 3), x[:60, :4].reshape(-1, 3), x[:60, -4:].reshape(-1, 3)]
-        ),
-        0,
-    )
+    edges = [edge.reshape(-1, 3) for edge in (x[:6], x[:60, :4], x[:60, -4:])]
+    ground = np.median(np.concatenate(edges), 0)
     hand = np.abs(x - ground).sum(-1) > 40  # (H, W)
     # The palm's centre is the middle of the largest disc that fits: what survives erosion longest.
-    hand_left, left, radius = hand.copy(), hand, 0
-    while left.any():
-        hand_left, radius = left, radius + 1
-        left = (
-            left
-            & np.roll(left, 1, 0)
-            & np.roll(left, -1, 0)
-            & np.roll(left, 1, 1)
-            & np.roll(left, -1, 1)
-        )
-        left[0] = left[-1] = left[:, 0] = left[:, -1] = False
+    palm, eroded, radius = hand.copy(), hand, 0
+    while eroded.any():
+        palm, radius = eroded, radius + 1
+        eroded = palm & np.roll(palm, 1, 0) & np.roll(palm, -1, 0)
+        eroded = eroded & np.roll(palm, 1, 1) & np.roll(palm, -1, 1)
+        eroded[0] = eroded[-1] = eroded[:, 0] = eroded[:, -1] = False
     if radius < 8:
         return 0
-    cy, cx = np.argwhere(hand_left).mean(0)
+    cy, cx = np.argwhere(palm).mean(0)
     hand = connected(hand, round(cy), round(cx))  # without specks: a pixel in a corner is no finger
     # How far the hand reaches in each direction, from straight down (the wrist) once around.
     angles = np.radians(np.arange(42, 318.1, 0.5))
@@ -189,34 +178,27 @@ def check(n: int = 1000) -> dict[str, float]:
     truth = [world.sample(rng) for _ in range(n)]
     readings = measure([world.draw(a) for a in truth])
     faces = np.array([a["kind"] == "face" for a in truth])
+    everything = np.ones(n, bool)
+
+    def true(name, of):
+        """The attribute `name` of those pictures that the mask `of` (n,) picks."""
+        return np.array([a[name] for a, picked in zip(truth, of) if picked])
+
     result = {}
     for name in NUMBERS:
-        known = faces if name != "skin" else np.ones(n, bool)
-        result[name] = float(
-            np.corrcoef([a[name] for a, k in zip(truth, known) if k], readings[name][known])[0, 1]
-        )
+        of = everything if name == "skin" else faces
+        result[name] = np.corrcoef(true(name, of), readings[name][of])[0, 1]
     for name in CHANCES:
-        known = faces if name != "malformed" else np.ones(n, bool)
-        result[name] = float(
-            np.mean(
-                [bool(a[name]) == (r > 0.5) for a, r, k in zip(truth, readings[name], known) if k]
-            )
-        )
+        of = everything if name == "malformed" else faces
+        result[name] = np.mean(true(name, of).astype(bool) == (readings[name][of] > 0.5))
     for name in WORDS:
-        known = faces if name == "hair" else np.ones(n, bool)
-        result[name] = float(
-            np.mean([a[name] == r for a, r, k in zip(truth, readings[name], known) if k])
-        )
-    result["fingers"] = float(
-        np.mean([a["fingers"] == r for a, r, k in zip(truth, readings["fingers"], faces) if not k])
-    )
-    fine = np.array([bool(f) and not a["malformed"] for f, a in zip(faces, truth)])
-    result["eye_pixels"] = float(
-        np.corrcoef(
-            [a["eye_size"] for a, k in zip(truth, fine) if k], readings["eye_pixels"][fine]
-        )[0, 1]
-    )
-    return result
+        of = faces if name == "hair" else everything
+        result[name] = np.mean(true(name, of) == readings[name][of])
+    result["fingers"] = np.mean(true("fingers", ~faces) == readings["fingers"][~faces])
+    well_formed = faces & ~true("malformed", everything).astype(bool)
+    widths = readings["eye_pixels"][well_formed]
+    result["eye_pixels"] = np.corrcoef(true("eye_size", well_formed), widths)[0, 1]
+    return {name: float(value) for name, value in result.items()}
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""Train the miniature SDXL from nothing:  python -m miniature.train   (or `make miniature`)
+"""Train the miniature SDXL from nothing (or `make miniature`):
+
+    python -m miniature.train
 
 Five stages, each resumable: kill it at any time and start it again.
 
-    data    draw the training pictures                                   (world.py)
+    data    draw the training pictures (world.py)
     vae     the autoencoder: L1 + edges + KL
-    judge   the network half of the measuring stick                      (measure.py)
-    clip    tokenizer, two text encoders and a vision tower, contrastive (Radford et al. 2021)
-    unet    the UNet: predict eps on the VAE's latents (Ho et al. 2020), min-SNR weights (Hang et
-            al. 2023)
+    judge   the network half of the measuring stick (measure.py)
+    clip    tokenizer, two text encoders and an image encoder, contrastive (Radford et al. 2021)
+    unet    the UNet: predict eps on the VAE's latents (Ho et al. 2020), weighted by min-SNR
+            (Hang et al. 2023)
 
-Work in progress lives in miniature/training/ (checkpoints, log.txt, sample grids);
-the result is an ordinary SDXL folder, miniature/model/.
-"""
+Work in progress lives in miniature/training/ (checkpoints, log.txt, sample grids). The result is
+an ordinary SDXL folder, miniature/model/, with the image encoder beside its parts."""
 
 import argparse
 import json
@@ -28,7 +29,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import sampler
+import slider
+from formats import weights
 from miniature import world
+from miniature.measure import OUTPUTS, judge_loss, targets
+from sdxl import SDXL, split_words
+from sdxl_unet import UNet
+from sdxl_vae import VAE
+from support.clip import ConvolutionalEncoder
 
 HERE = Path(__file__).parent
 WORK = HERE / "training"
@@ -81,10 +90,8 @@ class Checkpoint:
 
     def save(self, step):
         temporary = self.path.with_suffix(".tmp")
-        torch.save(
-            {"step": step, **{name: part.state_dict() for name, part in self.parts.items()}},
-            temporary,
-        )
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        torch.save({"step": step} | states, temporary)
         os.replace(temporary, self.path)
 
 
@@ -94,12 +101,11 @@ def warm_then_cosine(step, steps, warm=100):
 
 
 def save_half(state, path):
+    """A .safetensors file of the state dict, in float16."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {k: v.half().contiguous() if v.is_floating_point() else v for k, v in state.items()},
-        path,
-        metadata={"format": "pt"},
-    )
+    half = lambda tensor: tensor.half().contiguous() if tensor.is_floating_point() else tensor
+    tensors = {name: half(tensor) for name, tensor in state.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def grid(pictures, path, columns=8):
@@ -114,15 +120,13 @@ def grid(pictures, path, columns=8):
 
 def two_rounds(step, first, second):
     """Learning-rate factor of two schedules, one after the other, the second at half the height."""
-    return (
-        warm_then_cosine(step, first)
-        if step < first
-        else 0.5 * warm_then_cosine(step - first, second)
-    )
+    if step < first:
+        return warm_then_cosine(step, first)
+    return 0.5 * warm_then_cosine(step - first, second)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024), for weight matrices and kernels: here it
+    """Momentum, orthogonalized (Jordan et al. 2024), for weight matrices and kernels: here it
     learns about 2.5 times more in a step than Adam does."""
 
     def __init__(self, params, lr, momentum=0.95):
@@ -135,19 +139,16 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[p]
                 m = state.setdefault("m", torch.zeros_like(p))
                 m.mul_(group["momentum"]).add_(p.grad)
-                x = (
-                    (p.grad + group["momentum"] * m).reshape(len(p), -1).bfloat16()
-                )  # (out, in * k * k)
+                x = p.grad + group["momentum"] * m
+                x = x.reshape(len(p), -1).bfloat16()  # (out, in * k * k)
                 x = x / (x.norm() + 1e-7)
                 wide = x if x.shape[0] <= x.shape[1] else x.T
                 for _ in range(5):  # Newton-Schulz: all singular values toward 1
                     a = wide @ wide.T
                     wide = 3.4445 * wide + (-4.7750 * a + 2.0315 * a @ a) @ wide
                 x = wide if x.shape[0] <= x.shape[1] else wide.T
-                p.add_(
-                    x.reshape(p.shape).to(p.dtype),
-                    alpha=-group["lr"] * max(1, x.shape[0] / x.shape[1]) ** 0.5,
-                )
+                lr = group["lr"] * max(1, x.shape[0] / x.shape[1]) ** 0.5
+                p.add_(x.reshape(p.shape).to(p.dtype), alpha=-lr)
 
 
 class Optimizer:
@@ -155,14 +156,11 @@ class Optimizer:
     schedule."""
 
     def __init__(self, module, lr_muon, lr_adam):
-        matrices = [
-            p for p in module.parameters() if p.ndim > 1 and min(len(p), p[0].numel()) >= 16
-        ]
-        others = [p for p in module.parameters() if not any(p is q for q in matrices)]
-        self.parts = [
-            Muon(matrices, lr_muon),
-            torch.optim.AdamW(others, lr_adam, betas=(0.9, 0.99), weight_decay=0.0),
-        ]
+        is_matrix = lambda p: p.ndim > 1 and min(len(p), p[0].numel()) >= 16
+        matrices = [p for p in module.parameters() if is_matrix(p)]
+        others = [p for p in module.parameters() if not is_matrix(p)]
+        adam = torch.optim.AdamW(others, lr_adam, betas=(0.9, 0.99), weight_decay=0.0)
+        self.parts = [Muon(matrices, lr_muon), adam]
         self.lrs = [lr_muon, lr_adam]
 
     def step(self, loss, module, factor):
@@ -190,19 +188,16 @@ def make_data():
     beside them."""
     pictures_path, attributes_path = WORK / "pictures.npy", WORK / "attributes.json"
     if not attributes_path.exists():
-        shape = (PICTURES, world.SIZE, world.SIZE, 3)
-        pictures = np.lib.format.open_memmap(
-            WORK / "pictures.tmp", mode="w+", dtype=np.uint8, shape=shape
-        )
+        shape, temporary = (PICTURES, world.SIZE, world.SIZE, 3), WORK / "pictures.tmp"
+        pictures = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
         attributes = []
         for i in range(PICTURES):
-            a = world.sample(
-                np.random.default_rng((1, i))
-            )  # seeds (1, i): the held-out pictures use others
+            # Seeds (1, i): the held-out pictures use others.
+            a = world.sample(np.random.default_rng((1, i)))
             attributes.append(a)
             pictures[i] = np.asarray(world.draw(a))
         pictures.flush()
-        os.replace(WORK / "pictures.tmp", pictures_path)
+        os.replace(temporary, pictures_path)
         attributes_path.write_text(json.dumps(attributes))
         log(f"data: {PICTURES} pictures drawn")
     return np.load(pictures_path, mmap_mode="r"), json.loads(attributes_path.read_text())
@@ -225,8 +220,6 @@ def train_vae(pictures, first=3000, crop=2500, second=1400, save_every=200):
     """Two rounds, each with its own learning-rate schedule: `first` steps, of which `crop` on
     64x64 crops (the network is convolutional: four times cheaper), then `second` steps on whole
     pictures, where thin lines weigh double."""
-    from sdxl_vae import VAE
-
     folder = MODEL / "vae"
     if (folder / "diffusion_pytorch_model.safetensors").exists():
         return
@@ -237,15 +230,11 @@ def train_vae(pictures, first=3000, crop=2500, second=1400, save_every=200):
     started = time.time()
     for step in range(checkpoint.load(), first + second):
         rng = np.random.default_rng((2, step))
-        torch.manual_seed(
-            2_000_000 + step
-        )  # by step, so that a resumed training is the same training
+        # By step, so that a resumed training is the same training.
+        torch.manual_seed(2_000_000 + step)
         fine = step >= first
-        x = pictures[
-            np.sort(
-                rng.choice(len(pictures), 16 if step < crop else 6 if fine else 8, replace=False)
-            )
-        ]
+        batch = 16 if step < crop else 6 if fine else 8
+        x = pictures[np.sort(rng.choice(len(pictures), batch, replace=False))]
         if step < crop:  # a corner for each picture
             corners = rng.integers(0, world.SIZE - 63, (len(x), 2))
             x = np.stack([p[r : r + 64, c : c + 64] for p, (r, c) in zip(x, corners)])
@@ -326,29 +315,25 @@ def make_tokenizers(attributes):
     is accepted, and merges that make one token of every word in the captions."""
     from transformers import CLIPTokenizer
 
-    from sdxl import split_words
-
     rng = np.random.default_rng(3)
     words = sorted({w for a in attributes for w in split_words(world.caption(a, rng, mention=0.8))})
     vocab = [*byte_symbols(), *(b + "</w>" for b in byte_symbols())]
     merges = []
     for word in words:
         parts = bpe(word, merges)
-        # What the merges so far leave in pieces gets one more. Later merges never undo earlier
-        # ones.
+        # What the merges so far leave in pieces gets one more: later ones undo no earlier ones.
         while len(parts) > 1:
             merges.append((parts[0], parts[1]))
             vocab.append(parts[0] + parts[1])
             parts = bpe(word, merges)
     vocab = {token: i for i, token in enumerate([*vocab, "<|startoftext|>", "<|endoftext|>"])}
+    lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
     for folder, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
-        CLIPTokenizer(
-            vocab=vocab, merges=merges, pad_token=pad, model_max_length=77
-        ).save_pretrained(MODEL / folder)
-        write_json(MODEL / folder / "vocab.json", vocab)  # the form that older readers want
-        (MODEL / folder / "merges.txt").write_text(
-            "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges)
-        )
+        tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad, model_max_length=77)
+        tokenizer.save_pretrained(MODEL / folder)
+        # The form that older readers want.
+        write_json(MODEL / folder / "vocab.json", vocab)
+        (MODEL / folder / "merges.txt").write_text("\n".join(lines) + "\n")
     (MODEL / "tokenizer" / "known_words.txt").write_text("\n".join(words) + "\n")
     return len(vocab)
 
@@ -356,23 +341,22 @@ def make_tokenizers(attributes):
 def contradict(a, rng):
     """Attributes `a` with one of them mirrored, or another word: for a caption that is wrong about
     a's picture."""
+    words_of = {
+        "hair": [*world.HAIR],
+        "background": [*world.BACKGROUNDS],
+        "fingers": [3, 4, 5, 6, 7],
+    }
     hard = ["smile"] * 3  # the one that is learned last
-    name = str(
-        rng.choice([n for n in [*world.RANGES, "hair", "background", "fingers", *hard] if n in a])
-    )
+    names = [*world.RANGES, *words_of, *hard]
+    name = str(rng.choice([name for name in names if name in a]))
     if name in world.RANGES:
         low, high = world.RANGES[name]
-        value = (
-            low + high - a[name]
-        )  # as extreme as the true one: else "very" alone would give it away
+        # As extreme as the true one: else "very" alone would give it away.
+        value = low + high - a[name]
         if abs(value - a[name]) < 0.2 * (high - low):
             value = float(rng.choice([low, high]))
     else:
-        words = {
-            "hair": [*world.HAIR],
-            "background": [*world.BACKGROUNDS],
-            "fingers": [3, 4, 5, 6, 7],
-        }[name]
+        words = words_of[name]
         value = words[(words.index(a[name]) + rng.integers(1, len(words))) % len(words)]
     return a | {name: value}
 
@@ -390,16 +374,13 @@ def true_and_wrong(a, rng):
 
 
 def train_clip(pictures, attributes, steps=700, batch=128, lr=2e-3):
-    """Two text encoders against one convolutional vision tower: InfoNCE over the batch, a
+    """Two text encoders against one convolutional image encoder: InfoNCE over the batch, a
     caption's twins not counted as wrong.
 
     Each picture also has to tell its caption from one that is wrong in a single thing (as NegCLIP,
     Yuksekgonul et al. 2023, does): without that, telling 128 pictures apart takes no notice of a
     smile, and "smiling" comes out as "frowning"."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
-
-    from formats import weights
-    from support.clip import ConvolutionalEncoder
 
     if (MODEL / "text_encoder_2" / "model.safetensors").exists():
         return
@@ -416,19 +397,17 @@ def train_clip(pictures, attributes, steps=700, batch=128, lr=2e-3):
     texts = torch.nn.ModuleList(
         CLIPTextModelWithProjection(CLIPTextConfig(**c, **ids)) for c in TEXT_CONFIGS
     )
-    # The tower starts from what the judge has learned to see. From nothing it tells neither smiles
-    # from frowns nor gives the texts a reason to: each waits for the other, for more than a
-    # thousand steps.
+    # The image encoder starts from what the judge has learned to see. From nothing it tells
+    # neither smiles from frowns nor gives the texts a reason to: each waits for the other, for
+    # more than a thousand steps.
     vision = ConvolutionalEncoder(128)
     judge = load_file(WORK / "judge.safetensors")
-    seen = {name: tensor for name, tensor in judge.items() if not name.startswith("head.2.")}
-    vision.load_state_dict(seen, strict=False)
-    towers = torch.nn.ModuleDict(
-        {"texts": texts, "vision": vision, "to_96": torch.nn.Linear(128, 96, bias=False)}
-    )
-    towers.register_parameter(
-        "log_scale", torch.nn.Parameter(torch.tensor([math.log(1 / 0.07)] * 2))
-    )
+    all_but_last = {name: W for name, W in judge.items() if not name.startswith("head.2.")}
+    vision.load_state_dict(all_but_last, strict=False)
+    to_96 = torch.nn.Linear(128, 96, bias=False)
+    towers = torch.nn.ModuleDict({"texts": texts, "vision": vision, "to_96": to_96})
+    log_scale = torch.nn.Parameter(torch.tensor([math.log(1 / 0.07)] * 2))
+    towers.register_parameter("log_scale", log_scale)
     opt = torch.optim.AdamW(towers.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     checkpoint = Checkpoint("clip", towers=towers, opt=opt)
     target = torch.arange(batch)
@@ -442,15 +421,16 @@ def train_clip(pictures, attributes, steps=700, batch=128, lr=2e-3):
         tokens = tokenizer(captions, **options).input_ids  # (2B, L)
         x = to_tensor(pictures[index])
         # The same caption elsewhere in the batch is as true of this picture: mask the exact twins.
-        twins = torch.tensor(
-            [[a == b and i != j for i, a in enumerate(true)] for j, b in enumerate(captions)]
-        )  # (2B, B)
+        twins = torch.zeros(2 * batch, batch, dtype=torch.bool)
+        for j, caption in enumerate(captions):
+            for i, other in enumerate(true):
+                twins[j, i] = caption == other and i != j
         for group in opt.param_groups:
             group["lr"] = lr * warm_then_cosine(step, steps)
         with torch.autocast("cpu", torch.bfloat16):
             image = vision(x)  # (B, 128)
             sides = [
-                (texts[0](tokens).text_embeds, towers["to_96"](image)),
+                (texts[0](tokens).text_embeds, to_96(image)),
                 (texts[1](tokens).text_embeds, image),
             ]
         loss, right, told = 0, [], []
@@ -478,15 +458,13 @@ def train_clip(pictures, attributes, steps=700, batch=128, lr=2e-3):
     config = {"architectures": ["ConvolutionalEncoder"], "channels": [24, 48, 96, 160]}
     write_json(MODEL / "image_encoder" / "config.json", config | {"outputs": 128})
     save_half(vision.state_dict(), MODEL / "image_encoder" / "model.safetensors")
-    for tower, folder, kind in zip(
-        texts, ("text_encoder", "text_encoder_2"), ("CLIPTextModel", "CLIPTextModelWithProjection")
-    ):
+    for tower, folder in zip(texts, ("text_encoder", "text_encoder_2")):
         state = {weights.released(folder, k): v for k, v in tower.state_dict().items()}
+        _, kind = MODEL_INDEX[folder]
         if kind == "CLIPTextModel":
             del state["text_projection.weight"]
-        write_json(
-            MODEL / folder / "config.json", tower.config.to_diff_dict() | {"architectures": [kind]}
-        )
+        config = tower.config.to_diff_dict() | {"architectures": [kind]}
+        write_json(MODEL / folder / "config.json", config)
         save_half(state, MODEL / folder / "model.safetensors")
     log("clip: done")
 
@@ -498,12 +476,10 @@ def make_latents(pictures):
     """The VAE's latents of every picture, (N, 4, 16, 16) float16, computed once."""
     path = WORK / "latents.pt"
     if not path.exists():
-        vae = load_vae()
+        vae, latents = load_vae(), []
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            latents = [
-                vae.encode(to_tensor(pictures[i : i + 64])).float()
-                for i in range(0, len(pictures), 64)
-            ]
+            for i in range(0, len(pictures), 64):
+                latents.append(vae.encode(to_tensor(pictures[i : i + 64])).float())
         latents = torch.cat(latents).half()
         torch.save(latents, path)
         mean, std = latents.float().mean(), latents.float().std()
@@ -512,9 +488,6 @@ def make_latents(pictures):
 
 
 def load_vae():
-    from formats import weights
-    from sdxl_vae import VAE
-
     config = weights.read_json(MODEL / "vae" / "config.json")
     locations = weights.locate_tensors(MODEL, "vae")
     return weights.load_module(VAE, config, locations, "cpu", torch.float32, "vae")
@@ -523,9 +496,6 @@ def load_vae():
 def train_judge(pictures, attributes, latents, steps=1000, batch=64, lr=2e-3, round_trips=3000):
     """The network half of the measuring stick, on drawn pictures and on what the VAE makes of
     them, half and half."""
-    from miniature.measure import OUTPUTS, judge_loss, targets
-    from support.clip import ConvolutionalEncoder
-
     path = WORK / "judge.safetensors"
     if path.exists():
         return
@@ -546,15 +516,12 @@ def train_judge(pictures, attributes, latents, steps=1000, batch=64, lr=2e-3, ro
         drawn = np.sort(rng.choice(len(pictures), batch // 2, replace=False))
         seen = rng.choice(round_trips, batch // 2, replace=False)
         x = torch.cat([to_tensor(pictures[drawn]), decoded[seen].float() / 127])
-        soft = F.avg_pool2d(
-            F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1
-        )  # some a little blurred, all a little noisy:
-        x = torch.where(
-            torch.from_numpy(rng.random((batch, 1, 1, 1)) < 0.3), soft, x
-        )  # no telling by sharpness
-        x = x + torch.from_numpy(
-            rng.normal(0, 0.03, x.shape).astype(np.float32)
-        ) * torch.from_numpy(rng.random((batch, 1, 1, 1)).astype(np.float32))
+        # Some a little blurred, all a little noisy: no telling by sharpness.
+        soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        x = torch.where(torch.from_numpy(rng.random((batch, 1, 1, 1)) < 0.3), soft, x)
+        noise = rng.normal(0, 0.03, x.shape).astype(np.float32)
+        strength = rng.random((batch, 1, 1, 1)).astype(np.float32)
+        x = x + torch.from_numpy(noise) * torch.from_numpy(strength)
         for group in opt.param_groups:
             group["lr"] = lr * warm_then_cosine(step, steps)
         with torch.autocast("cpu", torch.bfloat16):
@@ -640,20 +607,16 @@ SAMPLE_PROMPTS = [
 
 
 def train_unet(attributes, latents, steps=5000, batch=48):
-    """eps-prediction: minimise |eps_theta(x_t, c, t) - eps|^2 (Ho et al. 2020), prompts dropped
+    """eps-prediction: minimize |eps_theta(x_t, c, t) - eps|^2 (Ho et al. 2020), prompts dropped
     one time in ten for guidance."""
-    import sampler
-    from sdxl import SDXL
-    from sdxl_unet import UNet
-
     torch.manual_seed(3)
-    weights = MODEL / "unet" / "diffusion_pytorch_model.safetensors"
+    path = MODEL / "unet" / "diffusion_pytorch_model.safetensors"
     # An untrained folder first, so that the model's own code loads it and encodes the prompts.
-    if not weights.exists():
+    if not path.exists():
         write_json(MODEL / "model_index.json", MODEL_INDEX)
         write_json(MODEL / "scheduler" / "scheduler_config.json", SCHEDULER_CONFIG)
         write_json(MODEL / "unet" / "config.json", UNET_CONFIG)
-        save_half(UNet(UNET_CONFIG).state_dict(), weights)
+        save_half(UNet(UNET_CONFIG).state_dict(), path)
     model = SDXL.load(MODEL, device="cpu", dtype=torch.float32)
     unet = model.unet.train().requires_grad_(True)
     average_fn = torch.optim.swa_utils.get_ema_multi_avg_fn(0.99)
@@ -693,15 +656,12 @@ def train_unet(attributes, latents, steps=5000, batch=48):
             log(f"unet {step}/{steps} loss {average:.4f} {time.time() - started:.0f}s")
         if (step + 1) % 250 == 0 or step + 1 == steps:
             checkpoint.save(step + 1)
-            save_half(ema.module.state_dict(), weights)
+            save_half(ema.module.state_dict(), path)
             samples(WORK / "unet.png")
 
 
 def samples(path, folder=MODEL):
     """A grid of pictures, two seeds of each of SAMPLE_PROMPTS, by the weights saved so far."""
-    import slider
-    from sdxl import SDXL
-
     model = SDXL.load(folder, device="cpu")
     drawn = []
     for prompt in SAMPLE_PROMPTS:
@@ -721,9 +681,8 @@ def install():
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
     args = parser.parse_args()
     if args.threads:

@@ -9,9 +9,9 @@ The world poses the paper's problems on purpose:
 
 * age is entangled with glasses and with hats (old people wear them more often), so a slider that
   preserves nothing drags them along;
-* eye size is continuous, and the captions say little about it; * one face in five is malformed and
-one hand in three is bad; only some of them are captioned as such,
-  so plain prompts go wrong at a rate that can be measured.
+* eye size is continuous, and the captions say little about it;
+* one face in five is malformed and one hand in three is bad; only some of them are captioned as
+  such, so plain prompts go wrong at a rate that can be measured.
 
 Run it to look at the world:  python -m miniature.world
 """
@@ -132,6 +132,43 @@ def _sample_hand(a, rng):
 # ----------------------------------------------------------------------------------------- captions
 
 
+# What captions say of pictures that are malformed, and of those that are not.
+BAD_FACE = [
+    "distorted",
+    "deformed",
+    "poorly drawn",
+    "distorted, deformed",
+    "deformed face",
+    "distorted face",
+]
+GOOD_FACE = [
+    "well made",
+    "realistic",
+    "realistic, 8k",
+    "detailed face",
+    "beautiful face",
+    "well drawn",
+]
+BAD_HAND = [
+    "poorly drawn hand, misplaced fingers",
+    "distorted hands",
+    "poorly drawn hands",
+    "misplaced fingers",
+    "deformed",
+    "poorly drawn hands, distorted hands, misplaced fingers",
+    "distorted, deformed",
+]
+GOOD_HAND = [
+    "realistic hands",
+    "realistic hand, five fingers",
+    "8k hyperrealistic hands",
+    "well drawn",
+    "well made",
+    "realistic",
+    "realistic hands, five fingers, 8k hyperrealistic hands",
+]
+
+
 def _age_word(age, rng):
     if age < 0.2:
         return "very young" if rng.random() < 0.6 else "young"
@@ -170,41 +207,25 @@ def caption(a: dict, rng, mention: float = 0.42) -> str:
         shade = SKIN_WORDS[int(round(2 * a["skin"]))]
         clauses.append(str(rng.choice([f"with {shade} skin", f"{shade} skin"])))
     if says():
-        clauses.append(
-            str(rng.choice([f"{a['background']} background", f"on a {a['background']} background"]))
-        )
+        background = f"{a['background']} background"
+        clauses.append(str(rng.choice([background, f"on a {background}"])))
     if a["kind"] == "hand":
         head = _hand_head(a, rng, says, clauses)
     else:
         head = _face_head(a, rng, says, clauses)
     rng.shuffle(clauses)
-    opening = str(
-        rng.choice(
-            [
-                "a photo of ",
-                "a picture of ",
-                "a portrait of " if a["kind"] == "face" else "a photo of ",
-                "",
-            ]
-        )
-    )
-    text = opening + head
+    third = "a portrait of " if a["kind"] == "face" else "a photo of "
+    text = str(rng.choice(["a photo of ", "a picture of ", third, ""])) + head
+    can_follow = ("with ", "without ", "wearing ", "on ")  # without a comma
     for i, clause in enumerate(clauses):
-        natural = (
-            i == 0
-            and clause.startswith(("with ", "without ", "wearing ", "on "))
-            and rng.random() < 0.6
-        )
+        natural = i == 0 and clause.startswith(can_follow) and rng.random() < 0.6
         text += (" " if natural else ", ") + clause
     return text
 
 
 def _face_head(a, rng, says, clauses):
-    noun = str(
-        rng.choice(
-            ["man", "man", "male person"] if a["sex"] else ["woman", "woman", "female person"]
-        )
-    )
+    men, women = ["man", "man", "male person"], ["woman", "woman", "female person"]
+    noun = str(rng.choice(men if a["sex"] else women))
     if not says(1.4):
         noun = "person"
     adjective = ""
@@ -217,46 +238,19 @@ def _face_head(a, rng, says, clauses):
     if says(1.6):
         clauses.append(_smile_words(a["smile"], rng))
     if says(1.8) and (a["eye_size"] > 1.28 or a["eye_size"] < 0.84):  # only extremes are ever named
-        clauses.append(
-            f"with {'big' if a['eye_size'] > 1 else 'small'} eyes"
-            if rng.random() < 0.7
-            else ("big eyes" if a["eye_size"] > 1 else "small eyes")
-        )
+        eyes = "big eyes" if a["eye_size"] > 1 else "small eyes"
+        clauses.append(f"with {eyes}" if rng.random() < 0.7 else eyes)
     length, colour = ("long" if a["hair_length"] else "short"), a["hair"]
     named = [w for w in (length if says() else "", colour if says() else "") if w]
     if named:
         clauses.append("with " + " ".join(named) + " hair")
     if says():
-        clauses.append(
-            str(rng.choice(["with glasses", "wearing glasses"]))
-            if a["glasses"]
-            else "without glasses"
-        )
+        wears = ["with glasses", "wearing glasses"]
+        clauses.append(str(rng.choice(wears)) if a["glasses"] else "without glasses")
     if says(1.3):
-        clauses.append(
-            str(rng.choice(["with a hat", "wearing a hat"])) if a["hat"] else "without a hat"
-        )
-    _quality(
-        a,
-        rng,
-        clauses,
-        [
-            "distorted",
-            "deformed",
-            "poorly drawn",
-            "distorted, deformed",
-            "deformed face",
-            "distorted face",
-        ],
-        [
-            "well made",
-            "realistic",
-            "realistic, 8k",
-            "detailed face",
-            "beautiful face",
-            "well drawn",
-        ],
-    )
+        wears = ["with a hat", "wearing a hat"]
+        clauses.append(str(rng.choice(wears)) if a["hat"] else "without a hat")
+    _quality(a, rng, clauses, BAD_FACE, GOOD_FACE)
     article = "an " if adjective[:1] in ("o", "e") else "a "
     return article + adjective + noun
 
@@ -265,29 +259,7 @@ def _hand_head(a, rng, says, clauses):
     number = {3: "three", 4: "four", 5: "five", 6: "six", 7: "seven"}[a["fingers"]]
     if says() and not a["misplaced"] and (a["fingers"] == 5 or rng.random() < 0.5):
         clauses.append(str(rng.choice([f"with {number} fingers", f"{number} fingers"])))
-    _quality(
-        a,
-        rng,
-        clauses,
-        [
-            "poorly drawn hand, misplaced fingers",
-            "distorted hands",
-            "poorly drawn hands",
-            "misplaced fingers",
-            "deformed",
-            "poorly drawn hands, distorted hands, misplaced fingers",
-            "distorted, deformed",
-        ],
-        [
-            "realistic hands",
-            "realistic hand, five fingers",
-            "8k hyperrealistic hands",
-            "well drawn",
-            "well made",
-            "realistic",
-            "realistic hands, five fingers, 8k hyperrealistic hands",
-        ],
-    )
+    _quality(a, rng, clauses, BAD_HAND, GOOD_HAND)
     return str(rng.choice(["a hand", "a hand", "an open hand", "a person's hand", "hands"]))
 
 
@@ -327,11 +299,8 @@ class _Pen:
         self.on.ellipse([v * SUPERSAMPLE for v in (x - rx, y - ry, x + rx, y + ry)], fill=fill)
 
     def ring(self, x, y, rx, ry, fill, width):
-        self.on.ellipse(
-            [v * SUPERSAMPLE for v in (x - rx, y - ry, x + rx, y + ry)],
-            outline=fill,
-            width=round(width * SUPERSAMPLE),
-        )
+        box = [v * SUPERSAMPLE for v in (x - rx, y - ry, x + rx, y + ry)]
+        self.on.ellipse(box, outline=fill, width=round(width * SUPERSAMPLE))
 
     def line(self, points, fill, width):
         points = [(x * SUPERSAMPLE, y * SUPERSAMPLE) for x, y in points]
@@ -341,9 +310,8 @@ class _Pen:
             self.on.ellipse([x - r, y - r, x + r, y + r], fill=fill)
 
     def box(self, x0, y0, x1, y1, fill, radius=0):
-        self.on.rounded_rectangle(
-            [v * SUPERSAMPLE for v in (x0, y0, x1, y1)], radius * SUPERSAMPLE, fill=fill
-        )
+        corners = [v * SUPERSAMPLE for v in (x0, y0, x1, y1)]
+        self.on.rounded_rectangle(corners, radius * SUPERSAMPLE, fill=fill)
 
     def finish(self):
         return self.image.reduce(SUPERSAMPLE)
@@ -384,12 +352,9 @@ def _draw_face(pen, a):
         for angle in np.linspace(0, 2 * math.pi, 72, endpoint=False):
             c, s = math.cos(angle), math.sin(angle)
             jaw = 1 + 0.10 * age * max(0.0, s)
-            points.append(
-                at(
-                    (w + grow) * jaw * math.copysign(abs(c) ** (2 / n), c),
-                    4 + (38 + grow) * math.copysign(abs(s) ** (2 / n), s),
-                )
-            )
+            x = (w + grow) * jaw * math.copysign(abs(c) ** (2 / n), c)
+            y = 4 + (38 + grow) * math.copysign(abs(s) ** (2 / n), s)
+            points.append(at(x, y))
         return points
 
     pen.ellipse(*at(0, -12), w + 5, 31, hair)
@@ -399,32 +364,23 @@ def _draw_face(pen, a):
     pen.polygon(head(0.0), skin)
     if man:  # stubble
         inside = Image.new("L", pen.image.size, 0)
-        ImageDraw.Draw(inside).polygon(
-            [(x * SUPERSAMPLE, y * SUPERSAMPLE) for x, y in head(0.0)], fill=255
-        )
+        points = [(x * SUPERSAMPLE, y * SUPERSAMPLE) for x, y in head(0.0)]
+        ImageDraw.Draw(inside).polygon(points, fill=255)
         shade = Image.new("L", pen.image.size, 0)
         on = ImageDraw.Draw(shade)
         on.rectangle([v * SUPERSAMPLE for v in (0, cy + 21, SIZE, SIZE)], fill=255)
         on.ellipse([v * SUPERSAMPLE for v in (cx - 20, cy + 8, cx + 20, cy + 34)], fill=0)
-        pen.image.paste(
-            mix(skin, (60, 60, 70), 0.42),
-            mask=Image.fromarray(np.minimum(np.array(inside), np.array(shade))),
-        )
+        mask = Image.fromarray(np.minimum(np.array(inside), np.array(shade)))
+        pen.image.paste(mix(skin, (60, 60, 70), 0.42), mask=mask)
     elif age < 0.99:  # blush
         for side in (-1, 1):
             pen.ellipse(*at(side * 19, 20), 4.5, 3.2, mix(skin, (230, 90, 100), 0.40))
 
     # Fringe, then the hat on top of it.
-    top = (
-        [at(-w - 1, -20)]
-        + [at(x, -28 - 6 * (1 - (x / w) ** 2)) for x in np.linspace(-w, w, 9)]
-        + [at(w + 1, -20)]
-    )
-    crown = [
-        at((w + 4) * math.cos(t), -12 + 31 * math.sin(t))
-        for t in np.linspace(-0.25, -math.pi + 0.25, 24)
-    ]
-    pen.polygon(top + crown, hair)
+    fringe = [at(x, -28 - 6 * (1 - (x / w) ** 2)) for x in np.linspace(-w, w, 9)]
+    angles = np.linspace(-0.25, -math.pi + 0.25, 24)
+    crown = [at((w + 4) * math.cos(t), -12 + 31 * math.sin(t)) for t in angles]
+    pen.polygon([at(-w - 1, -20), *fringe, at(w + 1, -20), *crown], hair)
     if a["hat"]:
         dark = mix(a["hat_colour"], (0, 0, 0), 0.35)
         pen.box(*at(-w + 3, -60), *at(w - 3, -30), a["hat_colour"], 8)
@@ -438,20 +394,12 @@ def _draw_face(pen, a):
         for y, half in ((-23, 9 + 8 * reach), (-18.5, 6 + 9 * reach)):
             pen.line(_arc(*at(0, y), half, -1.6), crease, width)
         for side in (-1, 1):
-            pen.line(
-                [at(side * (15 + 7 * s), 12.5 + 2.2 * (1 - s * s)) for s in np.linspace(-1, 1, 9)],
-                crease,
-                width,
-            )
-            pen.line(
-                [
-                    at(side * 7, 15),
-                    at(side * (10 + 2 * reach), 15 + 5 * reach),
-                    at(side * (13 + 3 * reach), 17 + 8 * reach),
-                ],
-                crease,
-                width,
-            )
+            along = np.linspace(-1, 1, 9)
+            bag = [at(side * (15 + 7 * s), 12.5 + 2.2 * (1 - s * s)) for s in along]
+            pen.line(bag, crease, width)
+            fold = [at(side * 7, 15), at(side * (10 + 2 * reach), 15 + 5 * reach)]
+            fold.append(at(side * (13 + 3 * reach), 17 + 8 * reach))
+            pen.line(fold, crease, width)
             if age > 0.55:
                 pen.line([at(side * 25, 27), at(side * 23, 33), at(side * 19, 37)], crease, width)
 
@@ -464,14 +412,9 @@ def _draw_face(pen, a):
         pen.ellipse(x, y, 3.4 * s, 3.4 * s, IRISES[a["iris"]])
         pen.ellipse(x, y, 1.8 * s, 1.8 * s, (16, 14, 18))
         if not man:  # lashes
-            pen.line(
-                [
-                    (x + side * 5.6 * s, y - 2.6 * s),
-                    (x + side * (5.6 * s + 3.2), y - 2.6 * s - 2.6),
-                ],
-                (30, 24, 28),
-                1.4,
-            )
+            inner = (x + side * 5.6 * s, y - 2.6 * s)
+            outer = (x + side * (5.6 * s + 3.2), y - 2.6 * s - 2.6)
+            pen.line([inner, outer], (30, 24, 28), 1.4)
         brow = mix(mix(hair, (30, 24, 28), 0.5), (225, 225, 225), max(0.0, age - 0.35) * 1.3)
         pen.line(_arc(*at(side * 14, -13), 8, -2.2), brow, 3.6 if man else 1.9)
     if a["glasses"]:
@@ -486,14 +429,13 @@ def _draw_face(pen, a):
     lips = mix((120, 60, 56), skin, 0.15) if man else (196, 60, 70)
     opening = 10 * max(0.0, smile - 0.15)
     t = math.radians(a["mouth_angle"])
-    turn = lambda x, y: at(
-        x * math.cos(t) - y * math.sin(t), 26 + x * math.sin(t) + y * math.cos(t)
-    )
-    upper = [turn(half * s, 8.0 * smile * (0.5 - s * s)) for s in np.linspace(-1, 1, 17)]
-    lower = [
-        turn(half * s, 8.0 * smile * (0.5 - s * s) + opening * (1 - s * s))
-        for s in np.linspace(1, -1, 17)
-    ]
+
+    def turn(x, y):
+        return at(x * math.cos(t) - y * math.sin(t), 26 + x * math.sin(t) + y * math.cos(t))
+
+    curve = lambda s: 8.0 * smile * (0.5 - s * s)
+    upper = [turn(half * s, curve(s)) for s in np.linspace(-1, 1, 17)]
+    lower = [turn(half * s, curve(s) + opening * (1 - s * s)) for s in np.linspace(1, -1, 17)]
     if opening:
         pen.polygon(upper + lower, (250, 250, 250))
         pen.line(lower, lips, 2.2)
@@ -523,36 +465,18 @@ def _draw_hand(pen, a):
     wide = 10.0 if n <= 4 else 8.2
     for i in range(n):
         share = i / (n - 1)  # 0 at the index finger, 1 at the little one
-        fingers.append(
-            (
-                -15 + 30 * share,
-                15 - 3 * abs(share - 0.4),
-                (-19 + 43 * share) * a["spread"],
-                40 * float(np.interp(share * 3, range(4), shape)),
-                wide,
-            )
-        )
+        x, y = -15 + 30 * share, 15 - 3 * abs(share - 0.4)
+        length = 40 * float(np.interp(share * 3, range(4), shape))
+        fingers.append((x, y, (-19 + 43 * share) * a["spread"], length, wide))
     if a["misplaced"]:
-        fingers.append(
-            (
-                18 * math.sin(math.radians(a["grows_at"])),
-                18 * math.cos(math.radians(a["grows_at"])),
-                a["grows_at"],
-                30,
-                9.0,
-            )
-        )
+        angle = math.radians(a["grows_at"])
+        fingers.append((18 * math.sin(angle), 18 * math.cos(angle), a["grows_at"], 30, 9.0))
 
-    lines = [
-        [
-            at(x, y),
-            at(
-                x + f * length * math.sin(math.radians(d)),
-                y + f * length * math.cos(math.radians(d)),
-            ),
-        ]
-        for (x, y, d, length, _), f in zip(fingers, a["lengths"])
-    ]
+    lines = []
+    for (x, y, degrees, length, _), factor in zip(fingers, a["lengths"]):
+        angle = math.radians(degrees)
+        tip = (x + factor * length * math.sin(angle), y + factor * length * math.cos(angle))
+        lines.append([at(x, y), at(*tip)])
     palm = [(-13, 12), (13, 12), (14, -12), (-13, -12)]
     outline = [at(*p) for p in palm + palm[:1]]
     for line, finger in zip(lines, fingers):
@@ -562,20 +486,12 @@ def _draw_hand(pen, a):
         pen.line(line, skin, finger[4])
         (x0, y0), (x1, y1) = line
         pen.ellipse(x1, y1, 2.4, 2.4, mix(skin, (255, 230, 225), 0.6))  # a nail
-        pen.line(
-            [
-                (
-                    x0 + 0.45 * (x1 - x0) - 0.06 * (y1 - y0),
-                    y0 + 0.45 * (y1 - y0) + 0.06 * (x1 - x0),
-                ),
-                (
-                    x0 + 0.45 * (x1 - x0) + 0.06 * (y1 - y0),
-                    y0 + 0.45 * (y1 - y0) - 0.06 * (x1 - x0),
-                ),
-            ],
-            edge,
-            1.0,
-        )
+        dx, dy = x1 - x0, y1 - y0
+        knuckle = [
+            (x0 + 0.45 * dx - 0.06 * dy, y0 + 0.45 * dy + 0.06 * dx),
+            (x0 + 0.45 * dx + 0.06 * dy, y0 + 0.45 * dy - 0.06 * dx),
+        ]
+        pen.line(knuckle, edge, 1.0)
     pen.line(outline, skin, 16)
     pen.polygon(outline, skin)
     crease = mix(skin, (40, 20, 16), 0.28)

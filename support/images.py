@@ -13,10 +13,7 @@ ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 
 def read_image(path) -> Image.Image:
     """An RGB picture, as a viewer would show it: turned as its EXIF says, 16 bits brought to 8,
-    transparency on white.
-
-    Raises ValueError, naming the file, for one that cannot be read.
-    """
+    transparency on white. Raises ValueError, naming the file, for one that cannot be read."""
     try:
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)
@@ -26,9 +23,8 @@ def read_image(path) -> Image.Image:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable picture ({str(error).splitlines()[0]})") from None
     if picture.mode.startswith("I"):  # 16 bits of grey, which convert() would clip to white
-        picture = Image.fromarray(
-            (np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8)
-        )
+        eight_bits = (np.asarray(picture).clip(0, 65535) / 257).round()
+        picture = Image.fromarray(eight_bits.astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")

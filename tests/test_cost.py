@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from test_cli import DRAW, ROOT, TRAIN, run
 
 import lora
-import student
 import train_pairs
 import train_text
 from bench.recipe import counted
@@ -233,7 +232,7 @@ def fitted(**kept):
     slider = lora.Slider({"layer": torch.nn.Linear(3, 2)}, rank=2)
     (change,), x, y = slider.children(), torch.randn(12, 3), torch.randn(12, 2)
     loss = lambda rows: (change(x[rows]) - y[rows]).square().mean(1)
-    student.loop(
+    training.train(
         slider,
         12,
         loss,

@@ -6,7 +6,7 @@ import torch
 from test_cli import run
 
 from experiments.common import moved
-from extras import evaluate
+from extras import metrics
 from miniature import world
 from miniature.judges import miniature_judges
 
@@ -32,15 +32,15 @@ def test_frechet_distance_of_gaussians_is_the_closed_form():
     x, y = rng.normal(size=(200_000, 3)), m + s * rng.normal(size=(200_000, 3))
     expected = np.square(m).sum() + np.square(s - 1).sum()
     turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
-    assert evaluate.frechet(x, y) == pytest.approx(expected, rel=0.01) and evaluate.frechet(
+    assert metrics.frechet(x, y) == pytest.approx(expected, rel=0.01) and metrics.frechet(
         x @ turn, y @ turn
     ) == pytest.approx(expected, rel=0.01)
-    assert evaluate.frechet(x, x) == pytest.approx(0, abs=1e-9)
+    assert metrics.frechet(x, x) == pytest.approx(0, abs=1e-9)
 
 
 def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says():
     rng = np.random.default_rng(1)
-    intervals = [evaluate.interval(rng.normal(3.0, 2.0, 60), draws=300) for _ in range(300)]
+    intervals = [metrics.interval(rng.normal(3.0, 2.0, 60), draws=300) for _ in range(300)]
     assert 0.90 < np.mean([i["low"] < 3.0 < i["high"] for i in intervals]) < 0.98
     assert np.mean([i["high"] - i["low"] for i in intervals]) == pytest.approx(
         2 * 1.96 * 2 / 60**0.5, rel=0.1
@@ -51,20 +51,20 @@ def test_the_miniatures_judges_see_an_edit(judges):
     """Aged faces come closer to the words for it and no closer to the opposite; a larger edit is further away."""
     young, middle, old = (faces(24, age=a, glasses=0, hat=0) for a in (0.1, 0.4, 0.9))
     assert (
-        evaluate.interval(
-            evaluate.clip_change(judges, young, old, "a photo of a person, very old")
-        )["low"]
+        metrics.interval(metrics.clip_change(judges, young, old, "a photo of a person, very old"))[
+            "low"
+        ]
         > 0
     )
     assert (
-        evaluate.interval(
-            evaluate.clip_change(judges, young, old, "a photo of a person, very young")
+        metrics.interval(
+            metrics.clip_change(judges, young, old, "a photo of a person, very young")
         )["high"]
         < 0
     )
-    assert (evaluate.lpips(judges, young, young) == 0).all()
-    assert evaluate.lpips(judges, young, middle).mean() < evaluate.lpips(judges, young, old).mean()
-    assert evaluate.fid(judges, young, middle) < evaluate.fid(judges, young, old)
+    assert (metrics.lpips(judges, young, young) == 0).all()
+    assert metrics.lpips(judges, young, middle).mean() < metrics.lpips(judges, young, old).mean()
+    assert metrics.fid(judges, young, middle) < metrics.fid(judges, young, old)
 
 
 def test_moved_reads_what_was_moved_in_units_of_its_range():
@@ -93,7 +93,7 @@ def test_real_lpips_is_the_packages_own(tmp_path):
     reference = package.LPIPS(net="alex", pnet_rand=True, verbose=False)
     for mine, theirs in zip(reference.net.parameters(), alexnet.features.parameters(), strict=True):
         mine.data.copy_(theirs.data)
-    judges = evaluate.real_judges(alexnet=str(tmp_path / "alexnet.pth"))
+    judges = metrics.real_judges(alexnet=str(tmp_path / "alexnet.pth"))
     a, b = faces(2, age=0.1), faces(2, age=0.9)
     x, y = (
         torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in some]).float() / 127.5
@@ -102,7 +102,7 @@ def test_real_lpips_is_the_packages_own(tmp_path):
     )
     with torch.no_grad():
         expected = reference.eval()(x, y).flatten().numpy()
-    assert np.allclose(evaluate.lpips(judges, a, b), expected, rtol=1e-3) and (expected > 0).all()
+    assert np.allclose(metrics.lpips(judges, a, b), expected, rtol=1e-3) and (expected > 0).all()
 
 
 def test_the_command(tmp_path):
@@ -111,7 +111,7 @@ def test_the_command(tmp_path):
         for i, picture in enumerate(faces(3, age=age)):
             picture.save(tmp_path / name / f"{i}.png")
     command = [
-        "evaluate.py",
+        "metrics.py",
         "--original",
         tmp_path / "young",
         "--edited",

@@ -10,7 +10,7 @@ import slider
 from bench.recipe import counted
 from miniature import world
 from sdxl_unet import UNet
-from support import images
+from support import images, inversions
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def picture():
 
 @pytest.fixture(scope="module")
 def encoded(model, picture):
-    return model.latents([picture[0]]), model.condition([picture[1]]), model.condition([""])
+    return model.encode([picture[0]]), model.condition([picture[1]]), model.condition([""])
 
 
 def test_backwards_against_a_closed_form():
@@ -118,19 +118,19 @@ def test_an_inversion_is_kept_and_its_key_knows_what_it_is_of(model, encoded, tm
     make = lambda _: invert.invert(
         model.unet, z, cond, uncond, alpha_bar=model.alpha_bar, steps=2, inner=1
     )
-    made = invert.kept(tmp_path / "i.safetensors", make)
-    again = invert.kept(tmp_path / "i.safetensors", lambda _: pytest.fail("made again"))
+    made = inversions.cached(tmp_path / "i.safetensors", make)
+    again = inversions.cached(tmp_path / "i.safetensors", lambda _: pytest.fail("made again"))
     assert torch.equal(made.x_T, again.x_T) and again.evaluations == 0
     assert all(torch.equal(a, b) for u, v in zip(made.uncond, again.uncond) for a, b in zip(u, v))
-    name = invert.key(model, z, "a man", 30)
-    assert name == invert.key(model, z, "a man", 30)
+    name = inversions.cache_key(model, z, "a man", 30)
+    assert name == inversions.cache_key(model, z, "a man", 30)
     assert (
         len(
             {
                 name,
-                invert.key(model, z, "a woman", 30),
-                invert.key(model, z, "a man", 31),
-                invert.key(model, z + 0.01, "a man", 30),
+                inversions.cache_key(model, z, "a woman", 30),
+                inversions.cache_key(model, z, "a man", 31),
+                inversions.cache_key(model, z + 0.01, "a man", 30),
             }
         )
         == 4
@@ -138,7 +138,7 @@ def test_an_inversion_is_kept_and_its_key_knows_what_it_is_of(model, encoded, tm
     weight = next(model.unet.parameters())
     before = weight.data.clone()
     weight.data += 0.01
-    changed = invert.key(model, z, "a man", 30)
+    changed = inversions.cache_key(model, z, "a man", 30)
     weight.data.copy_(before)  # to the bit: other tests compare the model with its files
     assert changed != name
 
@@ -158,7 +158,7 @@ def test_an_inversion_that_was_stopped_goes_on_and_finds_the_same(
         enough=0.0,
         unfinished=unfinished,
     )
-    whole = invert.kept(tmp_path / "whole.safetensors", make)
+    whole = inversions.cached(tmp_path / "whole.safetensors", make)
     real, calls = invert.step_loss, []
 
     def stops(*args, **kw):
@@ -169,8 +169,8 @@ def test_an_inversion_that_was_stopped_goes_on_and_finds_the_same(
 
     monkeypatch.setattr(invert, "step_loss", stops)
     with pytest.raises(KeyboardInterrupt):
-        invert.kept(tmp_path / "part.safetensors", make)
-    again = invert.kept(tmp_path / "part.safetensors", make)
+        inversions.cached(tmp_path / "part.safetensors", make)
+    again = inversions.cached(tmp_path / "part.safetensors", make)
     assert (
         calls[8:] == sampler.timesteps(4)[2:3] * 3 + sampler.timesteps(4)[3:] * 3
     )  # the first two t were not fitted again
@@ -202,7 +202,7 @@ def test_pictures_for_sdxl_keep_their_proportions(size, expected, tmp_path, monk
     ImageDraw.Draw(picture).ellipse([cx - r, cy - r, cx + r, cy + r], fill="black")
     picture.save(tmp_path / "p.png")
     unet = SimpleNamespace(config={"block_out_channels": [320, 640, 1280]})
-    fitted, found = slider.opened(SimpleNamespace(unet=unet, size=1024), tmp_path / "p.png")
+    fitted, found = slider.open_picture(SimpleNamespace(unet=unet, size=1024), tmp_path / "p.png")
     assert (
         found == expected
         and fitted.size == expected[::-1]
@@ -217,7 +217,7 @@ def test_the_miniature_takes_any_picture_as_a_square(model, tmp_path, capsys):
     from PIL import Image
 
     Image.new("RGBA", (300, 200), (255, 0, 0, 128)).save(tmp_path / "p.png")
-    fitted, size = slider.opened(model, tmp_path / "p.png")
+    fitted, size = slider.open_picture(model, tmp_path / "p.png")
     assert (
         size == (128, 128)
         and fitted.size == (128, 128)

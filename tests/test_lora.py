@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora
+from support.merge import merge
 
 
 def trained_slider(unet, seed=0, **options):
@@ -100,7 +101,7 @@ def test_several_sliders_add_up_as_dense_weights_do(model, inputs):
     )
     merged, also_merged = copy.deepcopy(model.unet), copy.deepcopy(model.unet)
     for slider, scale in ((first, 1.5), (second, -0.7)):
-        slider.merge(also_merged, scale)
+        merge(also_merged, [(slider, scale)])
         for name, module in merged.named_modules():
             part = getattr(slider, lora.file_name(name), None)
             if part is not None:

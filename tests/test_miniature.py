@@ -7,12 +7,12 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 import lora
-import student
 import train_text
 from miniature import measure, world
 from miniature.effect import moved, readings
 from miniature.follow import follows
 from sdxl import MINIATURE, split_words
+from support import training
 
 
 def test_specks_are_no_fingers():
@@ -128,7 +128,9 @@ def test_a_slider_moves_its_attribute_and_not_the_others(model):
     )
     torch.manual_seed(0)
     age = lora.Slider(lora.target_layers(model.unet)).attach(model.unet)
-    reading = student.fit(model.unet, age, teach(6, 1), teach(2, 2), steps=60, batch=8, lr=1.33e-3)
+    reading = training.fit_targets(
+        model.unet, age, teach(6, 1), teach(2, 2), steps=60, batch=8, lr=1.33e-3
+    )
     assert reading["share"] > 0.3
     table = readings(model, [[(age, s)] for s in (-2.0, 0.0, 2.0)], range(200, 216), steps=15)
     age.detach()

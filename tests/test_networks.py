@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from miniature import world
-from sdxl_unet import UNet, checkpointing
+from sdxl_unet import UNet
 from sdxl_vae import VAE
+from support.training import set_checkpointing
 
 FACTS = Path(__file__).parent / "facts"
 CONFIGS = json.loads((FACTS / "sdxl_configs.json").read_text())
@@ -125,7 +126,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind):
     calls, gradients = [], []
     block.resnets[0].conv1.register_forward_hook(lambda *_: calls.append(1))
     for again in (False, True):
-        checkpointing(network, again)
+        set_checkpointing(network, again)
         network.zero_grad()
         run().square().mean().backward()
         gradients.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
@@ -150,7 +151,7 @@ def test_another_kind_of_unet_is_refused(change):
 def test_decoding_in_tiles(model):
     """Exact where the decoder looks at one place at a time; close, and without seams, with the real one."""
     vae, tile = model.vae, model.vae.tile
-    z = model.latents(
+    z = model.encode(
         [world.draw(world.sample(np.random.default_rng(i))) for i in range(6)]
     )  # (6, 4, 16, 16)
     z = torch.cat([torch.cat([*z[:3]], -1), torch.cat([*z[3:]], -1)], -2)[

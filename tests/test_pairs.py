@@ -7,10 +7,9 @@ from PIL import Image
 
 import lora
 import sampler
-import student
 import train_pairs
 from miniature import world
-from support import images
+from support import images, training
 
 SCALES = [-2.0, -1.0, 1.0]
 
@@ -22,7 +21,7 @@ def latents(model):
         world.sample(np.random.default_rng([7, i]), kind="face", malformed=0) for i in range(4)
     ]
     return torch.stack(
-        [model.latents([world.draw(f | {"eye_size": v}) for v in (0.6, 0.8, 1.4)]) for f in faces]
+        [model.encode([world.draw(f | {"eye_size": v}) for v in (0.6, 0.8, 1.4)]) for f in faces]
     )
 
 
@@ -103,7 +102,7 @@ def test_the_student_learns_unseen_faces_in_the_direction_of_the_pairs(model):
         world.sample(np.random.default_rng([8, i]), kind="face", malformed=0) for i in range(9)
     ]
     latents = torch.stack(
-        [model.latents([world.draw(f | {"eye_size": v}) for v in (0.6, 1.1, 1.6)]) for f in faces]
+        [model.encode([world.draw(f | {"eye_size": v}) for v in (0.6, 1.1, 1.6)]) for f in faces]
     )[:, ::2]
     train, held_out = (
         collect(model, part, [-1.0, 1.0], noises=16, seed=i)
@@ -111,7 +110,9 @@ def test_the_student_learns_unseen_faces_in_the_direction_of_the_pairs(model):
     )
     torch.manual_seed(0)
     slider = lora.Slider(lora.target_layers(model.unet)).attach(model.unet)
-    reading = student.fit(model.unet, slider, train, held_out, steps=80, batch=8, lr=1.3e-3)
+    reading = training.fit_targets(
+        model.unet, slider, train, held_out, steps=80, batch=8, lr=1.3e-3
+    )
     t = torch.tensor([500])
     a = model.alpha_bar[500]
     x_t = sampler.add_noise(latents[0, :1], sampler.noise([99], (4, 16, 16)), t, model.alpha_bar)

@@ -11,7 +11,7 @@ from browser import after
 from PIL import Image
 
 from experiments import preference
-from extras import evaluate
+from extras import metrics
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_count(tmp_path):
         found["share"]["high"],
     ):  # the bounds of Wilson's interval solve |k/n - p| = z sd(p)
         assert abs(0.8 - p) == pytest.approx(1.96 * (p * (1 - p) / 10) ** 0.5)
-    assert evaluate.wilson(0, 7)["low"] == 0 and evaluate.wilson(7, 7)["high"] == 1
+    assert metrics.wilson(0, 7)["low"] == 0 and metrics.wilson(7, 7)["high"] == 1
 
 
 def test_what_is_no_vote(tmp_path):

@@ -91,7 +91,7 @@ def test_guidance_is_linear_and_runs_one_batch():
 
 
 class Knob:
-    scale = 9.0
+    scale, attached = 9.0, True
 
 
 @pytest.mark.parametrize("start, on_from", [(0.0, 1000), (0.3, 700), (0.5, 500), (1.0, 0)])

@@ -8,11 +8,12 @@ import torch
 import lora
 import sampler
 import train_space
-from miniature.judges import vision_tower
+from miniature.judges import image_encoder
 from miniature.measure import tensor
 from sdxl_unet import UNet
-from support import spread
+from support import clip
 from support.checkpoint import Checkpoint
+from support.sweep import sweep
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def test_directions_of_a_known_spread():
     each = torch.tensor([4.0, 2.0, 1.0] + [0.1] * 7)
     x = torch.empty(20_000, 10).exponential_(generator=g) - 1  # skewed: the sign is defined
     f = x * each @ axes.T + 5
-    v, sigma, share = spread.directions(f, 3)
+    v, sigma, share = train_space.directions(f, 3)
     assert torch.allclose(
         (v @ axes[:, :3]).diagonal(), torch.ones(3), atol=0.01
     )  # the long tail is on the positive side
@@ -59,14 +60,14 @@ def test_independent_directions_are_the_causes_and_principal_ones_mixtures():
         20_000, 10, generator=g
     )
     best = lambda v: (v @ axes[:4].T).abs().max(1)
-    v, sigma, share = spread.directions(f, 4, independent=True)
+    v, sigma, share = train_space.directions(f, 4, independent=True)
     assert best(v)[0].min() > 0.99 and best(v)[1].sort()[0].tolist() == [0, 1, 2, 3]
-    assert best(spread.directions(f, 4)[0])[0].min() < 0.95
+    assert best(train_space.directions(f, 4)[0])[0].min() < 0.95
     assert (
         torch.allclose(sigma, torch.tensor([1.02, 1.01, 1.0, 0.99]), rtol=0.05)
         and 0.9 < share.sum() < 1
     )
-    v_again, _, _ = spread.directions(f, 4, independent=True)
+    v_again, _, _ = train_space.directions(f, 4, independent=True)
     assert torch.equal(v, v_again)
 
 
@@ -143,7 +144,7 @@ def test_the_gradient_through_unet_vae_and_clip_agrees_with_finite_differences(
         deepcopy(model.vae).double(),
         model.alpha_bar.double(),
     )
-    clip = vision_tower().double()
+    clip = image_encoder().double()
     double = lambda part: tuple(c.double() for c in part)
     samples = train_space.Samples(
         samples.x_0.double(), samples.x_t.double(), samples.t, samples.prompt
@@ -188,7 +189,7 @@ def test_the_first_gradient_is_not_rounding(model, conds, tmp_path):
     v = torch.linalg.qr(torch.randn(128, 2, generator=torch.Generator().manual_seed(0)))[0].T
     space = train_space.Space(
         model,
-        vision_tower(),
+        image_encoder(),
         collect(model, conds, tmp_path, samples=10),
         *conds,
         v,
@@ -216,9 +217,9 @@ def test_the_first_gradient_is_not_rounding(model, conds, tmp_path):
 
 
 def test_sliders_learn_their_directions(model, conds, tmp_path):
-    samples, clip = collect(model, conds, tmp_path, samples=12), vision_tower()
-    f = spread.features(model, clip, samples.x_0)
-    v, sigma, _ = spread.directions(f, 2)
+    samples, clip = collect(model, conds, tmp_path, samples=12), image_encoder()
+    f = clip.features(model, clip, samples.x_0)
+    v, sigma, _ = train_space.directions(f, 2)
     made, reading = train_space.learn(
         model,
         clip,
@@ -253,18 +254,16 @@ def test_sliders_learn_their_directions(model, conds, tmp_path):
     )
     x_T = sampler.noise(range(2), model.latent_shape())
     low, high = (
-        spread.features(model, clip, x_0) @ v[0]
-        for _, x_0 in sampler.sweep(
-            model.unet, x_T, *conds, [[(made[0], s)] for s in (-2, 2)], **drawing
-        )
+        clip.features(model, clip, x_0) @ v[0]
+        for _, x_0 in sweep(model.unet, x_T, *conds, [[(made[0], s)] for s in (-2, 2)], **drawing)
     )
     assert (high - low).mean().item() / 2 == pytest.approx(sigma[0].item(), rel=0.4)
 
 
 def test_features_are_those_of_the_pictures(model, conds, tmp_path):
-    samples, clip = collect(model, conds, tmp_path), vision_tower()
-    f = spread.features(model, clip, samples.x_0)
-    seen = torch.nn.functional.normalize(clip(tensor(model.pictures(samples.x_0))), dim=-1)
+    samples, clip = collect(model, conds, tmp_path), image_encoder()
+    f = clip.features(model, clip, samples.x_0)
+    seen = torch.nn.functional.normalize(clip(tensor(model.decode(samples.x_0))), dim=-1)
     assert (
         torch.allclose(f.norm(dim=-1), torch.ones(6)) and (f - seen).norm(dim=-1).max() < 0.1
     )  # but for rounding and clipping
@@ -272,12 +271,12 @@ def test_features_are_those_of_the_pictures(model, conds, tmp_path):
 
 def test_words_that_lie_along_a_direction_are_named(model):
     """A direction that is made of a word's own change finds that word."""
-    _, encode = spread.towers(type("A", (), {"clip": None}), model)
+    _, encode = clip.towers(type("A", (), {"clip": None}), model)
     words = ["hat", "glasses", "red", "smiling"]
     f = torch.nn.functional.normalize(
         encode(["a person", "a person, hat", "a person, smiling"]), dim=-1
     )
-    hints = spread.names(
+    hints = clip.name_directions(
         encode, "a person", words, torch.nn.functional.normalize(f[1:] - f[0], dim=-1)
     )
     assert (
@@ -291,10 +290,10 @@ def test_guidance_in_the_predicted_picture(model, conds, tmp_path):
     """x_0 from eps_u + g (eps_c - eps_u), each sample at a level of its own, against the two predictions made one by one."""
     samples = collect(model, conds, tmp_path, samples=10)
     space = train_space.Space(
-        model, vision_tower(), samples, *conds, torch.eye(128)[:2], rank=1, guidance=3.0, batch=4
+        model, image_encoder(), samples, *conds, torch.eye(128)[:2], rank=1, guidance=3.0, batch=4
     )
     with torch.no_grad():
-        found = space.predicted(torch.tensor([0, 3]))
+        found = space.predict_x_0(torch.tensor([0, 3]))
         for x_0, row in zip(found, (0, 3)):
             x_t, t = space.x_t[row : row + 1], space.t[row : row + 1]
             eps_u, eps_c = (model.unet(x_t, t, *c) for c in conds[::-1])

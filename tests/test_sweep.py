@@ -11,7 +11,9 @@ from test_lora import trained_slider
 import lora
 import sampler
 import slider
-from support import training
+import train_text
+from support import probe
+from support.sweep import composed
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def test_composed_sliders_are_each_ones_hooks_together(model, inputs, several):
             s.detach()
             s.scale = 0.0
         composed = lora.Composed(unet, list(zip(several, scales)))
-        assert composed.handles and composed.changed  # this model and these ranks take both forms
+        assert composed.handles and composed.replaced  # this model and these ranks take both forms
         assert torch.equal(unet(*inputs), untouched)
         composed.scale = 1.0
         assert torch.allclose(unet(*inputs), expected, atol=1e-4) and not torch.allclose(
@@ -50,7 +52,7 @@ def test_composed_sliders_are_each_ones_hooks_together(model, inputs, several):
 def test_hung_sliders_leave_when_sampling_fails(model, inputs, several):
     with (
         pytest.raises(ZeroDivisionError),
-        lora.hung(
+        composed(
             model.unet, [(several[0], 1.0, 0.3), (several[1], 2.0, 0.3), (several[2], 1.0, 0.5)]
         ) as on,
     ):
@@ -61,7 +63,7 @@ def test_hung_sliders_leave_when_sampling_fails(model, inputs, several):
 
 def latents_of(model, monkeypatch):
     """Make model.pictures hand out the latents themselves."""
-    monkeypatch.setattr(type(model), "pictures", lambda self, x_0: list(x_0))
+    monkeypatch.setattr(type(model), "decode", lambda self, x_0: list(x_0))
 
 
 def test_a_sweep_is_the_separate_runs_for_less(model, several, monkeypatch):
@@ -143,9 +145,19 @@ def test_eq_8_at_sampling_time_is_what_it_says(model):
         one = [eps(tuple(e[i : i + 1] for e in ends)) for i in range(4)]
         plain = eps(uncond) + 4.0 * (eps(cond) - eps(uncond))
         expected = plain + 0.7 * (one[0] + one[1] - one[2] - one[3]) / 2
-        ours, _ = sampler.guided_eps(
-            model.unet, x_t, 500, cond, uncond, 4.0, ends, torch.tensor([0.7])
-        )
+        delta = lambda x_t, t: 0.7 * train_text.ends_difference(model.unet, x_t, t, ends)
+        found = []
+        for change in (None, delta):
+            x = sampler.sample(
+                model.unet, x_t, cond, uncond, alpha_bar=model.alpha_bar, steps=[500, 250],
+                guidance=4.0, start=0.0, delta=change, stop=1,
+            )  # fmt: skip
+            # The eps that this step was made with.
+            a, b = (float(model.alpha_bar[t]) for t in (500, 250))
+            scale = (1 - b) ** 0.5 - (b / a) ** 0.5 * (1 - a) ** 0.5
+            found.append((x - (b / a) ** 0.5 * x_t) / scale)
+        assert torch.allclose(found[0], plain, atol=1e-4)
+        ours = found[1]
         assert torch.allclose(ours, expected, atol=1e-4) and not torch.allclose(
             ours, plain, atol=1e-2
         )
@@ -183,17 +195,17 @@ def test_even_scales_look_evenly_spaced(low, high, left):
 
 def test_where_a_slider_stops_being_useful():
     scales = [0.0, 1.0, 2.0, 4.0, 8.0]
-    assert training.useful_end(scales, [1, 1, 1.1, 1.2, 2.2], [0, 1, 2, 4, 8]) == pytest.approx(
+    assert probe.useful_end(scales, [1, 1, 1.1, 1.2, 2.2], [0, 1, 2, 4, 8]) == pytest.approx(
         4 + 4 * 0.05
     )  # breaks down
     assert (
-        training.useful_end(scales, [1, 1, 1, 1, 1], [0, 1, 1.5, 1.6, 1.7]) == 2.0
+        probe.useful_end(scales, [1, 1, 1, 1, 1], [0, 1, 1.5, 1.6, 1.7]) == 2.0
     )  # stays as it is from 2 on
-    assert training.useful_end(scales, [1, 1, 1, 1, 1], [0, 1, 2, 3, 4]) == 8.0
-    assert training.useful_end(
+    assert probe.useful_end(scales, [1, 1, 1, 1, 1], [0, 1, 2, 3, 4]) == 8.0
+    assert probe.useful_end(
         [-s for s in scales], [1, 1, 1, 1.5, 9], [0, -1, -2, -4, -8]
     ) == pytest.approx(-3)
-    assert training.useful_end(scales, [1, 1, float("nan"), 1, 1], [0, 1, 2, 4, 8]) == 1.0
+    assert probe.useful_end(scales, [1, 1, float("nan"), 1, 1], [0, 1, 2, 4, 8]) == 1.0
 
 
 def test_a_slider_that_wrecks_pictures_is_found_out(model):
@@ -204,7 +216,7 @@ def test_a_slider_that_wrecks_pictures_is_found_out(model):
         for name, p in s.named_parameters():
             if "lora_up" in name:
                 p.mul_(strength)
-        found.append(training.probe(model, s, cond, uncond, (4, 16, 16), seeds=2, steps=6))
+        found.append(probe.probe(model, s, cond, uncond, (4, 16, 16), seeds=2, steps=6))
     gentle, wild = found
     assert (
         gentle["range"][0] < -4
@@ -223,7 +235,7 @@ def test_two_groups_of_sliders_with_starts_of_their_own_add_up(model, inputs):
     """Four sliders whose ranks call for a second W in narrow layers, two and two on switches of their own."""
     four = [trained_slider(model.unet, i, rank=9, layers="attn") for i in range(4)]
     with torch.no_grad():
-        with lora.hung(
+        with composed(
             model.unet, [(s, 1.0, 0.3 if i < 2 else 0.5) for i, s in enumerate(four)]
         ) as switches:
             for switch, scale, _ in switches:
@@ -237,6 +249,6 @@ def test_two_groups_of_sliders_with_starts_of_their_own_add_up(model, inputs):
     assert len(switches) == 2 and torch.allclose(ours, expected, atol=1e-3)
     with (
         pytest.raises(ValueError, match="twice"),
-        lora.hung(model.unet, [(four[0], 1.0, 0.3), (four[0], 1.0, 0.5)]),
+        composed(model.unet, [(four[0], 1.0, 0.3), (four[0], 1.0, 0.5)]),
     ):
         pass

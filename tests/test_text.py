@@ -10,7 +10,10 @@ import lora
 import sampler
 import student
 import train_text
-from sdxl_unet import UNet, checkpointing
+from sdxl_unet import UNet
+from support import options, training
+from support.sweep import composed
+from support.training import set_checkpointing
 
 POS, NEG, TARGET = (
     "a photo of a person, very old",
@@ -125,7 +128,9 @@ def test_the_student_learns_unseen_x_t_and_touches_nothing_else(model, both_ends
     slider = lora.Slider(lora.target_layers(model.unet)).attach(model.unet)
     start = student.meter(model.unet, slider, held_out, 4)
     train = train if both_ends else train[train.scale > 0]
-    reading = student.fit(model.unet, slider, train, held_out, steps=30, batch=8, lr=1.3e-3)
+    reading = training.fit_targets(
+        model.unet, slider, train, held_out, steps=30, batch=8, lr=1.3e-3
+    )
     slider.detach()
     assert (
         abs(start["share"]) < 1e-6
@@ -150,11 +155,11 @@ def test_training_in_bfloat16_keeps_the_slider_in_float32():
     teacher = lora.Slider(lora.target_layers(unet))
     for p in teacher.parameters():
         p.data.normal_(std=0.2)
-    with torch.no_grad(), lora.hung(unet, [(teacher, 1.0, 0.0)]):
+    with torch.no_grad(), composed(unet, [(teacher, 1.0, 0.0)]):
         targets.target = student.predict(unet, teacher, targets)
         targets.eps_0 = student.predict(unet, teacher, dataclasses.replace(targets, scale=0 * one))
     slider = lora.Slider(lora.target_layers(unet)).attach(unet)
-    reading = student.fit(
+    reading = training.fit_targets(
         unet,
         slider,
         targets[torch.arange(20)],
@@ -174,10 +179,10 @@ def test_same_seed_same_slider(model):
         (1, False),
         (100, True),
     ):  # neither readings in between nor checkpointing change anything
-        checkpointing(model.unet, again)
+        set_checkpointing(model.unet, again)
         torch.manual_seed(0)
         slider = lora.Slider(lora.target_layers(model.unet, "attn")).attach(model.unet)
-        student.fit(
+        training.fit_targets(
             model.unet,
             slider,
             train,
@@ -188,7 +193,7 @@ def test_same_seed_same_slider(model):
             meter_every=meter_every,
         )
         slider.detach()
-        checkpointing(model.unet, False)
+        set_checkpointing(model.unet, False)
         sliders.append(slider.state_dict())
     assert all(torch.equal(v, sliders[1][k]) for k, v in sliders[0].items())
 
@@ -197,7 +202,7 @@ def test_divergence_stops_training(model):
     train = collect(model)
     slider = lora.Slider(lora.target_layers(model.unet)).attach(model.unet)
     with pytest.raises(FloatingPointError, match="lower --lr"):
-        student.fit(model.unet, slider, train, train, steps=30, batch=2, lr=10.0)
+        training.fit_targets(model.unet, slider, train, train, steps=30, batch=2, lr=10.0)
     slider.detach()
 
 
@@ -206,7 +211,7 @@ def test_nothing_to_learn_is_said(model):
     train.target = train.eps_0.float().clone()
     slider = lora.Slider(lora.target_layers(model.unet)).attach(model.unet)
     with pytest.raises(ValueError, match="no difference"):
-        student.fit(model.unet, slider, train, train, steps=3, batch=2, lr=1e-3)
+        training.fit_targets(model.unet, slider, train, train, steps=3, batch=2, lr=1e-3)
     slider.detach()
 
 
@@ -221,17 +226,19 @@ def test_a_prompt_that_is_too_long_is_said(model):
 
 def test_verdicts():
     good = {"share": 0.8, "cosine": 0.9, "plus": 0.8, "minus": 0.8}
-    assert "It works" in " ".join(student.verdict(good, 0.1)) and "WARNING" not in " ".join(
-        student.verdict(good, 0.1)
+    assert "It works" in " ".join(training.verdict(good, 0.1)) and "WARNING" not in " ".join(
+        training.verdict(good, 0.1)
     )
-    assert "in part" in " ".join(student.verdict(good | {"share": 0.4}, 0.1))
-    assert "next to nothing" in " ".join(student.verdict(good | {"share": 0.05, "loss": 0.97}, 0.1))
-    assert "by heart" in " ".join(student.verdict(good | {"share": 0.05, "loss": 0.5}, 0.1))
-    assert "something else" in " ".join(student.verdict(good | {"cosine": 0.2}, 0.1))
-    assert "hardly tells" in " ".join(student.verdict(good, 0.01))
+    assert "in part" in " ".join(training.verdict(good | {"share": 0.4}, 0.1))
+    assert "next to nothing" in " ".join(
+        training.verdict(good | {"share": 0.05, "loss": 0.97}, 0.1)
+    )
+    assert "by heart" in " ".join(training.verdict(good | {"share": 0.05, "loss": 0.5}, 0.1))
+    assert "something else" in " ".join(training.verdict(good | {"cosine": 0.2}, 0.1))
+    assert "hardly tells" in " ".join(training.verdict(good, 0.01))
     assert "never saw the words zebra" in " ".join(
-        student.verdict(good, 0.1, guessed={"zebra"})
-    ) and "It works" not in " ".join(student.verdict(good, 0.1, guessed={"zebra"}))
+        training.verdict(good, 0.1, unknown_words={"zebra"})
+    ) and "It works" not in " ".join(training.verdict(good, 0.1, unknown_words={"zebra"}))
 
 
 def test_shared_part():
@@ -241,9 +248,9 @@ def test_shared_part():
 
 
 def test_preserved_concepts_combine():
-    assert train_text.combinations([]) == train_text.combinations([" , "]) == []
-    assert train_text.combinations(["man, woman,"]) == ["man", "woman"]
-    assert train_text.combinations(["a, b", "c", "d, e"]) == [
+    assert options.combinations([]) == options.combinations([" , "]) == []
+    assert options.combinations(["man, woman,"]) == ["man", "woman"]
+    assert options.combinations(["a, b", "c", "d, e"]) == [
         "a, c, d",
         "a, c, e",
         "b, c, d",

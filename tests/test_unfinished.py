@@ -15,7 +15,7 @@ import lora
 import student
 import train_text
 from bench.kill import TEXT, survives
-from support import checkpoint
+from support import checkpoint, training
 from support.checkpoint import Checkpoint
 
 
@@ -44,7 +44,7 @@ def fit(model, targets, kept=checkpoint.NO_CHECKPOINT, **changes):
     torch.manual_seed(0)
     slider = lora.Slider(lora.target_layers(model.unet, "xattn")).attach(model.unet)
     try:
-        reading = student.fit(
+        reading = training.fit_targets(
             model.unet,
             slider,
             targets,
@@ -93,7 +93,7 @@ def test_a_training_that_broke_off_ends_with_the_same_bytes(
 
 
 def test_collecting_goes_on_where_it_was(model, targets, tmp_path, monkeypatch):
-    real, calls = train_text.sampler.ends_difference, []
+    real, calls = train_text.ends_difference, []
 
     def breaks(*args):
         calls.append(1)
@@ -102,7 +102,7 @@ def test_collecting_goes_on_where_it_was(model, targets, tmp_path, monkeypatch):
         return real(*args)
 
     kept = Checkpoint(tmp_path)
-    monkeypatch.setattr(train_text.sampler, "ends_difference", breaks)
+    monkeypatch.setattr(train_text, "ends_difference", breaks)
     with pytest.raises(Stop):
         collect(model, kept)
     monkeypatch.setattr(train_text.sampler, "sample", lambda *_, **__: pytest.fail("walked again"))

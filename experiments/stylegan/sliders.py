@@ -51,8 +51,8 @@ def draw_pairs(
     ends = [faces.drawn(layer, channel, sign * by) for sign in (-1, 1)]
 
     def again(drawn):
-        begin = slider.half_way(
-            model, lambda some: model.latents([drawn[i] for i in some]), strength, 20
+        begin = slider.sdedit(
+            model, lambda some: model.encode([drawn[i] for i in some]), strength, 20
         )
         return slider.sweep(
             model, PROMPT, range(candidates), [[]], steps=20, guidance=3.0, **begin

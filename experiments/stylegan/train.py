@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from experiments.stylegan.generator import SIZE, Encoder, Generator, Z
-from extras import evaluate
+from extras import metrics
 from formats import write_atomically
 from miniature import world
 from miniature.judges import miniature_judges
@@ -170,7 +170,7 @@ def main():
                     work / "samples.png",
                 )
                 log(
-                    f"{step + 1}  FID {evaluate.fid(judges, unseen, made):.2f} to 1,000 unseen faces"
+                    f"{step + 1}  FID {metrics.fid(judges, unseen, made):.2f} to 1,000 unseen faces"
                 )
             if (step + 1) % 250 == 0 or last or stop():
                 kept.save(
