@@ -237,13 +237,15 @@ def main():
     args = p.parse_args()
     args.dtype = args.dtype or cli.fast_dtype()
     model = cli.load_model(args)
-    size, recipe, path = (min(model.size, 512),) * 2, training.text_recipe(model.unet), Path(args.json)
+    size, recipe, path = (
+        (min(model.size, 512),) * 2,
+        training.text_recipe(model.unet),
+        Path(args.json),
+    )
     done = json.loads(path.read_text()) if path.exists() else []
     for attribute in args.attribute or ["eye_size"]:
         pos, neg, preserve = CONCEPTS[attribute]
-        prompts = train_text.encode(
-            model, [TARGET], pos, neg, options.combinations(preserve), size
-        )
+        prompts = train_text.encode(model, [TARGET], pos, neg, options.combinations(preserve), size)
         held_out = train_text.collect(
             model,
             prompts,

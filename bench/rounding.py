@@ -3,7 +3,7 @@
 For every linear and convolution layer of the miniature's UNet, random low-rank changes of a given
 size (Frobenius norm, in units of W's) are added in float32 and rounded once, as --merge and
 `python -m extras.tools bake` do it. "kept" is the share of the change that is made, "cosine" how
-far it is still that change; the rest is noise. The last rows add seven changes of 0.05% each. """
+far it is still that change; the rest is noise. The last rows add seven changes of 0.05% each."""
 
 import torch
 

@@ -131,9 +131,7 @@ def measure(who, what, size, dtype, steps):
         assert loss.isfinite()
         seconds.append(time.time() - started)
     print(
-        json.dumps(
-            {"seconds": seconds[1:], "first": seconds[0], "GiB": cost.peak_memory() / 2**30}
-        )
+        json.dumps({"seconds": seconds[1:], "first": seconds[0], "GiB": cost.peak_memory() / 2**30})
     )
 
 

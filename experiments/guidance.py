@@ -59,7 +59,7 @@ def main():
         slider = lab.text_slider(concept)
         lab.once(concept, lambda: changes(lab, concept, slider))
         for g in GUIDANCE:
-            # Measured, and drawn again only if it is shown and was measured by an earlier run.
+            # Drawn once, be it measured, shown or both.
             draw = functools.cache(lambda: lab.draw([[(slider, 2.0)]], guidance=g)[0])
             lab.once(f"{concept}: guidance {g:g}", lambda: lab.edit(concept, plain(g), draw()))
             if concept == "age" and g in (1, 5, 10):

@@ -1,10 +1,13 @@
-"""The appendix: sliders on real pictures.  python -m experiments.inversion
+"""The appendix: sliders on real pictures.
 
-Pictures of the drawn world that no training saw, inverted by each method of invert.py at guidance 5 and drawn again: how close
-(PSNR; the VAE's own round trip is the ceiling), for how many network evaluations. Then sliders on the inverted pictures. With
---model, --image names the pictures (a folder; names are their prompts).
-"""
+    python -m experiments.inversion
 
+Pictures of the drawn world that no training saw, inverted by each method of invert.py at guidance
+5 and drawn again: how close (PSNR; the VAE's own round trip is the ceiling), for how many network
+evaluations. Then sliders on the inverted pictures. With --model, --image names the pictures (a
+folder; names are their prompts)."""
+
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -21,133 +24,99 @@ GUIDANCE, STEPS = 5.0, 30
 SCALES = [-2.0, -1.0, 0.0, 1.0, 2.0]
 START = 0.3
 EDITS = ["age", "smile", "eye size"]
+BATCH = 16  # pictures inverted at once
 
 
 def held_out(n: int, seed: int):
     """n faces of the world, drawn and described."""
     rng = np.random.default_rng([2311, 12092, seed])
     faces = [world.sample(rng, kind="face", malformed=0) for _ in range(n)]
-    return [world.draw(a) for a in faces], [world.caption(a, rng) for a in faces]
+    return [world.draw(face) for face in faces], [world.caption(face, rng) for face in faces]
+
+
+def read_folder(folder: Path, size):
+    """The pictures in a folder, each cropped to `size`, and their names."""
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in images.ENDINGS)
+    pictures = [images.crop_and_resize(images.read_image(f), *size) for f in files]
+    return pictures, [f.stem for f in files]
+
+
+def add_options(p):
+    image = "another model: pictures named by their prompts"
+    p.add_argument("--image", metavar="DIR", help=image)
 
 
 def main():
-    lab = Lab(
-        __doc__,
-        "inversion",
-        lambda p: p.add_argument(
-            "--image", metavar="DIR", help="another model: pictures named by their prompts"
-        ),
-        count=32,
-        dtype="float32",
-    )
+    lab = Lab(__doc__, "inversion", add_options, count=32, dtype="float32")
     model = lab.model
     if lab.args.image:
-        files = sorted(
-            f for f in Path(lab.args.image).iterdir() if f.suffix.lower() in images.ENDINGS
-        )
-        originals, prompts = (
-            [images.crop_and_resize(images.read_image(f), *lab.size) for f in files],
-            [f.stem for f in files],
-        )
+        originals, prompts = read_folder(Path(lab.args.image), lab.size)
     else:
         originals, prompts = held_out(lab.args.pictures, lab.seed)
     settings = dict(alpha_bar=model.alpha_bar, steps=STEPS, guidance=GUIDANCE)
-    parts = [slice(i, i + 16) for i in range(0, len(originals), 16)]
-    z, cond, empty = (
-        model.encode(originals),
-        model.condition(prompts, lab.size),
-        model.condition([""], lab.size),
-    )
+    parts = [slice(i, i + BATCH) for i in range(0, len(originals), BATCH)]
+    z, empty = model.encode(originals), model.condition([""], lab.size)
+    cond = model.condition(prompts, lab.size)
+    cond_parts = [tuple(c[part] for c in cond) for part in parts]
     roundtrip = model.decode(z)
     lab.once("VAE alone", lambda: {"psnr": metrics.interval(metrics.psnr(originals, roundtrip))})
 
-    def inverted(method):
-        for part in parts:
-            yield (
-                part,
-                invert.invert(
-                    model.unet,
-                    z[part],
-                    tuple(c[part] for c in cond),
-                    empty,
-                    method=method,
-                    **settings,
-                ),
-            )
+    @functools.cache
+    def inverted(method) -> list:
+        """An invert.Inversion for each of `parts`."""
+        how = dict(method=method, **settings)
+        pairs = zip(parts, cond_parts)
+        return [invert.invert(model.unet, z[part], c, empty, **how) for part, c in pairs]
 
-    shown, found = {"original": originals, "VAE": roundtrip}, {}
+    shown = {"original": originals, "VAE": roundtrip}
     for method in reversed(invert.METHODS):
 
         def measure():
-            drawn, n = [], 0
-            for part, inversion in inverted(method):
-                found[method, part.start] = inversion
-                n += inversion.evaluations
-                drawn += model.decode(
-                    sampler.sample(
-                        model.unet,
-                        inversion.x_T,
-                        tuple(c[part] for c in cond),
-                        inversion.uncond,
-                        **settings,
-                    )
-                )
+            drawn = []
+            for c, inversion in zip(cond_parts, inverted(method)):
+                x_T, uncond = inversion.x_T, inversion.uncond
+                drawn += model.decode(sampler.sample(model.unet, x_T, c, uncond, **settings))
             shown[method] = drawn
+            evaluations = sum(inversion.evaluations for inversion in inverted(method))
             return {
                 "psnr": metrics.interval(metrics.psnr(originals, drawn)),
-                "lpips": metrics.interval(metrics.lpips(lab.judges, originals, drawn)),
-                "evaluations": n / len(originals),
+                "lpips": lab.lpips(originals, drawn),
+                "evaluations": evaluations / len(originals),
             }
 
         lab.once(method, measure)
 
+    def edit_all(method, one) -> list[list]:
+        """The inverted pictures with the slider `one`: a list for each of SCALES."""
+        columns, by_scale = [[] for _ in SCALES], [[(one, scale)] for scale in SCALES]
+        for i, prompt in enumerate(prompts):
+            inversion, row = inverted(method)[i // BATCH], slice(i % BATCH, i % BATCH + 1)
+            inverse = dict(
+                start_from=lambda _: inversion.x_T[row],
+                uncond=[tuple(c[row] for c in uncond) for uncond in inversion.uncond],
+            )
+            again = dict(steps=STEPS, guidance=GUIDANCE, start=START, size=lab.size)
+            drawn = slider.sweep(model, prompt, [i], by_scale, **inverse, **again)
+            for column, pictures in zip(columns, drawn):
+                column += pictures
+        return columns
+
     for method in ("null-text", "negative-prompt"):
         for concept in EDITS:
 
-            def edit():
-                one = lab.text_slider(concept)
-                if (method, 0) not in found:
-                    found.update(
-                        {(method, part.start): inversion for part, inversion in inverted(method)}
-                    )
-                columns = [[] for _ in SCALES]
-                for i, prompt in enumerate(prompts):
-                    inversion, row = found[method, i // 16 * 16], slice(i % 16, i % 16 + 1)
-                    uncond = [tuple(c[row] for c in u) for u in inversion.uncond]
-                    drawn = slider.sweep(
-                        model,
-                        prompt,
-                        [i],
-                        [[(one, s)] for s in SCALES],
-                        start_from=lambda _: inversion.x_T[row],
-                        uncond=uncond,
-                        steps=STEPS,
-                        guidance=GUIDANCE,
-                        start=START,
-                        size=lab.size,
-                    )
-                    for column, here in zip(columns, drawn):
-                        column += here
+            def measure_edit():
+                columns = edit_all(method, lab.text_slider(concept))
                 if method == "null-text":
-                    rows = [[o, *(c[i] for c in columns)] for i, o in enumerate(originals[:6])]
-                    images.save_image(
-                        images.contact_sheet(
-                            rows, ["original", *map(images.scale_label, SCALES)], [""] * len(rows)
-                        ),
-                        lab.path.with_name(f"{lab.path.stem}_{concept.replace(' ', '_')}.png"),
-                    )
-                result = {
-                    "lpips at 0": metrics.interval(
-                        metrics.lpips(lab.judges, originals, columns[SCALES.index(0.0)])
-                    )
-                }
+                    rows = [list(row) for row in zip(originals[:6], *columns)]
+                    names = ["original", *map(images.scale_label, SCALES)]
+                    lab.save_sheet(rows, names, [""] * len(rows), concept.replace(" ", "_"))
+                result = {"lpips at 0": lab.lpips(originals, columns[SCALES.index(0.0)])}
                 if lab.small:
-                    result |= effect.summary(
-                        effect.table(columns), lab.all_concepts[concept][-1], SCALES
-                    )
+                    attribute = lab.all_concepts[concept].attribute
+                    result |= effect.summary(effect.table(columns), attribute, SCALES)
                 return result
 
-            lab.once(f"{concept} by {method}", edit)
+            lab.once(f"{concept} by {method}", measure_edit)
     if len(shown) > 2:
         lab.sheet(list(shown.values()), list(shown), rows=6)
 

@@ -1,15 +1,16 @@
-"""Table 2 and Figure 4: visual sliders.  python -m experiments.visual_sliders
+"""Table 2 and Figure 4: visual sliders.
 
-Eye size, of which words say little, from 16 pairs of drawn faces (eye size 0.6 and 1.6, all else the same), against a text
-slider, a plain LoRA trained on the big-eyed half alone (B), and the paper's noise target. Eye size is measured exactly: the
-width of the eyes in pixels. On another model the pairs are read from --neg and --pos.
-"""
+    python -m experiments.visual_sliders
+
+Eye size, of which words say little, from 16 pairs of drawn faces (eye size 0.6 and 1.6, all else
+the same), against a text slider, a plain LoRA trained on the big-eyed half alone (B), and the
+paper's noise target. Eye size is measured exactly: the width of the eyes in pixels. On another
+model the pairs are read from --neg and --pos."""
 
 from pathlib import Path
 
 import torch
 
-import lora
 import train_pairs
 from experiments.common import Lab
 from extras import metrics
@@ -21,40 +22,49 @@ SCALES = [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0]
 PROMPT = "a photo of a person"
 
 
+def add_options(p):
+    p.add_argument("--neg", metavar="DIR")
+    p.add_argument("--pos", metavar="DIR")
+
+
+def measured(lab, drawn) -> dict:
+    """Of a column of pictures for each of SCALES."""
+    before = drawn[SCALES.index(0.0)]
+    found = {"lpips": [lab.lpips(before, after)["mean"] for after in drawn]}
+    if not lab.small:
+        return found
+    table = effect.table(drawn)
+    summary = effect.summary(table, "eye_size", SCALES)
+    found |= {k: v for k, v in summary.items() if k not in ("attribute", "scales")}
+    widths = [[measure.eye_pixels(picture) for picture in column] for column in drawn]
+    found["pixels"] = [metrics.interval(column) for column in widths]
+    found["malformed"] = (table["malformed"] > 0.5).mean(1).tolist()
+    return found
+
+
 def main():
-    lab = Lab(
-        __doc__,
-        "visual_sliders",
-        lambda p: (p.add_argument("--neg", metavar="DIR"), p.add_argument("--pos", metavar="DIR")),
-    )
+    lab = Lab(__doc__, "visual_sliders", add_options)
     if lab.args.pos:
-        groups = [
-            images.read_group(files, lab.size[0])
-            for files in images.match_by_name([Path(lab.args.neg), Path(lab.args.pos)])
-        ]
+        files = images.match_by_name([Path(lab.args.neg), Path(lab.args.pos)])
+        groups = [images.read_group(pair, lab.size[0]) for pair in files]
     else:
         groups = drawn_pairs.draw("eye_size", [0.6, 1.6], 16, lab.seed)
     latents = torch.stack([lab.model.encode(group) for group in groups])  # (n, 2, 4, h, w)
     cond, recipe = lab.model.condition([PROMPT], lab.size), training.recipe(lab.model.unet)
 
-    def by_pairs(name, which, scales, target, **changes):
-        settings = recipe | changes
-        teach = lambda: [
-            train_pairs.collect(
-                lab.model,
-                z,
-                torch.tensor(scales, device=lab.model.device),
-                cond,
-                noises=32,
-                seed=2 * lab.seed + i,
-                batch=32,
-                target=target,
-            )
-            for i, z in ((1, latents[2:, which]), (2, latents[:2, which]))
-        ]
-        return lab.kept(
-            f"eyes_{name}_seed{lab.seed}", teach, settings, lora.Slider, 4, seed=lab.seed
-        )
+    def by_pairs(name, folders, scales, target):
+        """A slider from the pictures of `folders` (0: neg, 1: pos), each at its scale."""
+        scales = torch.tensor(scales, device=lab.model.device)
+
+        def collect(z, seed):
+            settings = dict(noises=32, batch=32, target=target, seed=seed)
+            return train_pairs.collect(lab.model, z, scales, cond, **settings)
+
+        def teach():
+            seen, unseen = latents[2:, folders], latents[:2, folders]
+            return collect(seen, 2 * lab.seed + 1), collect(unseen, 2 * lab.seed + 2)
+
+        return lab.load_or_train(f"eyes_{name}_seed{lab.seed}", teach, recipe, 4, lab.seed)
 
     sliders = {
         "visual slider": by_pairs("pairs", [0, 1], [-1.0, 1.0], "shared"),
@@ -65,36 +75,12 @@ def main():
         sliders["text slider"] = lab.text_slider("eye size")
     shown = []
     for name, slider in sliders.items():
-
-        def measure_all():
-            drawn = lab.draw([[(slider, s)] for s in SCALES])
-            before = drawn[SCALES.index(0.0)]
-            found = {
-                "lpips": [
-                    metrics.interval(metrics.lpips(lab.judges, before, after))["mean"]
-                    for after in drawn
-                ]
-            }
-            if lab.small:
-                table = effect.table(drawn)
-                found |= {
-                    k: v
-                    for k, v in effect.summary(table, "eye_size", SCALES).items()
-                    if k not in ("attribute", "scales")
-                }
-                found["pixels"] = [
-                    metrics.interval([measure.eye_pixels(p) for p in column]) for column in drawn
-                ]
-                found["malformed"] = (table["malformed"] > 0.5).mean(1).tolist()
-            return found
-
-        lab.once(name, measure_all)
-        shown.append(lab.draw([[(slider, s)] for s in (-2.0, 2.0)]))
+        draw = lambda scales: lab.draw([[(slider, scale)] for scale in scales])
+        lab.once(name, lambda: measured(lab, draw(SCALES)))
+        shown.append(draw([-2.0, 2.0]))
     (plain,) = lab.draw([[]])
-    lab.sheet(
-        [shown[0][0], plain, shown[0][1], shown[2][1], shown[-1][1]],
-        ["slider -2", "plain", "slider +2", "B alone +2", "text +2"],
-    )
+    columns = [shown[0][0], plain, shown[0][1], shown[2][1], shown[-1][1]]
+    lab.sheet(columns, ["slider -2", "plain", "slider +2", "B alone +2", "text +2"])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ self-attention:
     peft    unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight
 
 We write the first; the second is kohya's own trainer's for SDXL, the third diffusers'.
-ComfyUI, A1111, Forge and InvokeAI read the first two, diffusers all three.
+docs/files.md says which program reads which.
 """
 
 import json

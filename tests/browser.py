@@ -1,7 +1,8 @@
-"""A page in a real browser: headless Chromium opens the file, a script does what a person would, and says what it saw.
+"""A page in a real browser: headless Chromium opens the file, a script does what a person would,
+and says what it saw.
 
-Chromium is spoken to in its own protocol over two pipes, so no package is needed, and nothing is guessed about time.
-"""
+Chromium is spoken to in its own protocol over two pipes, so no package is needed, and nothing is
+guessed about time."""
 
 import fcntl
 import json
@@ -19,8 +20,8 @@ CHROMIUM = next(
 
 
 def after(page: str, script: str, tmp_path, seconds: float = 60) -> str:
-    """The text that `script` (JavaScript, may await) leaves in the variable `out`, run on `page`: an address, or HTML that is opened from a
-    file."""
+    """The text that `script` (JavaScript, may await) leaves in the variable `out`, run on `page`:
+    an address, or HTML that is opened from a file."""
     if CHROMIUM is None:
         pytest.skip("needs Chromium")
     file, until, number, pending = tmp_path / "page.render_page", time.time() + seconds, 0, b""

@@ -1,4 +1,5 @@
-"""Command lines for tests, written as a user writes them: "slider.py --prompt 'a cat' --steps 3"."""
+"""Command lines for tests, written as a user writes them: "slider.py --prompt 'a cat' --steps
+3"."""
 
 import contextlib
 import io

@@ -1,9 +1,13 @@
-"""Run every command that the documentation gives:  python tests/docs_check.py   (make docs-check; a quarter of an hour)
+"""Run every command that the documentation gives (make docs-check; a quarter of an hour):
 
-The commands of README.md, in their order, are run as they stand, in a fresh copy of the repository: so is its Python. Those that take longer
-than a reader would wait (experiments, benches), need a released SDXL, or stand in a sentence with "..." in them, are parsed: the script is
-started with just these words and stopped when it has read its options. The exercises of docs/reading.md are made: each patch is applied to
-a copy, its command run, and what it prints compared with what the page says is to be seen.
+    python tests/docs_check.py
+
+The commands of README.md, in their order, are run as they stand, in a fresh copy of the
+repository: so is its Python. Those that take longer than a reader would wait (experiments,
+benches), need a released SDXL, or stand in a sentence with "..." in them, are parsed: the script
+is started with just these words and stopped when it has read its options. The exercises of
+docs/reading.md are made: each patch is applied to a copy, its command run, and what it prints
+compared with what the page says is to be seen.
 
     python tests/docs_check.py --only exercises
 """
@@ -35,7 +39,10 @@ LONG = (
     "miniature.effect",
     "miniature.train",
 )
-LONG_SCRIPTS = ("train_space.py", "live.py")  # run by tests/test_space.py and tests/test_live.py
+LONG_SCRIPTS = (
+    "train_space.py",
+    "extras.live",
+)  # run by tests/test_space.py and tests/test_live.py
 PARSE = """
 import argparse, runpy, sys
 real = argparse.ArgumentParser.parse_args
@@ -120,13 +127,14 @@ def check_commands(folder: Path) -> int:
             code, output, seconds = run(words[1:] if whole else ["-c", PARSE, *words[1:]], folder)
             good = code == 0
             bad += not good
-            print(
-                f"{'ok' if good else 'BAD':4}{'ran' if whole else 'parsed':7}{seconds:5.0f} s  {page}: {command}",
-                flush=True,
-            )
+            report(good, "ran" if whole else "parsed", seconds, f"{page}: {command}")
             if not good:
                 print(output[-2000:])
     return bad
+
+
+def report(good: bool, how: str, seconds: float, what: str):
+    print(f"{'ok' if good else 'BAD':4}{how:7}{seconds:5.0f} s  {what}", flush=True)
 
 
 def check_python(folder: Path) -> int:
@@ -136,16 +144,13 @@ def check_python(folder: Path) -> int:
     ):
         code, output, seconds = run(["-c", block], folder)
         bad += code != 0
-        print(
-            f"{'ok' if not code else 'BAD':4}{'ran':7}{seconds:5.0f} s  README.md: {block.splitlines()[0]} ...",
-            flush=True,
-        )
+        report(not code, "ran", seconds, f"README.md: {block.splitlines()[0]} ...")
         if code:
             print(output[-2000:])
     return bad
 
 
-# ---------------------------------------------------------------------------------------------- exercises
+# ---------------------------------------------------------------------------------------- exercises
 
 
 def exercises(text: str) -> list[dict]:
@@ -181,18 +186,14 @@ def check_exercises(only: str = "") -> int:
             for file, old, new in exercise["patches"]:
                 text = (folder / file).read_text()
                 if text.count(old) != 1:
-                    raise SystemExit(
-                        f"{exercise['name']}: {file} holds the lines to change {text.count(old)} times"
-                    )
+                    times = f"holds the lines to change {text.count(old)} times"
+                    raise SystemExit(f"{exercise['name']}: {file} {times}")
                 (folder / file).write_text(text.replace(old, new))
             done = [run(shlex.split(command)[1:], folder) for command in exercise["commands"]]
         output, seconds = "\n".join(text for _, text, _ in done), sum(t for _, _, t in done)
         good = re.search(exercise["shows"], output) is not None
         bad += not good
-        print(
-            f"{'ok' if good else 'BAD':4}{'ran':7}{seconds:5.0f} s  {exercise['name']}: {exercise['shows']}",
-            flush=True,
-        )
+        report(good, "ran", seconds, f"{exercise['name']}: {exercise['shows']}")
         lines = [line for line in output.splitlines() if "\r" not in line][-6:]
         print("\n".join(f"        {line}" for line in lines), flush=True)
     return bad

@@ -1,5 +1,6 @@
-"""The other way round: a folder's tensors under the names of the original single-file form. Written on its own, from
-the layout of the latent-diffusion and OpenCLIP code, so that the reader in single_file.py has something to be tested on."""
+"""The other way round: a folder's tensors under the names of the original single-file form.
+Written on its own, from the layout of the latent-diffusion and OpenCLIP code, so that the reader
+in single_file.py has something to be tested on."""
 
 import re
 
@@ -70,7 +71,8 @@ def unet(state: dict, layers: int = 2) -> dict:
         if block == "mid_block":
             place = "middle_block." + ("1" if kind == "attentions" else str(2 * i))
         elif block.startswith("down"):
-            place = f"input_blocks.{1 + level * (layers + 1) + (layers if kind == 'downsamplers' else i)}"
+            layer = layers if kind == "downsamplers" else i
+            place = f"input_blocks.{1 + level * (layers + 1) + layer}"
         else:
             place = (
                 f"output_blocks.{level * (layers + 1) + (layers if kind == 'upsamplers' else i)}"

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from miniature import world
+from support import probe
 
 
 def names_in(folder) -> set[str]:
@@ -26,7 +27,9 @@ def trained(tmp_path_factory):
     """A quickly trained slider, and what its training printed."""
     path = tmp_path_factory.mktemp("cli") / "smile.safetensors"
     small = "--steps 4 --trajectories 2 --per-trajectory 3 --denoising-steps 6 --probe 1"
-    done = run(f"{TRAIN} --preserve 'man, woman' {small} --out {path}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "SCALES", (-1.0, 0.0, 1.0))  # most of the time goes into the probe
+        done = run(f"{TRAIN} --preserve 'man, woman' {small} --out {path}")
     assert done.returncode == 0, done.stderr
     return path, done
 
@@ -45,6 +48,7 @@ def test_training_reports_and_records_itself(trained):
     assert json.loads(metadata["prompts"]) == ["a photo of a person"]
     assert json.loads(metadata["preserved"]) == ["man", "woman"]
     assert "share" in json.loads(metadata["meter"])
+    assert "range" in json.loads(metadata["probe"])
 
 
 def test_a_strip_and_single_files_from_any_folder(trained, tmp_path):
@@ -141,7 +145,11 @@ def test_a_folder_of_sliders_each_and_at_random(trained, tmp_path):
     assert a != b
 
 
-def test_pairs_train_and_preview(tmp_path):
+@pytest.mark.parametrize("drawn", ["little", pytest.param("all", marks=pytest.mark.slow)])
+def test_pairs_train_and_preview(drawn, tmp_path, monkeypatch):
+    if drawn == "little":
+        monkeypatch.setattr(probe, "SCALES", (-1.0, 0.0, 1.0))
+        monkeypatch.setattr(probe, "PREVIEW_SEEDS", [0])
     done = run(f"-m miniature.pairs --count 3 --values 0.6,1.1,1.6 --out {tmp_path}")
     assert done.returncode == 0, done.stderr
     folders = f"--neg {tmp_path}/0.6 --at 0.2 {tmp_path}/1.1 --pos {tmp_path}/1.6"
@@ -267,12 +275,14 @@ def test_help(script):
     assert "default" in done.stdout and "None)" not in done.stdout
 
 
-def test_a_space_of_sliders(tmp_path):
+@pytest.mark.parametrize("option", ["--raw-scale", pytest.param("", marks=pytest.mark.slow)])
+def test_a_space_of_sliders(option, tmp_path):
     """Discovered, written with what they are, refused where they would replace others, goes on with
     --resume, and used as a folder."""
     space = tmp_path / "space"
     small = "--sliders 2 --samples 12 --train-samples 10 --per-sample 2 --denoising-steps 4"
-    train = f"train_space.py --prompt 'a photo of a person' {small} --steps 2 --out {space}"
+    small = f"{small} --steps 2 {option}"
+    train = f"train_space.py --prompt 'a photo of a person' {small} --out {space}"
     done = run(train)
     assert done.returncode == 0, done.stderr
     files = {"1.safetensors", "2.safetensors", "space.json", "sheet.png", "samples"}

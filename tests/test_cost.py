@@ -1,36 +1,28 @@
-"""The cost model against a count of what really passes through the UNet; --dry-run; several processes against one."""
+"""The cost model against a count of what really passes through the UNet; --dry-run; several
+processes against one."""
 
 import os
+import shlex
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import DRAW, ROOT, TRAIN, run, run_in_two
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
-from test_cli import DRAW, ROOT, TRAIN, run
 
 import lora
+import student
 import train_pairs
 import train_text
 from bench.recipe import counted
-from sdxl import SDXL
-from support import checkpoint, cli, distributed, training
+from formats import slider_files
+from support import checkpoint, cli, cost, distributed, training
 
-SMALL = [
-    "--trajectories",
-    "3",
-    "--per-trajectory",
-    "3",
-    "--denoising-steps",
-    "6",
-    "--steps",
-    "5",
-    "--batch",
-    "3",
-]
+SMALL = "--trajectories 3 --per-trajectory 3 --denoising-steps 6 --steps 5 --batch 3"
+TEXT = f"{TRAIN} {SMALL}"
 
 
 @pytest.fixture(scope="module")
@@ -39,230 +31,189 @@ def pairs(tmp_path_factory):
     for scale in ("a", "b", "c"):
         (folder / scale).mkdir()
         for i in range(3):
-            Image.effect_noise((128, 128), 10 + 20 * ord(scale) - 1900 + i).save(
-                folder / scale / f"{i}.png"
-            )
+            picture = Image.effect_noise((128, 128), 10 + 20 * ord(scale) - 1900 + i)
+            picture.save(folder / scale / f"{i}.png")
     return folder
 
 
+PAIRS = "train_pairs.py --neg {0}/a --pos {0}/b"
+THREE = "train_pairs.py --at -1 {0}/a --at 1 {0}/b --at 2 {0}/c"
+
+
 @pytest.mark.parametrize(
-    "script, options",
+    "script, command",
     [
-        (
+        pytest.param(
             train_text,
-            [*TRAIN[1:], *SMALL, "--preserve", "man, woman", "--probe", "2", "--preview", "2"],
+            f"{TEXT} --preserve 'man, woman' --probe 2 --preview 2",
+            marks=pytest.mark.slow,
         ),
-        (train_text, [*TRAIN[1:], *SMALL, "--guidance", "1", "--probe", "0", "--positive-only"]),
-        (train_pairs, ["--noises", "4", "--steps", "30", "--batch", "2", "--probe", "1"]),
+        (train_text, f"{TEXT} --guidance 1 --probe 0 --positive-only"),
+        pytest.param(
+            train_pairs,
+            f"{THREE} --noises 4 --steps 30 --batch 2 --probe 1",
+            marks=pytest.mark.slow,
+        ),
+        (train_pairs, f"{THREE} --noises 2 --steps 3 --batch 2 --probe 0"),
     ],
-    ids=["text", "plain", "pairs"],
+    ids=["text", "plain", "pairs", "few pairs"],
 )
 def test_the_cost_model_is_what_passes_through_the_unet(
-    script, options, pairs, tmp_path, monkeypatch
+    script, command, pairs, tmp_path, monkeypatch
 ):
-    model, plans = SDXL.load(device="cpu", dtype=torch.float32), []
-    if script is train_pairs:
-        options = options + [
-            "--at",
-            "-1",
-            str(pairs / "a"),
-            "--at",
-            "1",
-            str(pairs / "b"),
-            "--at",
-            "2",
-            str(pairs / "c"),
-        ]
+    from sdxl import SDXL
+
+    model, plans, estimate = SDXL.load(device="cpu", dtype=torch.float32), [], cost.estimate
+
+    def remember(*args, **options):
+        plans.append(estimate(*args, **options))
+        return plans[-1]
+
     monkeypatch.setattr(cli, "load_model", lambda *_, **__: model)
-    monkeypatch.setattr(
-        training,
-        "cost",
-        lambda *a, cost=training.cost, **k: plans.append(cost(*a, **k)) or plans[-1],
-    )
-    monkeypatch.setattr(
-        sys, "argv", ["train", *options, "--out", str(tmp_path / "slider.safetensors")]
-    )
+    monkeypatch.setattr(cost, "estimate", remember)
+    words = shlex.split(command.format(pairs))
+    monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "slider.safetensors")])
     with counted(model.unet) as n:
         script.main()
-    said = [sum(part) for part in zip(*plans[0].values())]
-    assert said == [n["frozen"], n["trained"]] and n["frozen"] and n["trained"]
+    estimated = [sum(part) for part in zip(*plans[0].values())]
+    assert estimated == [n["frozen"], n["trained"]] and n["frozen"] and n["trained"]
 
 
-@pytest.mark.parametrize("command", [[*TRAIN, *SMALL], None], ids=["text", "pairs"])
+@pytest.mark.parametrize("command", [TEXT, f"{PAIRS} --steps 5"], ids=["text", "pairs"])
 def test_a_dry_run_trains_nothing(command, pairs, tmp_path):
-    command = command or [
-        "train_pairs.py",
-        "--neg",
-        pairs / "a",
-        "--pos",
-        pairs / "b",
-        "--steps",
-        "5",
-    ]
-    done = run(*command, "--dry-run", "--out", tmp_path / "slider.safetensors")
+    done = run(f"{command.format(pairs)} --dry-run --out {tmp_path / 'slider.safetensors'}")
     assert done.returncode == 0, done.stderr
-    assert (
-        "Nothing was trained" in done.stdout
-        and "GiB" in done.stdout
-        and "together" in done.stdout
-        and not list(tmp_path.iterdir())
-    )
+    for words in ("Nothing was trained", "GiB", "together"):
+        assert words in done.stdout
+    assert not list(tmp_path.iterdir())
 
 
-def together(*command):
-    """The command in two processes."""
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    return subprocess.run([*launch, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
-
-
-def dense(path):
+def change(path):
+    """All that a slider file changes, as one vector."""
     tensors = load_file(path)
-    return torch.cat(
-        [
-            (
-                tensors[f"{name}.lora_up.weight"].float().flatten(1)
-                @ tensors[f"{name}.lora_down.weight"].float().flatten(1)
-            ).flatten()
-            for name in sorted(k.removesuffix(".alpha") for k in tensors if k.endswith(".alpha"))
-        ]
-    )
+    parts = []
+    for name in sorted(k.removesuffix(".alpha") for k in tensors if k.endswith(".alpha")):
+        A, B = tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"]
+        parts.append(slider_files.delta_weight(A, B).flatten())
+    return torch.cat(parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["text", "pairs"])
 def test_two_processes_train_the_same_slider_as_one(what, pairs, tmp_path):
-    """An odd number of trajectories, of pairs and of samples in a step, so that the two have unlike shares."""
-    command = (
-        [*TRAIN, *SMALL]
-        if what == "text"
-        else [
-            "train_pairs.py",
-            "--neg",
-            pairs / "a",
-            "--pos",
-            pairs / "b",
-            "--noises",
-            3,
-            "--steps",
-            5,
-            "--batch",
-            3,
-        ]
-    )
-    command += ["--probe", "0", "--seed", "3", "--out"]
-    one, two = (
-        run(*command, tmp_path / "one.safetensors"),
-        together(*command, tmp_path / "two.safetensors"),
-    )
+    """An odd number of trajectories, of pairs and of samples in a step: unlike shares."""
+    small_pairs = f"{PAIRS.format(pairs)} --noises 3 --steps 5 --batch 3"
+    command = f"{TEXT if what == 'text' else small_pairs} --probe 0 --seed 3 --out {tmp_path}"
+    one, two = run(f"{command}/one.safetensors"), run_in_two(f"{command}/two.safetensors")
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     assert two.stdout.count("teacher's change on unseen x_t") == 1  # only one of them talks
-    one, two = dense(tmp_path / "one.safetensors"), dense(tmp_path / "two.safetensors")
-    assert one.norm() > 0 and (one - two).norm() < 0.01 * one.norm(), (
-        (one - two).norm() / one.norm()
-    ).item()
+    one, two = change(tmp_path / "one.safetensors"), change(tmp_path / "two.safetensors")
+    error = ((one - two).norm() / one.norm()).item()
+    assert one.norm() > 0 and error < 0.01, error
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_same_pictures_as_one(tmp_path):
-    command = [*DRAW, "--seeds", "0-2", "--steps", "3", "--out"]
-    one, two = run(*command, tmp_path / "one"), together(*command, tmp_path / "two")
+    command = f"{DRAW} --seeds 0-2 --steps 3 --out {tmp_path}"
+    one, two = run(f"{command}/one"), run_in_two(f"{command}/two")
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     for name in ("seed0.png", "seed1.png", "seed2.png", "strip.png"):
-        difference = ImageChops.difference(
-            Image.open(tmp_path / "one" / name), Image.open(tmp_path / "two" / name)
-        )
-        assert max(high for _, high in difference.getextrema()) <= 2, name
+        pictures = (Image.open(tmp_path / folder / name) for folder in ("one", "two"))
+        extrema = ImageChops.difference(*pictures).getextrema()
+        assert max(high for _, high in extrema) <= 2, name
+
+
+COUNT_THREADS = """
+import os, sys
+sys.path.insert(0, {root!r})
+from support import distributed
+def gloo_threads():
+    names = [open(f"/proc/self/task/{{t}}/comm").read() for t in os.listdir("/proc/self/task")]
+    return sum("gloo" in name for name in names)
+distributed.start()
+rank = distributed.rank()
+from transformers import CLIPTextModel
+distributed.all_gather([0], 2)
+before = gloo_threads()
+distributed.stop()
+open({folder!r} + f"/threads{{rank}}", "w").write(f"{{before}} {{gloo_threads()}}")
+"""
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted in /proc")
 def test_no_thread_of_the_group_outlives_it(tmp_path):
-    """One that does aborts the process now and then as it ends, after everything is written. Modules imported once the group is there can keep it."""
-    (tmp_path / "script.py").write_text(
-        "import os, sys\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import parallel\n"
-        "threads = lambda: [open(f'/proc/self/task/{t}/comm').read() for t in os.listdir('/proc/self/task')]\n"
-        "parallel.start()\n"
-        "from transformers import CLIPTextModel\n"
-        "parallel.gather([0], 2)\n"
-        "before = threads()\n"
-        "parallel.stop()\n"
-        "print(*(sum('gloo' in name for name in when) for when in (before, threads())))\n"
-    )
-    done = together(tmp_path / "script.py")
+    """One that does aborts the process now and then as it ends, after everything is written.
+    Modules imported once the group is there can keep it. Each process writes a file of its own."""
+    script = tmp_path / "script.py"
+    script.write_text(COUNT_THREADS.format(root=str(ROOT), folder=str(tmp_path)))
+    done = run_in_two(script)
     assert done.returncode == 0, done.stderr
-    counts = [tuple(map(int, process.split())) for process in done.stdout.splitlines()]
-    assert len(counts) == 2 and all(before > 0 and after == 0 for before, after in counts), (
-        done.stdout
-    )
+    for rank in (0, 1):
+        before, after = map(int, (tmp_path / f"threads{rank}").read_text().split())
+        assert before > 0 and after == 0
 
 
+@pytest.mark.slow
 def test_an_error_of_several_processes_is_clear():
-    done = together(*DRAW, "--model", "nowhere")
-    assert (
-        done.returncode != 0 and "error in process 0: nowhere: no such model folder" in done.stderr
-    )
+    done = run_in_two(f"{DRAW} --model nowhere")
+    line = "error in process 0: nowhere: no such model folder"
+    assert done.returncode != 0 and line in done.stderr
+
+
+INTERRUPT = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import test_cost
+test_cost.interrupted({folder!r})
+"""
 
 
 def test_several_processes_stop_at_the_same_step_and_go_on_together(tmp_path):
     """Only one of them is interrupted. The result is that of one process that was not."""
-    (tmp_path / "script.py").write_text(
-        f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\nimport test_cost\ntest_cost.interrupted({str(tmp_path)!r})\n"
-    )
-    done = together(tmp_path / "script.py")
+    script = tmp_path / "script.py"
+    script.write_text(INTERRUPT.format(root=str(ROOT), folder=str(tmp_path)))
+    done = run_in_two(script)
     assert done.returncode == 0, done.stderr
     stops = [(tmp_path / f"stopped{rank}").read_text() for rank in (0, 1)]
-    assert stops == ["stopped after step 4; the same command with --resume goes on from there"] * 2
+    expected = "stopped after step 4; the same command with --resume goes on from there"
+    assert stops == [expected] * 2
     whole = fitted()
     assert whole.norm() > 0
     for rank in (0, 1):
-        torch.testing.assert_close(
-            torch.load(tmp_path / f"slider{rank}.pt", weights_only=True), whole
-        )
+        found = torch.load(tmp_path / f"slider{rank}.pt", weights_only=True)
+        torch.testing.assert_close(found, whole)
 
 
-def fitted(**kept):
-    """Least squares by student.loop: 12 samples, 9 steps of 5."""
+def fitted(**options):
+    """Least squares by training.train: 12 samples, 9 steps of 5."""
     torch.manual_seed(0)
     slider = lora.Slider({"layer": torch.nn.Linear(3, 2)}, rank=2)
-    (change,), x, y = slider.children(), torch.randn(12, 3), torch.randn(12, 2)
-    loss = lambda rows: (change(x[rows]) - y[rows]).square().mean(1)
-    training.train(
-        slider,
-        12,
-        loss,
-        lambda: {"share": 0.0, "cosine": 0.0},
-        steps=9,
-        batch=5,
-        lr=0.1,
-        meter_every=3,
-        **kept,
-    )
+    (part,), x, y = slider.children(), torch.randn(12, 3), torch.randn(12, 2)
+    loss = lambda rows: (part(x[rows]) - y[rows]).square().mean(1)
+    reading = lambda: {"share": 0.0, "cosine": 0.0}
+    settings = dict(steps=9, batch=5, lr=0.1, meter_every=3) | options
+    training.train(slider, loss, 12, reading, **settings)
     return torch.cat([p.detach().flatten() for p in slider.parameters()])
 
 
 def interrupted(folder):
-    """What each of two processes does: stopped while it is at the fourth step, and once more to the end."""
+    """What each of two processes does: stopped while it is at the fourth step, and once more to the
+    end. The interrupt comes in the computation of the fourth step's loss."""
     distributed.start()
-    rank, calls, add_up = int(os.environ["RANK"]), [], distributed.all_reduce
+    rank, calls, draw = distributed.rank(), [], student.TrainingState.draw
 
-    def interrupt(tensors):
+    def interrupt(*args):
         calls.append(1)
-        if rank == 1 and len(calls) == 3:
+        if rank == 1 and len(calls) == 4:
             os.kill(os.getpid(), signal.SIGINT)
-        return add_up(tensors)
+        return draw(*args)
 
-    distributed.all_reduce = interrupt
+    student.TrainingState.draw = interrupt
     kept = checkpoint.Checkpoint(Path(folder))
     try:
-        fitted(kept=kept)
+        fitted(checkpoint=kept)
     except KeyboardInterrupt as stop:
         (Path(folder) / f"stopped{rank}").write_text(str(stop))
     torch.distributed.barrier()
-    torch.save(fitted(kept=kept), Path(folder) / f"slider{rank}.pt")
+    torch.save(fitted(checkpoint=kept), Path(folder) / f"slider{rank}.pt")
     distributed.stop()

@@ -1,4 +1,5 @@
-"""README and docs against the code: links to lines, files and anchors.  `python tests/test_docs.py` brings the line numbers up to date."""
+"""README and docs against the code: links to lines, files and anchors.  `python
+tests/test_docs.py` brings the line numbers up to date."""
 
 import ast
 import re

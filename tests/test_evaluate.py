@@ -1,9 +1,10 @@
-"""The measures of an edit against closed forms, and the real judges' code against the packages that it stands on."""
+"""The measures of an edit against closed forms, and the real judges' code against the packages
+that it stands on."""
 
 import numpy as np
 import pytest
 import torch
-from test_cli import run
+from commands import run
 
 from experiments.common import moved
 from extras import metrics
@@ -26,7 +27,8 @@ def faces(n, **attributes):
 
 
 def test_frechet_distance_of_gaussians_is_the_closed_form():
-    """Diagonal covariances: |m1 - m2|^2 + sum (s1 - s2)^2. And it does not care how the axes are turned."""
+    """Diagonal covariances: |m1 - m2|^2 + sum (s1 - s2)^2. And it does not care how the axes are
+    turned."""
     rng = np.random.default_rng(0)
     m, s = np.array([0.5, -1.0, 2.0]), np.array([2.0, 0.5, 1.0])
     x, y = rng.normal(size=(200_000, 3)), m + s * rng.normal(size=(200_000, 3))
@@ -48,7 +50,8 @@ def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says():
 
 
 def test_the_miniatures_judges_see_an_edit(judges):
-    """Aged faces come closer to the words for it and no closer to the opposite; a larger edit is further away."""
+    """Aged faces come closer to the words for it and no closer to the opposite; a larger edit is
+    further away."""
     young, middle, old = (faces(24, age=a, glasses=0, hat=0) for a in (0.1, 0.4, 0.9))
     assert (
         metrics.interval(metrics.clip_change(judges, young, old, "a photo of a person, very old"))[
@@ -110,24 +113,14 @@ def test_the_command(tmp_path):
         (tmp_path / name).mkdir()
         for i, picture in enumerate(faces(3, age=age)):
             picture.save(tmp_path / name / f"{i}.png")
-    command = [
-        "metrics.py",
-        "--original",
-        tmp_path / "young",
-        "--edited",
-        tmp_path / "old",
-        "--prompt",
-        "a photo of a person, very old",
-    ]
-    done = run(*command, "--judges", "miniature", "--json", tmp_path / "r.json")
-    assert (
-        done.returncode == 0
-        and "3 pairs" in done.stdout
-        and "clip_change" in (tmp_path / "r.json").read_text()
-    )
+    edited = f"--edited {tmp_path}/old --judges miniature"
+    command = f"-m extras.evaluate --original {tmp_path}/young {edited} --prompt 'an old person'"
+    done = run(f"{command} --json {tmp_path / 'r.json'}")
+    assert done.returncode == 0 and "3 pairs" in done.stdout, done.stderr
+    assert "clip_change" in (tmp_path / "r.json").read_text()
     for name in ("young", "old"):
         (tmp_path / name / "1.png").unlink(), (tmp_path / name / "2.png").unlink()
-    done = run(*command, "--judges", "miniature")
+    done = run(command)
     assert done.returncode == 0 and "lpips" in done.stdout and "it needs two pairs" in done.stdout
-    done = run(*command[:-2], "--prompt", "x", "--original", tmp_path / "nowhere")
+    done = run(f"-m extras.evaluate --original {tmp_path}/nowhere {edited} --prompt x")
     assert done.returncode == 2 and "nowhere: no such folder" in done.stderr

@@ -1,4 +1,5 @@
-"""What the experiments share: results that survive a stop, sliders trained once, tables made of the committed results."""
+"""What the experiments share: results that survive a stop, sliders trained once, tables made of
+the committed results."""
 
 import json
 import sys
@@ -53,7 +54,7 @@ def test_sliders_are_trained_once_and_full_fine_tuning_has_a_scale(lab, monkeypa
     assert all((a == b).all() for a, b in zip(one.parameters(), again.parameters()))
     monkeypatch.undo()
     full = here.text_slider("smile", full=True, lr=here.recipe["lr"] / 400, steps=2, trajectories=2)
-    names = {lora.file_name(name) for name in lora.target_layers(here.model.unet)}
+    names = {lora.kohya_name(name) for name in lora.target_layers(here.model.unet)}
     assert {name for name, _ in full.named_children()} == names and any(
         p.abs().max() > 0 for p in full.parameters()
     )
@@ -87,7 +88,8 @@ def test_an_edit_is_measured(lab):
 
 
 def test_the_tables_in_the_docs_are_of_the_committed_results(tmp_path, monkeypatch):
-    """Filling the page again changes nothing: no figure in it was written by hand, or is of an older run."""
+    """Filling the page again changes nothing: no figure in it was written by hand, or is of an
+    older run."""
     page = tmp_path / "experiments.md"
     page.write_text(report.PAGE.read_text())
     before = page.read_text()

@@ -1,4 +1,5 @@
-"""Full-size SDXL with random weights, against diffusers and between its forms: gigabytes and minutes, so only on request:
+"""Full-size SDXL with random weights, against diffusers and between its forms: gigabytes and
+minutes, so only on request:
 
 FULL_SIZE=1 python -m pytest tests/test_full_size.py          (make test-full)
 """
@@ -51,15 +52,17 @@ model = SDXL.load(sys.argv[1], device="cpu", dtype=torch.float16, base=sys.argv[
 loaded = peak_memory() - before  # a mapped tensor is resident only once it was used
 with torch.no_grad():
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    out = model.unet(*inputs(torch.float16, side=16)), model.vae.decode(latents), *model.condition(["an old man"])
+    out = model.unet(*inputs(torch.float16, side=16)), model.vae.decode(latents)
+    out += model.condition(["an old man"])
 torch.save([t.float() for t in out], sys.argv[3])
 print(loaded, peak_memory() - before)
 """
 
 
 def test_one_full_size_file_and_the_folder_are_the_same_model(tmp_path):
-    """Every published name, fp16 (6.9 GB): none missing, none left over; the folder made from it gives the same outputs;
-    loading takes at most 1.1 times the weights (the VAE is wanted in float32, 4 bytes each)."""
+    """Every published name, fp16 (6.9 GB): none missing, none left over; the folder made from it
+    gives the same outputs; loading takes at most 1.1 times the weights (the VAE is wanted in
+    float32, 4 bytes each)."""
     from formats import single_file
     from formats.weights import PARTS
     from sdxl import MINIATURE
@@ -115,9 +118,8 @@ def test_one_full_size_file_and_the_folder_are_the_same_model(tmp_path):
         )
         assert done.returncode == 0, done.stderr
         loaded, used = (int(n) / size for n in done.stdout.split())
-        print(
-            f"\n{form}: peak resident memory {loaded:.2f} times the weights' {size / 2**30:.2f} GiB while loading, {used:.2f} once all were used"
-        )
+        weights = f"the weights' {size / 2**30:.2f} GiB while loading"
+        print(f"\n{form}: peak memory {loaded:.2f} times {weights}, {used:.2f} once all were used")
         assert loaded < 1.1 and 0.7 < used < 1.1  # the token tables are read a row at a time
         outputs.append(torch.load(tmp_path / "out.pt", weights_only=True))
     assert all(a.isfinite().all() and torch.equal(a, b) for a, b in zip(*outputs))

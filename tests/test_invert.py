@@ -1,4 +1,5 @@
-"""DDIM backwards, null-text and negative-prompt inversion, and the editing of a picture from the command line."""
+"""DDIM backwards, null-text and negative-prompt inversion, and the editing of a picture from the
+command line."""
 
 import numpy as np
 import pytest
@@ -26,8 +27,8 @@ def encoded(model, picture):
 
 
 def test_backwards_against_a_closed_form():
-    """Of data N(0, s^2) the best eps is sqrt(1 - a) x / (a s^2 + 1 - a), and DDIM's limit keeps x_t / sqrt(a s^2 + 1 - a):
-    up and down agree with it, the better the more steps."""
+    """Of data N(0, s^2) the best eps is sqrt(1 - a) x / (a s^2 + 1 - a), and DDIM's limit keeps
+    x_t / sqrt(a s^2 + 1 - a): up and down agree with it, the better the more steps."""
     alpha_bar, s2 = torch.linspace(0.9999, 0.01, 1000), 0.25
     variance = lambda a: a * s2 + 1 - a
 
@@ -147,17 +148,11 @@ def test_an_inversion_that_was_stopped_goes_on_and_finds_the_same(
     model, encoded, tmp_path, monkeypatch
 ):
     z, cond, uncond = encoded
-    make = lambda unfinished: invert.invert(
-        model.unet,
-        z,
-        cond,
-        uncond,
-        alpha_bar=model.alpha_bar,
-        steps=4,
-        inner=2,
-        enough=0.0,
-        unfinished=unfinished,
-    )
+    settings = dict(alpha_bar=model.alpha_bar, steps=4, inner=2, tolerance=0.0)
+
+    def make(remember):
+        return invert.invert(model.unet, z, cond, uncond, remember=remember, **settings)
+
     whole = inversions.cached(tmp_path / "whole.safetensors", make)
     real, calls = invert.step_loss, []
 

@@ -21,7 +21,9 @@ def served(model):
     one = lora.Slider(lora.target_layers(model.unet, "xattn")).requires_grad_(False)
     for name, p in one.named_parameters():
         p.data.normal_(std=0.3) if "lora_up" in name else None
-    serving = live.server(model, [("one", one, (-2.1, 3.0))], "a person", 0, steps=2, guidance=1.0)
+    serving = live.make_server(
+        model, [("one", one, (-2.1, 3.0))], "a person", 0, steps=2, guidance=1.0
+    )
     threading.Thread(target=serving.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{serving.server_port}", one
     serving.shutdown()
@@ -51,17 +53,26 @@ def test_the_page_names_the_sliders(served):
 
 
 def test_dragging_draws(model, served, tmp_path):
-    """In a real browser: the slider dragged to 2 by its keys or the mouse, the picture that is then shown is the slider's at 2."""
+    """In a real browser: the slider dragged to 2 by its keys or the mouse, the picture that is
+    then shown is the slider's at 2."""
     script = """
-        const say = document.getElementById("say"), picture = document.getElementById("picture"), range = document.querySelector("input[type=range]");
-        const drawn = async () => { while (say.textContent.startsWith("drawing") || !picture.naturalWidth) await new Promise(r => setTimeout(r, 20)); await picture.decode() };
+        const say = document.getElementById("say"), picture = document.getElementById("picture"),
+          range = document.querySelector("input[type=range]");
+        const drawn = async () => {
+          const busy = () => say.textContent.startsWith("drawing") || !picture.naturalWidth;
+          while (busy()) await new Promise(r => setTimeout(r, 20));
+          await picture.decode() };
         await drawn();
         const before = say.textContent;
-        for (const value of [0.5, 1, 2]) { range.value = value; range.dispatchEvent(new Event("input", {bubbles: true})) }
+        for (const value of [0.5, 1, 2]) { range.value = value;
+          range.dispatchEvent(new Event("input", {bubbles: true})) }
         await drawn();
         const c = document.createElement("canvas"), x = c.getContext("2d");
-        c.width = picture.naturalWidth; c.height = picture.naturalHeight; x.drawImage(picture, 0, 0);
-        out = JSON.stringify({before, after: say.textContent, label: range.closest("label").textContent, pixels: [...x.getImageData(0, 0, c.width, c.height).data]})"""
+        c.width = picture.naturalWidth; c.height = picture.naturalHeight;
+          x.drawImage(picture, 0, 0);
+        out = JSON.stringify({before, after: say.textContent,
+          label: range.closest("label").textContent, pixels: [...x.getImageData(0, 0, c.width,
+          c.height).data]})"""
     seen = json.loads(after(served[0], script, tmp_path))
     expected = np.asarray(
         slider.generate(model, "a person", [0], [(served[1], 2.0)], steps=2, guidance=1.0)[

@@ -92,7 +92,8 @@ def test_one_scale_per_sample_equals_one_at_a_time(model, inputs):
 
 
 def test_several_sliders_add_up_as_dense_weights_do(model, inputs):
-    """Two attached sliders of different ranks and layers against a copy of the UNet with both merged into its weights."""
+    """Two attached sliders of different ranks and layers against a copy of the UNet with both
+    merged into its weights."""
     import copy
 
     first, second = (
@@ -103,7 +104,7 @@ def test_several_sliders_add_up_as_dense_weights_do(model, inputs):
     for slider, scale in ((first, 1.5), (second, -0.7)):
         merge(also_merged, [(slider, scale)])
         for name, module in merged.named_modules():
-            part = getattr(slider, lora.file_name(name), None)
+            part = getattr(slider, lora.kohya_name(name), None)
             if part is not None:
                 change = part.lora_up.weight.flatten(1) @ part.lora_down.weight.flatten(1)
                 module.weight.data += (

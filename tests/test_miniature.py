@@ -1,4 +1,5 @@
-"""The bundled miniature: the world, the measuring stick, what its samples show, and what a slider does to them."""
+"""The bundled miniature: the world, the measuring stick, what its samples show, and what a slider
+does to them."""
 
 import numpy as np
 import pytest

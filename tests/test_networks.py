@@ -1,4 +1,5 @@
-"""UNet and VAE: names and shapes of the released SDXL, arithmetic of an independent implementation (diffusers)."""
+"""UNet and VAE: names and shapes of the released SDXL, arithmetic of an independent implementation
+(diffusers)."""
 
 import json
 from pathlib import Path
@@ -149,7 +150,8 @@ def test_another_kind_of_unet_is_refused(change):
 
 
 def test_decoding_in_tiles(model):
-    """Exact where the decoder looks at one place at a time; close, and without seams, with the real one."""
+    """Exact where the decoder looks at one place at a time; close, and without seams, with the
+    real one."""
     vae, tile = model.vae, model.vae.tile
     z = model.encode(
         [world.draw(world.sample(np.random.default_rng(i))) for i in range(6)]

@@ -8,8 +8,13 @@ from PIL import Image
 
 from support import page
 
-COLOUR = """const colour = async () => { const image = document.getElementById('picture'); await image.decode();
-    const c = document.createElement('canvas'), x = c.getContext('2d'); x.drawImage(image, 0, 0, 1, 1); return [...x.getImageData(0, 0, 1, 1).data].slice(0, 3) };
+COLOUR = """
+    const colour = async () => {
+      const image = document.getElementById('picture');
+      await image.decode();
+      const c = document.createElement('canvas'), x = c.getContext('2d');
+      x.drawImage(image, 0, 0, 1, 1);
+      return [...x.getImageData(0, 0, 1, 1).data].slice(0, 3) };
     const $$ = id => document.getElementById(id);"""
 
 
@@ -38,10 +43,13 @@ def test_one_slider(tmp_path):
         + """
         const seen = [[await colour(), $$('say').textContent]];
         const range = $$('range0');
-        for (const value of [3, 0]) { range.value = value; range.dispatchEvent(new Event('input', {bubbles: true})); seen.push([await colour(), $$('say').textContent]) }
+        for (const value of [3, 0]) { range.value = value;
+          range.dispatchEvent(new Event('input', {bubbles: true}));
+          seen.push([await colour(), $$('say').textContent]) }
         const second = document.querySelectorAll('#seeds input')[1]; second.click();
         seen.push([await colour(), $$('picture').alt]);
-        out = JSON.stringify({seen, label: document.querySelector('label[for=range0]').textContent, text: range.getAttribute('aria-valuetext'), plane: $$('plane').hidden})"""
+        out = JSON.stringify({seen, label: document.querySelector('label[for=range0]').textContent,
+          text: range.getAttribute('aria-valuetext'), plane: $$('plane').hidden})"""
     )
     found = json.loads(after(text, script, tmp_path))
     assert found["seen"] == [
@@ -64,12 +72,16 @@ def test_two_sliders_are_a_plane(tmp_path):
         COLOUR
         + """
         const plane = $$('plane'), box = plane.getBoundingClientRect(), seen = [await colour()];
-        const at = (kind, x, y) => plane.dispatchEvent(new PointerEvent(kind, {clientX: box.left + x * box.width, clientY: box.top + y * box.height, buttons: 1, pointerId: 1, bubbles: true, pointerType: 'touch'}));
+        const at = (kind, x, y) => plane.dispatchEvent(new PointerEvent(kind,
+          {clientX: box.left + x * box.width, clientY: box.top + y * box.height, buttons: 1,
+          pointerId: 1, bubbles: true, pointerType: 'touch'}));
         plane.setPointerCapture = undefined;
         at('pointerdown', 0.98, 0.02); seen.push(await colour());
         at('pointermove', -0.5, 0.66); seen.push(await colour());
-        $$('range1').value = 0; $$('range1').dispatchEvent(new Event('input')); seen.push(await colour());
-        out = JSON.stringify({seen, say: $$('say').textContent, left: $$('knob').style.left, alone: $$('seeds').hidden})"""
+        $$('range1').value = 0; $$('range1').dispatchEvent(new Event('input'));
+          seen.push(await colour());
+        out = JSON.stringify({seen, say: $$('say').textContent, left: $$('knob').style.left,
+          alone: $$('seeds').hidden})"""
     )
     found = json.loads(after(text, script, tmp_path))
     assert found["seen"] == [[10, 20, 0], [20, 60, 0], [0, 20, 0], [0, 0, 0]]

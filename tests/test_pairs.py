@@ -1,4 +1,5 @@
-"""Visual sliders: the pictures that go in, the teacher against its equation, and what the student learns."""
+"""Visual sliders: the pictures that go in, the teacher against its equation, and what the student
+learns."""
 
 import numpy as np
 import pytest
@@ -78,8 +79,9 @@ def test_the_shared_prediction_is_the_lines_value_at_scale_0(scales):
 
 
 def test_both_targets_ask_for_the_same_slider(latents):
-    """For a slider that adds s * D and scales that sum to 0, the D that minimises the paper's loss and the one that
-    minimises ours are the same, whatever eps is: gradient descent on each, in float64."""
+    """For a slider that adds s * D and scales that sum to 0, the D that minimises the paper's loss
+    and the one that minimises ours are the same, whatever eps is: gradient descent on each, in
+    float64."""
     scales, eps_0, eps = (
         torch.tensor([-2.0, 0.5, 1.5]).double(),
         torch.randn(1, 3, 2, 4, 4).double(),
@@ -97,7 +99,8 @@ def test_both_targets_ask_for_the_same_slider(latents):
 
 
 def test_the_student_learns_unseen_faces_in_the_direction_of_the_pairs(model):
-    """The slider turned up must change the predicted picture towards bigger eyes: along z_B - z_A of a face it never saw."""
+    """The slider turned up must change the predicted picture towards bigger eyes: along z_B - z_A
+    of a face it never saw."""
     faces = [
         world.sample(np.random.default_rng([8, i]), kind="face", malformed=0) for i in range(9)
     ]
@@ -130,7 +133,7 @@ def test_the_student_learns_unseen_faces_in_the_direction_of_the_pairs(model):
     assert reading["share"] > 0.1 and reading["cosine"] > 0.25 and along > 0.5
 
 
-# ------------------------------------------------------------------------------------------ pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
 def test_every_kind_of_picture_is_read_as_a_viewer_shows_it(tmp_path):

@@ -27,7 +27,8 @@ KEY = "const key = k => dispatchEvent(new KeyboardEvent('keydown', {key: k, canc
 
 
 def test_votes_in_a_browser(folders, tmp_path):
-    """Always for the blue picture, wherever it is: every vote in the CSV is for b; one is taken back, one is for neither."""
+    """Always for the blue picture, wherever it is: every vote in the CSV is for b; one is taken
+    back, one is for neither."""
     page = preference.page(*folders, "Which <is> better?", most=5)
     assert (
         page.count('"name"') == 5
@@ -38,18 +39,23 @@ def test_votes_in_a_browser(folders, tmp_path):
     script = (
         KEY
         + """
-        const blue = async image => { await image.decode(); const c = document.createElement('canvas'), x = c.getContext('2d');
-                                      x.drawImage(image, 0, 0, 1, 1); return x.getImageData(0, 0, 1, 1).data[2] > 128 };
+        const blue = async image => { await image.decode();
+          const c = document.createElement('canvas'), x = c.getContext('2d');
+                                      x.drawImage(image, 0, 0, 1, 1);
+                                        return x.getImageData(0, 0, 1, 1).data[2] > 128 };
         const seen = [];
         key('1'); key('Backspace');
         for (let i = 0; i < 5; i++) {
           const left = await blue(document.querySelector('#left img'));
           if (left === await blue(document.querySelector('#right img'))) throw 'both the same';
           seen.push(left);
-          if (i === 4) key('0'); else if (i === 3) document.getElementById(left ? 'left' : 'right').click(); else key(left ? '1' : '2');
+          if (i === 4) key('0');
+            else if (i === 3) document.getElementById(left ? 'left' : 'right').click();
+            else key(left ? '1' : '2');
         }
         key('1');
-        out = JSON.stringify({seen, over: !document.getElementById('end').hidden, csv: document.getElementById('download').href})"""
+        out = JSON.stringify({seen, over: !document.getElementById('end').hidden,
+          csv: document.getElementById('download').href})"""
     )
     found = json.loads(after(page, script, tmp_path))
     rows = list(csv.DictReader(io.StringIO(unquote(found["csv"].split(",", 1)[1]))))

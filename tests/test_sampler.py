@@ -1,4 +1,5 @@
-"""The schedule against its definition, DDIM against a closed form and against diffusers, guidance and the late LoRA."""
+"""The schedule against its definition, DDIM against a closed form and against diffusers, guidance
+and the late LoRA."""
 
 import pytest
 import torch
@@ -44,7 +45,8 @@ def test_schedule_and_steps_agree_with_diffusers(steps):
 
 
 def gaussian_unet(mean, std):
-    """The exact eps for data x_0 ~ N(mean, std^2): eps = sqrt(1 - a) (x_t - sqrt(a) mean) / (a std^2 + 1 - a)."""
+    """The exact eps for data x_0 ~ N(mean, std^2): eps = sqrt(1 - a) (x_t - sqrt(a) mean) / (a
+    std^2 + 1 - a)."""
 
     def unet(x, t, *cond):
         a = ALPHA_BAR[t].view(-1, 1, 1, 1).to(x.dtype)
@@ -54,7 +56,8 @@ def gaussian_unet(mean, std):
 
 
 def test_ddim_follows_the_closed_form_on_gaussian_data():
-    """On Gaussian data the probability-flow ODE keeps (x_t - sqrt(a_t) mean) / sqrt(a_t std^2 + 1 - a_t) constant."""
+    """On Gaussian data the probability-flow ODE keeps (x_t - sqrt(a_t) mean) / sqrt(a_t std^2 + 1
+    - a_t) constant."""
     mean, std = 0.7, 0.3
     x_T = torch.randn(4, 4, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     errors = []
@@ -144,7 +147,8 @@ def test_impossible_steps_and_models_are_refused():
 
 
 def test_levels_of_ones_own(model):
-    """The levels that a number of steps stands for, named one by one, are the same walk; levels that do not fall are refused."""
+    """The levels that a number of steps stands for, named one by one, are the same walk; levels
+    that do not fall are refused."""
     x_T, cond, uncond = (
         sampler.noise([0], (4, 16, 16)),
         model.condition(["a man"]),

@@ -1,4 +1,5 @@
-"""Slider files: every naming in and out, what other tools make of ours and we of theirs, and what is refused."""
+"""Slider files: every naming in and out, what other tools make of ours and we of theirs, and what
+is refused."""
 
 import json
 import pickle
@@ -29,8 +30,9 @@ def full_size():
 
 
 def comfyui_names(depths=(0, 2, 10)):
-    """ComfyUI's own table for SDXL, restated from its rules: it walks the original model's input, middle and output blocks
-    and says which diffusers module each layer is; a LoRA key is "lora_unet_" and either name with underscores."""
+    """ComfyUI's own table for SDXL, restated from its rules: it walks the original model's input,
+    middle and output blocks and says which diffusers module each layer is; a LoRA key is
+    "lora_unet_" and either name with underscores."""
     resnet = {
         "in_layers.2": "conv1",
         "emb_layers.1": "time_emb_proj",
@@ -91,7 +93,8 @@ def comfyui_names(depths=(0, 2, 10)):
 
 
 def test_every_name_we_write_for_sdxl_is_one_that_comfyui_and_kohya_know(full_size):
-    """ComfyUI takes either naming; kohya's trainer names the original model's modules; its converter's table is the same."""
+    """ComfyUI takes either naming; kohya's trainer names the original model's modules; its
+    converter's table is the same."""
     table = comfyui_names()
     flat = lambda name: "lora_unet_" + name.replace(".", "_")
     ours = slider_files.layer_names(full_size)
@@ -118,7 +121,8 @@ def test_every_name_we_write_for_sdxl_is_one_that_comfyui_and_kohya_know(full_si
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("naming", slider_files.NAMINGS)
 def test_round_trips_are_exact(model, tmp_path, naming, dtype):
-    """Different ranks per layer, convolutions, alpha / r a power of two (which peft's naming folds into B without rounding)."""
+    """Different ranks per layer, convolutions, alpha / r a power of two (which peft's naming folds
+    into B without rounding)."""
     layers = lora.target_layers(model.unet, "all")
     torch.manual_seed(0)
     rank = {name: 2 ** (i % 4) for i, name in enumerate(layers)}
@@ -280,7 +284,7 @@ def test_what_must_not_be_used_is_refused_by_name(model, inputs, tmp_path):
     assert not any(m._forward_hooks for m in model.unet.modules())
 
 
-# ------------------------------------------------------------------------------------------ diffusers
+# ---------------------------------------------------------------------------------------- diffusers
 
 
 @pytest.fixture(scope="module")
@@ -373,7 +377,7 @@ def test_we_draw_diffusers_loras_as_it_does(model, pipeline, tmp_path):
         pipeline.unet.delete_adapters("theirs")
 
 
-# ------------------------------------------------------------------------------------------ tools.py
+# ----------------------------------------------------------------------------------------- tools.py
 
 
 def tool(*words):
@@ -385,7 +389,8 @@ def tool(*words):
 
 
 def test_alpha_in_diffusers_metadata_is_in_force(model, pipeline, tmp_path):
-    """Its save_lora_weights writes alpha into the metadata alone: rank 4 with alpha 1 is a quarter of what B A says."""
+    """Its save_lora_weights writes alpha into the metadata alone: rank 4 with alpha 1 is a quarter
+    of what B A says."""
     import peft
 
     config = peft.LoraConfig(

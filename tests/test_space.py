@@ -1,4 +1,5 @@
-"""SliderSpace: the directions against a known spread, the bank against its sliders, the loss's gradient against finite differences."""
+"""SliderSpace: the directions against a known spread, the bank against its sliders, the loss's
+gradient against finite differences."""
 
 from copy import copy, deepcopy
 
@@ -46,7 +47,8 @@ def test_directions_of_a_known_spread():
 
 
 def test_independent_directions_are_the_causes_and_principal_ones_mixtures():
-    """Four causes of like strength, on and off or evenly spread, along axes of their own: only the independent directions find these."""
+    """Four causes of like strength, on and off or evenly spread, along axes of their own: only the
+    independent directions find these."""
     g = torch.Generator().manual_seed(1)
     axes, _ = torch.linalg.qr(torch.randn(10, 10, generator=g))
     causes = torch.cat(
@@ -72,7 +74,8 @@ def test_independent_directions_are_the_causes_and_principal_ones_mixtures():
 
 
 def test_one_sample_one_slider_of_the_bank(model, inputs):
-    """Each row of a batch with another of three sliders of rank 2, forwards and backwards: as with that slider alone."""
+    """Each row of a batch with another of three sliders of rank 2, forwards and backwards: as with
+    that slider alone."""
     layers = lora.target_layers(model.unet, "all")
     torch.manual_seed(0)
     bank = lora.Slider(layers, 6, 3.0).requires_grad_(False)
@@ -185,7 +188,8 @@ def test_the_gradient_through_unet_vae_and_clip_agrees_with_finite_differences(
 
 
 def test_the_first_gradient_is_not_rounding(model, conds, tmp_path):
-    """Of a slider that changes nothing yet: features that differ in their last digits give the same gradient."""
+    """Of a slider that changes nothing yet: features that differ in their last digits give the
+    same gradient."""
     v = torch.linalg.qr(torch.randn(128, 2, generator=torch.Generator().manual_seed(0)))[0].T
     space = train_space.Space(
         model,
@@ -287,7 +291,8 @@ def test_words_that_lie_along_a_direction_are_named(model):
 
 
 def test_guidance_in_the_predicted_picture(model, conds, tmp_path):
-    """x_0 from eps_u + g (eps_c - eps_u), each sample at a level of its own, against the two predictions made one by one."""
+    """x_0 from eps_u + g (eps_c - eps_u), each sample at a level of its own, against the two
+    predictions made one by one."""
     samples = collect(model, conds, tmp_path, samples=10)
     space = train_space.Space(
         model, image_encoder(), samples, *conds, torch.eye(128)[:2], rank=1, guidance=3.0, batch=4

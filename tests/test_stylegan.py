@@ -1,4 +1,5 @@
-"""The style-based generator: its parts against their equations, its pictures by the measuring stick, the walk through its channels."""
+"""The style-based generator: its parts against their equations, its pictures by the measuring
+stick, the walk through its channels."""
 
 import contextlib
 import json
@@ -17,7 +18,8 @@ from miniature import effect
 
 @pytest.mark.parametrize("demodulate", [True, False])
 def test_scaling_channels_is_modulating_and_demodulating_weights(demodulate):
-    """StyleGAN2, eqs. (1) and (3), as they are written: a convolution of its own for each sample."""
+    """StyleGAN2, eqs. (1) and (3), as they are written: a convolution of its own for each
+    sample."""
     torch.manual_seed(0)
     conv = ModulatedConv(6, 5, 3, demodulate).double()
     x, s = torch.randn(3, 6, 7, 7, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)

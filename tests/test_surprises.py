@@ -1,4 +1,5 @@
-"""What a command does besides what it was asked for: nothing. No network, no file outside the output folder, no code from files."""
+"""What a command does besides what it was asked for: nothing. No network, no file outside the
+output folder, no code from files."""
 
 import os
 import re
@@ -10,13 +11,15 @@ from bench import fuzz
 
 ROOT = Path(__file__).parent.parent
 
-# Run before the command, in the same process: every way to the network fails, and says so in a file.
+# Run before the command, in the same process: every way to the network fails, and says so in a
+# file.
 NO_NETWORK = """
 import socket, sys, runpy
 def refuse(*args, **kw):
     open({log!r}, "a").write(repr(args) + "\\n")
     raise OSError("no network here")
-socket.socket.connect = socket.socket.connect_ex = socket.create_connection = socket.getaddrinfo = refuse
+socket.socket.connect = socket.socket.connect_ex = refuse
+socket.create_connection = socket.getaddrinfo = refuse
 sys.argv = sys.argv[1:]
 sys.path.insert(0, {root!r})
 runpy.run_path({root!r} + "/" + sys.argv[0], run_name="__main__")
@@ -34,7 +37,8 @@ def tree(folder):
 
 
 def test_no_network_and_no_file_outside_the_output_folder(tmp_path):
-    """Training and drawing without a home, a cache or a network: nothing is asked for, nothing is left but what was named."""
+    """Training and drawing without a home, a cache or a network: nothing is asked for, nothing is
+    left but what was named."""
     home, out = tmp_path / "home", tmp_path / "out"
     home.mkdir()
     program, before = NO_NETWORK.format(log=str(tmp_path / "network"), root=str(ROOT)), tree(ROOT)
@@ -117,7 +121,8 @@ def test_no_code_from_elsewhere_is_ever_trusted():
 
 
 def test_broken_and_hostile_files_in_small():
-    """150 cases of bench/fuzz.py: each is read or refused in one line, in time, and nothing in it runs."""
+    """150 cases of bench/fuzz.py: each is read or refused in one line, in time, and nothing in it
+    runs."""
     outcomes, findings = fuzz.run(
         150, 1, slow=3.0, memory=900
     )  # slower here: other tests may run beside it

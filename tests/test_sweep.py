@@ -1,4 +1,5 @@
-"""Many sliders at once, and one seed at many scales: the same pictures as one at a time, for less."""
+"""Many sliders at once, and one seed at many scales: the same pictures as one at a time, for
+less."""
 
 import json
 
@@ -18,7 +19,8 @@ from support.sweep import composed
 
 @pytest.fixture
 def several(model):
-    """Four sliders of different ranks and layer sets. The last two's ranks add up to too much for narrow layers."""
+    """Four sliders of different ranks and layer sets. The last two's ranks add up to too much for
+    narrow layers."""
     return [
         trained_slider(model.unet, i, rank=r, layers=layers).requires_grad_(False)
         for i, (r, layers) in enumerate([(2, "attn"), (4, "noxattn"), (18, "all"), (20, "xattn")])
@@ -26,7 +28,8 @@ def several(model):
 
 
 def test_composed_sliders_are_each_ones_hooks_together(model, inputs, several):
-    """One change for all against one hook for each, and the untouched weights back in place, the very tensors."""
+    """One change for all against one hook for each, and the untouched weights back in place, the
+    very tensors."""
     unet, scales = model.unet, [1.5, -0.7, 0.4, -1.0]
     weights = {n: p for n, p in unet.named_parameters()}
     with torch.no_grad():
@@ -67,7 +70,8 @@ def latents_of(model, monkeypatch):
 
 
 def test_a_sweep_is_the_separate_runs_for_less(model, several, monkeypatch):
-    """A 7-scale sweep with the start at 0.4 against seven runs: the same latents, at most 0.75 of the network evaluations."""
+    """A 7-scale sweep with the start at 0.4 against seven runs: the same latents, at most 0.75 of
+    the network evaluations."""
     latents_of(model, monkeypatch)
     moving, fixed = several[1], several[0]
     counted = []
@@ -110,7 +114,8 @@ def test_scale_0_in_a_sweep_is_the_untouched_model_bit_for_bit(model, several, m
 
 
 def test_every_slider_has_its_own_start(model, several, monkeypatch):
-    """A slider that starts at 0.8 leaves the x_t before that as they were with the other slider alone."""
+    """A slider that starts at 0.8 leaves the x_t before that as they were with the other slider
+    alone."""
     seen = []
     x_T, cond = sampler.noise([0], (4, 16, 16)), model.condition(["a photo of a person"])
     for sliders in ([(several[1], 1.0)], [(several[1], 1.0), (several[2], 1.0, 0.8)]):
@@ -134,7 +139,8 @@ def test_every_slider_has_its_own_start(model, several, monkeypatch):
 
 
 def test_eq_8_at_sampling_time_is_what_it_says(model):
-    """One step of --guide against the four predictions made one by one, and a slider that made just that change."""
+    """One step of --guide against the four predictions made one by one, and a slider that made
+    just that change."""
     cond, uncond = model.condition(["a photo of a person"]), model.condition([""])
     ends = model.condition(
         ["old person, with glasses", "old person", "young person, with glasses", "young person"]
@@ -174,7 +180,8 @@ def test_scales_over_the_useful_range(several):
 
 @pytest.mark.parametrize("low, high, left", [(-4, 4, 3), (-1, 4, 2), (0, 4, 0), (1, 4, 0)])
 def test_even_scales_look_evenly_spaced(low, high, left):
-    """Pictures whose grey is a known curve of the scale, steep near 0: neighbours must differ by about the same."""
+    """Pictures whose grey is a known curve of the scale, steep near 0: neighbours must differ by
+    about the same."""
     grey = lambda scale: 120 + 100 * np.tanh(scale / 2)
     draw = lambda scales: [
         [Image.fromarray(np.full((4, 4), grey(s), dtype=np.float32), mode="F")] * 2 for s in scales
@@ -232,7 +239,8 @@ def test_a_slider_that_wrecks_pictures_is_found_out(model):
 
 
 def test_two_groups_of_sliders_with_starts_of_their_own_add_up(model, inputs):
-    """Four sliders whose ranks call for a second W in narrow layers, two and two on switches of their own."""
+    """Four sliders whose ranks call for a second W in narrow layers, two and two on switches of
+    their own."""
     four = [trained_slider(model.unet, i, rank=9, layers="attn") for i in range(4)]
     with torch.no_grad():
         with composed(

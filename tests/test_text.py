@@ -1,6 +1,8 @@
-"""The teacher against eq. (8) computed the slow way, and the student against what it must be able to learn."""
+"""The teacher against eq. (8) computed the slow way, and the student against what it must be able
+to learn."""
 
 import dataclasses
+from argparse import Namespace
 
 import pytest
 import torch
@@ -69,7 +71,8 @@ def test_the_teachers_targets_are_the_right_hand_side_of_eq_8(model, preserve):
 
 
 def test_x_t_lie_on_the_frozen_models_own_way(model):
-    """Each kept x_t is what partial denoising to its t gives; every trajectory keeps the same number, at its own levels."""
+    """Each kept x_t is what partial denoising to its t gives; every trajectory keeps the same
+    number, at its own levels."""
     targets = collect(model)
     x_T = sampler.noise(range(5000, 5003), (4, 16, 16))
     prompts = [TARGET, "a photo of a man", TARGET]
@@ -90,8 +93,8 @@ def test_x_t_lie_on_the_frozen_models_own_way(model):
 
 
 def test_meter_reads_what_is_there(model):
-    """A slider whose effect is taken as the target reads share 1 and cosine 1; twice that target, a half; its negative, -1.
-    With twice the target at one end only, that end reads a half."""
+    """A slider whose effect is taken as the target reads share 1 and cosine 1; twice that target,
+    a half; its negative, -1. With twice the target at one end only, that end reads a half."""
     targets = collect(model)
     torch.manual_seed(0)
     slider = lora.Slider(lora.target_layers(model.unet, "noxattn")).requires_grad_(False)
@@ -145,7 +148,8 @@ def test_the_student_learns_unseen_x_t_and_touches_nothing_else(model, both_ends
 
 
 def test_training_in_bfloat16_keeps_the_slider_in_float32():
-    """On a small network, as some processors are slow at bfloat16. The teacher is the network with another slider."""
+    """On a small network, as some processors are slow at bfloat16. The teacher is the network with
+    another slider."""
     unet = randomise(UNet(UNET)).bfloat16().requires_grad_(False)
     _, _, context, *cond = (x.bfloat16() for x in unet_inputs())
     x_t = torch.randn(24, 4, 4, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -242,9 +246,10 @@ def test_verdicts():
 
 
 def test_shared_part():
-    assert train_text.shared_part(POS, NEG) == TARGET
+    args = lambda pos, neg: Namespace(prompt=None, pos=pos, neg=neg)
+    assert options.target_prompts(args(POS, NEG)) == [TARGET]
     with pytest.raises(ValueError, match="--prompt"):
-        train_text.shared_part("an old man", "a young man")
+        options.target_prompts(args("an old man", "a young man"))
 
 
 def test_preserved_concepts_combine():

@@ -34,7 +34,8 @@ def test_a_killed_vae_training_goes_on_where_it_was(tmp_path, monkeypatch):
 
 
 def test_muon_moves_along_the_nearest_orthogonal_matrix():
-    """With one gradient and no history the step is U V^T of the gradient's SVD, to Newton-Schulz's tolerance."""
+    """With one gradient and no history the step is U V^T of the gradient's SVD, to Newton-Schulz's
+    tolerance."""
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.zeros(24, 40))
     p.grad = torch.randn(24, 40)

@@ -37,7 +37,7 @@ def collect(model, kept=checkpoint.NO_CHECKPOINT, **changes):
         seed=5,
         batch=2,
     )
-    return train_text.collect(model, prompts, kept=kept, **(settings | changes))
+    return train_text.collect(model, prompts, remember=kept.remember, **(settings | changes))
 
 
 def fit(model, targets, kept=checkpoint.NO_CHECKPOINT, **changes):
@@ -49,7 +49,7 @@ def fit(model, targets, kept=checkpoint.NO_CHECKPOINT, **changes):
             slider,
             targets,
             targets[torch.arange(2)],
-            **(dict(steps=9, batch=3, lr=1e-3, meter_every=2, kept=kept) | changes),
+            **(dict(steps=9, batch=3, lr=1e-3, meter_every=2, checkpoint=kept) | changes),
         )
     finally:
         slider.detach()
@@ -158,28 +158,15 @@ def test_divergence_keeps_the_last_good_state(model, targets, tmp_path, monkeypa
 
 
 def args(tmp_path, **changes):
-    return Namespace(
-        **(
-            dict(
-                out=str(tmp_path / "s.safetensors"),
-                resume=False,
-                overwrite=False,
-                dry_run=False,
-                pos="a",
-                steps=None,
-                merge=[("x", 1.0)],
-                lr=None,
-            )
-            | changes
-        )
-    )
+    flags = dict(resume=False, overwrite=False, dry_run=False)
+    settings = dict(out=str(tmp_path / "s.safetensors"), pos="a", steps=None, lr=None)
+    return Namespace(**(flags | settings | dict(merge=[("x", 1.0)]) | changes))
 
 
 def test_nothing_is_overwritten_unless_asked(tmp_path, monkeypatch):
     out = tmp_path / "s.safetensors"
-    assert (
-        checkpoint.open_checkpoint(args(tmp_path, resume=True), out).load() is None
-    )  # stopped before anything was kept: from the beginning
+    # Stopped before anything was kept: from the beginning.
+    assert checkpoint.open_checkpoint(args(tmp_path, resume=True), out).load() is None
     kept = checkpoint.open_checkpoint(args(tmp_path), out)
     kept.save({"step": 3})
     with pytest.raises(ValueError, match="--resume goes on with it, --overwrite starts anew"):
@@ -190,7 +177,7 @@ def test_nothing_is_overwritten_unless_asked(tmp_path, monkeypatch):
         monkeypatch.context() as m,
         pytest.raises(ValueError, match="was begun with --nproc-per-node 1, not 2"),
     ):
-        m.setattr(checkpoint.parallel, "processes", lambda: 2)
+        m.setattr(checkpoint.distributed, "world_size", lambda: 2)
         checkpoint.open_checkpoint(args(tmp_path, resume=True), out)
     assert checkpoint.open_checkpoint(args(tmp_path, resume=True, lr=1e-5), out).load() == {
         "step": 3
@@ -213,9 +200,9 @@ def test_nothing_is_overwritten_unless_asked(tmp_path, monkeypatch):
 def test_processes_have_parts_of_their_own_and_one_state(tmp_path, monkeypatch):
     kept = Checkpoint(tmp_path)
     for name, first, value in (("", True, 0.0), (" in process 1", False, 1.0)):
-        monkeypatch.setattr(checkpoint.parallel, "name", lambda: name)
-        monkeypatch.setattr(checkpoint.parallel, "is_first", lambda: first)
-        assert kept.part("x", lambda: {"a": torch.tensor([value])})["a"].item() == value
+        monkeypatch.setattr(checkpoint.distributed, "process_name", lambda: name)
+        monkeypatch.setattr(checkpoint.distributed, "is_main_process", lambda: first)
+        assert kept.remember("x", lambda: {"a": torch.tensor([value])})["a"].item() == value
         kept.save({"step": value})
         assert kept.load() == {"step": 0.0}
 
@@ -225,10 +212,8 @@ def test_a_state_made_on_another_device_is_read(tmp_path):
     kept.save({"parameters": [torch.arange(3.0)]})
     with zipfile.ZipFile(tmp_path / "state.pt") as f:
         parts = {name: f.read(name) for name in f.namelist()}
-    here, there = (
-        b"X\x03\0\0\0cpu",
-        b"X\x06\0\0\0cuda:7",
-    )  # where the pickle says that the tensor was
+    # Where the pickle says that the tensor was.
+    here, there = b"X\x03\0\0\0cpu", b"X\x06\0\0\0cuda:7"
     assert any(here in part for part in parts.values())
     with zipfile.ZipFile(tmp_path / "state.pt", "w", zipfile.ZIP_STORED) as f:
         for name, part in parts.items():
@@ -241,10 +226,10 @@ def test_damaged_states_are_said_so(tmp_path):
     (tmp_path / "state.pt").write_bytes(b"PK\x03\x04 nonsense")
     with pytest.raises(ValueError, match="state.pt: damaged .*delete it"):
         kept.load()
-    kept.part("x", lambda: {"a": torch.zeros(3)})
+    kept.remember("x", lambda: {"a": torch.zeros(3)})
     (tmp_path / "x.safetensors").write_bytes(b"\x00" * 20)
     with pytest.raises(ValueError, match="x.safetensors: damaged .*delete it"):
-        kept.part("x", lambda: {})
+        kept.remember("x", lambda: {})
 
 
 class Evil:

@@ -112,7 +112,8 @@ def test_older_names_of_the_vaes_attention(model, tmp_path):
 
 
 def test_full_size_names_all_find_their_place():
-    """2,514 tensors of a released single file against the names and shapes of the released folder."""
+    """2,514 tensors of a released single file against the names and shapes of the released
+    folder."""
     shapes = {name: tuple(shape) for name, shape in facts("single_file_keys").items()}
     renamed = single_file.rename(shapes)
     for part in weights.PARTS:
@@ -137,7 +138,8 @@ def test_full_size_names_all_find_their_place():
 
 
 def test_the_test_helper_writes_the_released_names():
-    """original_names, which the other tests stand on, gives exactly the published list from the folder's names."""
+    """original_names, which the other tests stand on, gives exactly the published list from the
+    folder's names."""
     empty = lambda part: {
         k: torch.empty(v, device="meta")
         for k, v in facts(f"{part}_keys").items()
@@ -156,7 +158,8 @@ def test_the_test_helper_writes_the_released_names():
 
 
 def test_tensors_go_straight_into_place():
-    """Where nothing is converted the weights are views of the mapped file; conversion goes a chunk at a time."""
+    """Where nothing is converted the weights are views of the mapped file; conversion goes a chunk
+    at a time."""
     table = weights.locate_tensors(MINIATURE, "unet")
     chunks = list(weights.read_tensors(table, "cpu", torch.float32, chunk=2**20))
     assert len(chunks) > 10 and sum(map(len, chunks)) == len(table)

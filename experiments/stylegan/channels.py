@@ -1,11 +1,14 @@
-"""Which style channel moves what?  python -m experiments.stylegan.channels   (some minutes)
+"""Which style channel moves what?
 
-Every channel of the style space, one at a time, is moved by --by standard deviations either way in a few faces, and the measuring stick
-reads the pictures. The channels that move one attribute alone are looked at again with faces of their own, so that what is reported
-is not what happened to look best, and written to experiments/stylegan/channels.json.
+    python -m experiments.stylegan.channels  # some minutes
 
-Beside the measuring stick's attributes stands the colour of the shirt, which no caption of the drawn world has a word for.
-"""
+Every channel of the style space, one at a time, is moved by --by standard deviations either way in
+a few faces, and the measuring stick reads the pictures. The channels that move one attribute alone
+are looked at again with faces of their own, so that what is reported is not what happened to look
+best, and written to experiments/stylegan/channels.json.
+
+Beside the measuring stick's attributes stands the colour of the shirt, which no caption of the
+drawn world has a word for."""
 
 import json
 from pathlib import Path
@@ -14,21 +17,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from experiments.stylegan.draw import enlarged
 from experiments.stylegan.generator import Generator, Z
-from experiments.stylegan.train import enlarged, load
+from experiments.stylegan.train import load
 from miniature import effect
 from support import cli
+from support.options import default_help
 
 FOUND = Path(__file__).parent / "channels.json"
 SHIRT = (40, 220)  # the range of each of its colours (world.sample)
 
 
 def read(drawn) -> dict[str, np.ndarray]:
-    """The measuring stick's attributes, and the mean red, green and blue of the shirt: {attribute: array (N,)}."""
+    """The measuring stick's attributes, and the mean red, green and blue of the shirt: {attribute:
+    array (N,)}."""
     shirt = np.stack([np.asarray(p)[120:, 48:80].reshape(-1, 3).mean(0) for p in drawn])
-    return effect.attributes(drawn) | {
-        f"shirt {colour}": shirt[:, i] for i, colour in enumerate(("red", "green", "blue"))
-    }
+    colours = {f"shirt {name}": shirt[:, i] for i, name in enumerate(("red", "green", "blue"))}
+    return effect.attributes(drawn) | colours
 
 
 def span(name: str) -> float:
@@ -59,63 +64,55 @@ def moves(faces: Faces, layer: int, channel: int, by: float) -> dict[str, float]
     return {name: float((high[name] - low[name]).mean()) / span(name) for name in low}
 
 
-def summary(found: dict[str, float]) -> dict:
-    """What moves most, and what else does: {"attribute", "moved" (signed), "other", "other_moved"}."""
-    most = max(found, key=lambda name: abs(found[name]))
+def most_moved_other(found: dict[str, float], attribute: str) -> dict:
+    """{"other", "other_moved"}, of attributes that are no words of the same one."""
     others = {
-        name: abs(v) for name, v in found.items() if name != most and not effect.related(most, name)
+        name: abs(moved)
+        for name, moved in found.items()
+        if name != attribute and not effect.related(attribute, name)
     }
     other = max(others, key=others.get)
-    return {"attribute": most, "moved": found[most], "other": other, "other_moved": others[other]}
+    return {"other": other, "other_moved": others[other]}
+
+
+def summary(found: dict[str, float]) -> dict:
+    """What moves most, and what else does: {"attribute", "moved" (signed), "other",
+    "other_moved"}."""
+    most = max(found, key=lambda name: abs(found[name]))
+    return {"attribute": most, "moved": found[most]} | most_moved_other(found, most)
 
 
 def main():
     p = cli.plain_parser(__doc__)
-    p.add_argument(
-        "--by",
-        type=float,
-        default=5.0,
-        help="standard deviations, either way (default: %(default)s)",
-    )
-    p.add_argument(
-        "--faces",
-        type=int,
-        default=12,
-        help="faces that every channel is tried on (default: %(default)s)",
-    )
-    p.add_argument(
-        "--again",
-        type=int,
-        default=48,
-        help="other faces for the best channels (default: %(default)s)",
-    )
-    p.add_argument(
-        "--best", type=int, default=40, help="channels looked at again (default: %(default)s)"
-    )
+    by = default_help("standard deviations, either way")
+    p.add_argument("--by", type=float, default=5.0, help=by)
+    numbers = [
+        ("faces", 12, "faces that every channel is tried on"),
+        ("again", 48, "other faces for the best channels"),
+        ("best", 40, "channels looked at again"),
+    ]
+    for name, default, what in numbers:
+        p.add_argument(f"--{name}", type=int, default=default, help=default_help(what))
     p.add_argument("--out", default=str(FOUND), help="default: %(default)s")
     args = p.parse_args()
     G, out = load(), Path(args.out)
     faces, others = Faces(G, args.faces, seed=10), Faces(G, args.again, seed=11)
-    every = [
-        (layer, channel) for layer, s in enumerate(faces.styles) for channel in range(s.shape[1])
-    ]
-    found = [
-        summary(moves(faces, layer, channel, args.by)) | {"layer": layer, "channel": channel}
-        for layer, channel in tqdm(every, unit="channel")
-    ]
-    alone = lambda row: abs(row["moved"]) - 2 * row["other_moved"]
-    best = sorted(found, key=alone, reverse=True)[: args.best]
-    best = [
-        summary(moves(others, row["layer"], row["channel"], args.by))
-        | {k: row[k] for k in ("layer", "channel")}
-        for row in tqdm(best, unit="channel")
-    ]
-    best.sort(key=alone, reverse=True)
+
+    def look(faces, places):
+        rows = []
+        for layer, channel in tqdm(places, unit="channel"):
+            place = {"layer": layer, "channel": channel}
+            rows.append(summary(moves(faces, layer, channel, args.by)) | place)
+        return sorted(rows, key=lambda r: abs(r["moved"]) - 2 * r["other_moved"], reverse=True)
+
+    every = [(layer, i) for layer, s in enumerate(faces.styles) for i in range(s.shape[1])]
+    best = look(faces, every)[: args.best]
+    best = look(others, [(row["layer"], row["channel"]) for row in best])
     cli.write_text(out, json.dumps({"by": args.by, "channels": len(every), "best": best}, indent=1))
     for row in best:
-        print(
-            f"layer {row['layer']:2} channel {row['channel']:3}  {row['attribute']:16} {row['moved']:+6.0%}   then {row['other']:16} {row['other_moved']:5.0%}"
-        )
+        place = f"layer {row['layer']:2} channel {row['channel']:3}"
+        moved = f"{row['attribute']:16} {row['moved']:+6.0%}"
+        print(f"{place}  {moved}   then {row['other']:16} {row['other_moved']:5.0%}")
 
 
 if __name__ == "__main__":

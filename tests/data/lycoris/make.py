@@ -1,6 +1,7 @@
-"""Make tiny LyCORIS files on the miniature UNet, and the change of each layer as LyCORIS itself computes it.
+"""Make tiny LyCORIS files on the miniature UNet, and the change of each layer as LyCORIS itself
+computes it.
 
-    python make.py MINIATURE_UNET_FOLDER        (e.g. miniature/model/unet; writes beside this script)
+    python make.py miniature/model/unet        (writes beside this script)
 
 Made with torch 2.13.0, diffusers 0.42.1, lycoris-lora 4.1.3, safetensors 0.8.0. Both LoRA files
 carry the names that LyCORIS writes when it is used alone (prefix "lycoris_"):

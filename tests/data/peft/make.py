@@ -1,9 +1,10 @@
 """Make tiny peft folders on the miniature UNet, and the change of each layer as peft computes it.
 
-    python make.py MINIATURE_UNET_FOLDER        (e.g. miniature/model/unet; writes beside this script)
+    python make.py miniature/model/unet        (writes beside this script)
 
-Made with torch 2.13.0, diffusers 0.42.1, peft 0.21.2, safetensors 0.8.0. Each folder holds what peft's
-save_pretrained writes: adapter_model.safetensors (A and B alone) and adapter_config.json (ranks, alphas).
+Made with torch 2.13.0, diffusers 0.42.1, peft 0.21.2, safetensors 0.8.0. Each folder holds what
+peft's save_pretrained writes: adapter_model.safetensors (A and B alone) and adapter_config.json
+(ranks, alphas).
 
     pattern/  r 2, lora_alpha 1; rank_pattern gives to_q rank 1, alpha_pattern gives conv1 alpha 4
     rslora/   r 4, lora_alpha 2, use_rslora: alpha / sqrt(r) = 1 in place of alpha / r = 0.5;
