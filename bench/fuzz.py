@@ -1,11 +1,12 @@
-"""Every reader against broken and hostile files.  python -m bench.fuzz --cases 2000
+"""Every reader against broken and hostile files:
 
-Good files of each kind are truncated, have bits flipped and pieces replaced, get other dtypes and shapes, enormous declared
-sizes, names with paths in them, pickles with code. A reader may succeed, or raise ValueError (one line for the user); anything else
-is a finding: another exception, more than --slow seconds, more than --memory MiB, code that ran, a file outside that was touched.
-"""
+    python -m bench.fuzz --cases 2000
 
-import argparse
+Good files of each kind are truncated, have bits flipped and pieces replaced, get other dtypes and
+shapes, enormous declared sizes, names with paths in them, pickles with code. A reader may succeed,
+or raise ValueError (one line for the user); anything else is a finding: another exception, more
+than --slow seconds, more than --memory MiB, code that ran, a file outside that was touched."""
+
 import collections
 import io
 import json
@@ -19,7 +20,9 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,12 +31,15 @@ from safetensors.torch import load, save_file
 
 import invert
 import lora
+import slider as slider_command
 from formats import slider_files, weights
 from sdxl import MINIATURE, SDXL
-from support import cost, images, inversions
+from support import cli, cost, images, inversions
 from support.checkpoint import Checkpoint
+from support.options import default_help
 
 CANARY = "code_that_ran"
+PICTURES = ("png", "jpg", "gif", "bmp", "tif", "webp")
 
 
 class Evil:
@@ -52,7 +58,7 @@ class Evil:
         }[self.how]
 
 
-# ---------------------------------------------------------------------------------------------- ways to break bytes
+# ------------------------------------------------------------------------------ ways to break bytes
 
 
 def truncated(data, rng):
@@ -62,9 +68,9 @@ def truncated(data, rng):
 def flipped(data, rng):
     data = bytearray(data)
     for _ in range(rng.choice([1, 3, 20])):
-        data[rng.randrange(min(len(data), rng.choice([64, 4096, len(data)])))] ^= (
-            1 << rng.randrange(8)
-        )
+        within = min(len(data), rng.choice([64, 4096, len(data)]))
+        at = rng.randrange(within)
+        data[at] ^= 1 << rng.randrange(8)
     return bytes(data)
 
 
@@ -80,9 +86,8 @@ def doubled(data, rng):
 
 
 def nothing(data, rng):
-    return rng.choice(
-        [b"", b"\x00", b"{}", b"null", b"[1]", rng.randbytes(500), b"<html>404</html>"]
-    )
+    texts = [b"", b"\x00", b"{}", b"null", b"[1]", rng.randbytes(500), b"<html>404</html>"]
+    return rng.choice(texts)
 
 
 def pickled(data, rng):
@@ -98,93 +103,82 @@ def pickled(data, rng):
 ANY = [truncated, flipped, replaced, doubled, nothing, pickled]
 
 
-def header(data):
+def split_header(data):
+    """The header of safetensors, and the bytes after it."""
     n = struct.unpack("<Q", data[:8])[0]
     return json.loads(data[8 : 8 + n]), data[8 + n :]
 
 
-def with_header(head, rest) -> bytes:
-    text = json.dumps(head).encode()
+def with_header(header, rest) -> bytes:
+    text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + rest
+
+
+def any_tensor(header, rng) -> str:
+    return rng.choice([name for name in header if name != "__metadata__"])
 
 
 def enormous(data, rng):
     """A header, a tensor or a shape that is said to be enormous."""
     if rng.random() < 0.3:
         return struct.pack("<Q", rng.choice([2**63, 2**40, 2**31, len(data) * 2])) + data[8:]
-    head, rest = header(data)
-    name = rng.choice([k for k in head if k != "__metadata__"])
-    head[name]["shape"] = rng.choice([[2**40], [2**31, 2**31], [10**6, 10**6], [-1, 5], [0], []])
+    header, rest = split_header(data)
+    tensor = header[any_tensor(header, rng)]
+    tensor["shape"] = rng.choice([[2**40], [2**31, 2**31], [10**6, 10**6], [-1, 5], [0], []])
     if rng.random() < 0.5:
-        head[name]["data_offsets"] = [0, rng.choice([2**62, 2**33, len(rest) + 1])]
-    return with_header(head, rest)
+        tensor["data_offsets"] = [0, rng.choice([2**62, 2**33, len(rest) + 1])]
+    return with_header(header, rest)
 
 
 def renamed(data, rng):
     """Names with paths in them, very long ones, none."""
-    head, rest = header(data)
-    name = rng.choice([k for k in head if k != "__metadata__"])
-    head[
-        rng.choice(
-            [
-                "../../etc/passwd",
-                "/etc/passwd",
-                "a" * 100_000,
-                "",
-                "lora_unet_../x.lora_down.weight",
-                "\x00",
-                "unet.\u202e",
-            ]
-        )
-    ] = head.pop(name)
-    return with_header(head, rest)
+    header, rest = split_header(data)
+    old = any_tensor(header, rng)
+    names = ["../../etc/passwd", "/etc/passwd", "a" * 100_000, ""]
+    names += ["lora_unet_../x.lora_down.weight", "\x00", "unet.\u202e"]
+    tensor = header.pop(old)
+    header[rng.choice(names)] = tensor
+    return with_header(header, rest)
 
 
 def retyped(data, rng):
-    """Other dtypes, NaN and infinite numbers, transposed and cut tensors, metadata that is no JSON."""
+    """Other dtypes, NaN and infinite numbers, transposed and cut tensors, metadata that is no
+    JSON."""
     tensors = load(data)
-    metadata = header(data)[0].get("__metadata__", {})
+    metadata = split_header(data)[0].get("__metadata__", {})
     name = rng.choice(list(tensors))
     change = rng.choice(["dtype", "nan", "shape", "drop", "double", "metadata"])
     t = tensors[name]
     if change == "dtype":
-        tensors[name] = t.to(
-            rng.choice([torch.int64, torch.bool, torch.float64, torch.int8, torch.uint8])
-        )
+        dtypes = [torch.int64, torch.bool, torch.float64, torch.int8, torch.uint8]
+        tensors[name] = t.to(rng.choice(dtypes))
     elif change == "nan":
-        tensors[name] = (
-            torch.full_like(t, rng.choice([float("nan"), float("inf"), 1e4]))
-            if t.is_floating_point()
-            else t
-        )
+        if t.is_floating_point():
+            value = rng.choice([float("nan"), float("inf"), 1e4])
+            tensors[name] = torch.full_like(t, value)
     elif change == "shape":
-        tensors[name] = (
-            t.flatten()[: max(1, t.numel() // 2)].clone()
-            if rng.random() < 0.5
-            else t.unsqueeze(0).repeat(2, *[1] * t.ndim)
-        )
+        half = rng.random() < 0.5
+        cut = lambda: t.flatten()[: max(1, t.numel() // 2)].clone()
+        tensors[name] = cut() if half else t.unsqueeze(0).repeat(2, *[1] * t.ndim)
     elif change == "drop":
         del tensors[name]
     elif change == "double":
         tensors[name + "x"] = t.clone()
     else:
-        metadata |= {
-            rng.choice(["settings", "probe", "meter", "prompts"]): rng.choice(
-                ["{", "[" * 5000, "null", "1e999", '{"range": "x"}', '{"range": [1]}', ""]
-            )
-        }
-    out = io.BytesIO()
+        texts = ["{", "[" * 5000, "null", "1e999", '{"range": "x"}', '{"range": [1]}', ""]
+        key = rng.choice(["settings", "probe", "meter", "prompts"])
+        metadata |= {key: rng.choice(texts)}
+    tensors = {k: v.contiguous() for k, v in tensors.items()}
+    metadata = {k: str(v) for k, v in metadata.items()} or None
     with tempfile.NamedTemporaryFile(suffix=".safetensors") as f:
-        save_file(
-            {k: v.contiguous() for k, v in tensors.items()},
-            f.name,
-            {k: str(v) for k, v in metadata.items()} or None,
-        )
-        out.write(Path(f.name).read_bytes())
-    return out.getvalue()
+        save_file(tensors, f.name, metadata)
+        return Path(f.name).read_bytes()
 
 
 SAFETENSORS = [*ANY, enormous, renamed, retyped]
+
+ABSURD = [None, -1, 0, 10**9, 1e308, "x", "../../x", [], [0], [1, 2, 3], {}, True, [[]]]
+ABSURD += ["a" * 10_000, [10**7, 10**7]]
 
 
 def json_broken(data, rng):
@@ -195,25 +189,7 @@ def json_broken(data, rng):
         if rng.random() < 0.2:
             del value[key]
         else:
-            value[key] = rng.choice(
-                [
-                    None,
-                    -1,
-                    0,
-                    10**9,
-                    1e308,
-                    "x",
-                    "../../x",
-                    [],
-                    [0],
-                    [1, 2, 3],
-                    {},
-                    True,
-                    [[]],
-                    "a" * 10_000,
-                    [10**7, 10**7],
-                ]
-            )
+            value[key] = rng.choice(ABSURD)
     return json.dumps(value).encode() if rng.random() < 0.95 else b"[" * 100_000
 
 
@@ -221,19 +197,29 @@ def picture_broken(data, rng):
     """PNG: an enormous declared size, absurd chunks."""
     data = bytearray(data)
     if data[:4] == b"\x89PNG":
-        data[16:24] = struct.pack(
-            ">II", *rng.choice([(2**31 - 1, 2**31 - 1), (60_000, 60_000), (0, 0), (1, 2**30)])
-        )
+        sizes = [(2**31 - 1, 2**31 - 1), (60_000, 60_000), (0, 0), (1, 2**30)]
+        data[16:24] = struct.pack(">II", *rng.choice(sizes))
     return bytes(data)
 
 
-# ---------------------------------------------------------------------------------------------- good files, and who reads them
+# ------------------------------------------------------------------- good files, and who reads them
 
 
-def good_files(folder: Path, model) -> dict:
-    """kind -> list of (good bytes, name of the file, reader of a path, ways to break it)."""
+class Good(NamedTuple):
+    """A good file, how it is read, and how it can be broken."""
+
+    data: bytes
+    name: str
+    reader: Callable  # of a path
+    ways: list  # functions (data, rng) -> data
+
+
+def good_files(folder: Path, model) -> dict[str, list[Good]]:
+    """{kind: good files}"""
     torch.manual_seed(0)
+    good = lambda name, *how: Good((folder / name).read_bytes(), Path(name).name, *how)
     slider = lora.Slider(lora.target_layers(model.unet))
+    deltas = {name: part.delta() for name, part in slider.named_children()}
     about = {
         "settings": {"pos": "a", "neg": "b", "lr": 1e-3, "eta": 0.5},
         "probe": {"range": [-2, 2]},
@@ -241,72 +227,43 @@ def good_files(folder: Path, model) -> dict:
         "prompts": ["a"],
         "preserved": [],
     }
-    kinds = {"slider": [], "picture": [], "state": [], "inversion": []}
 
-    def use(path):  # what slider.py and tools.py do with a slider file
-        import slider as script
-
+    def read_slider(path):
+        """What slider.py and tools.py do with a slider file."""
         one = lora.load(path, model.unet)
-        script.useful_scales([one])
+        slider_command.useful_scales([one])
         return one
 
+    sliders = []
     for naming in slider_files.NAMINGS:
-        slider_files.write(folder / "x.safetensors", slider.parts(), about, naming, model.unet)
-        kinds["slider"].append(
-            ((folder / "x.safetensors").read_bytes(), "x.safetensors", use, SAFETENSORS)
-        )
+        slider_files.write(folder / "x.safetensors", deltas, about, naming, model.unet)
+        sliders.append(good("x.safetensors", read_slider, SAFETENSORS))
     torch.save({k: v for k, v in slider.state_dict().items()}, folder / "x.pt")
-    kinds["slider"].append(((folder / "x.pt").read_bytes(), "x.pt", use, ANY))
+    sliders.append(good("x.pt", read_slider, ANY))
 
-    picture = Image.fromarray(
-        np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
-    )
-    for ending in ("png", "jpg", "gif", "bmp", "tif", "webp"):
-        picture.save(folder / f"x.{ending}")
-        kinds["picture"].append(
-            (
-                (folder / f"x.{ending}").read_bytes(),
-                f"x.{ending}",
-                images.read_image,
-                [*ANY, picture_broken],
-            )
-        )
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+    for ending in PICTURES:
+        Image.fromarray(pixels).save(folder / f"x.{ending}")
+    ways = [*ANY, picture_broken]
+    pictures = [good(f"x.{ending}", images.read_image, ways) for ending in PICTURES]
 
-    kept = Checkpoint(folder / "u")
-    kept.save({"step": 1, "parameters": [torch.zeros(3)]})
-    kept.part("p", lambda: {"x": torch.zeros(100)})
-    kinds["state"].append(
-        (
-            (folder / "u" / "state.pt").read_bytes(),
-            "state.pt",
-            lambda p: Checkpoint(p.parent).load(),
-            ANY,
-        )
-    )
-    kinds["state"].append(
-        (
-            (folder / "u" / "p.safetensors").read_bytes(),
-            "p.safetensors",
-            lambda p: Checkpoint(p.parent).part("p", dict),
-            SAFETENSORS,
-        )
-    )
-    made = invert.Inversion(
-        torch.zeros(1, 4, 2, 2), [(torch.zeros(1, 7, 3), torch.zeros(1, 3), torch.zeros(1, 6))] * 2
-    )
-    inversions.cached(folder / "i.safetensors", lambda _: made)
-    kinds["inversion"].append(
-        (
-            (folder / "i.safetensors").read_bytes(),
-            "i.safetensors",
-            lambda p: inversions.cached(p, lambda _: made),
-            SAFETENSORS,
-        )
-    )
-    return kinds
+    checkpoint = Checkpoint(folder / "u")
+    checkpoint.save({"step": 1, "parameters": [torch.zeros(3)]})
+    checkpoint.remember("p", lambda: {"x": torch.zeros(100)})
+    read_state = lambda path: Checkpoint(path.parent).load()
+    read_part = lambda path: Checkpoint(path.parent).remember("p", dict)
+    states = [good("u/state.pt", read_state, ANY)]
+    states.append(good("u/p.safetensors", read_part, SAFETENSORS))
+
+    uncond = (torch.zeros(1, 7, 3), torch.zeros(1, 3), torch.zeros(1, 6))
+    inversion = invert.Inversion(torch.zeros(1, 4, 2, 2), [uncond] * 2)
+    read_inversion = lambda path: inversions.cached(path, lambda remember: inversion)
+    read_inversion(folder / "i.safetensors")  # writes it
+    inverted = [good("i.safetensors", read_inversion, SAFETENSORS)]
+    return {"slider": sliders, "picture": pictures, "state": states, "inversion": inverted}
 
 
-def model_folder(folder: Path):
+def link_model(folder: Path):
     """A copy of the miniature in which every file is a link to the good one."""
     for file in MINIATURE.rglob("*"):
         if file.is_file():
@@ -315,69 +272,59 @@ def model_folder(folder: Path):
             to.symlink_to(file)
 
 
+def broken_model(folder: Path, files: list[Path], rng) -> str:
+    """A model folder with one broken file. Returns what was broken how."""
+    small = [f for f in files if f.stat().st_size < 2**20]
+    large = [f for f in files if f.stat().st_size >= 2**20]
+    link_model(folder)
+    file = rng.choice(small * 3 + large)
+    ways = {".safetensors": SAFETENSORS, ".json": [json_broken] * 3 + ANY}
+    breaks = rng.choice(ways.get(file.suffix, ANY))
+    target = folder / file.relative_to(MINIATURE)
+    target.unlink()
+    if rng.random() > 0.05:
+        target.write_bytes(broken(breaks, file.read_bytes(), rng))
+    return f"{file.relative_to(MINIATURE)} {breaks.__name__}"
+
+
 def cases(n: int, seed: int, model, folder: Path):
-    """Yields (what, reader, path) n times: broken sliders, pictures, states, inversions, single files, and model folders with
-    one broken file each."""
-    kinds = good_files(folder, model)
-    parts = [f for f in sorted(MINIATURE.rglob("*")) if f.is_file()]
-    small, large = (
-        [f for f in parts if f.stat().st_size < 2**20],
-        [f for f in parts if f.stat().st_size >= 2**20],
-    )
+    """Yields (what, reader, path) n times: broken sliders, pictures, states, inversions, single
+    files, and model folders with one broken file each."""
+    good = good_files(folder, model)
+    model_files = [f for f in sorted(MINIATURE.rglob("*")) if f.is_file()]
+    vae = (MINIATURE / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+    read_folder = lambda path: SDXL.load(path, device="cpu", dtype=torch.float16)
+    read_single = lambda path: weights.find_weights(path, MINIATURE)
+    kinds = ["slider"] * 4 + ["picture"] * 3 + ["state", "inversion"] + ["folder"] * 3 + ["single"]
+    case = folder / "case"
     for i in range(n):
         rng = random.Random(seed * 1_000_003 + i)
-        where = folder / "case"
-        shutil.rmtree(where, ignore_errors=True)
-        where.mkdir()
-        kind = rng.choice(
-            ["slider"] * 4 + ["picture"] * 3 + ["state", "inversion"] + ["folder"] * 3 + ["single"]
-        )
+        shutil.rmtree(case, ignore_errors=True)
+        case.mkdir()
+        kind = rng.choice(kinds)
         if kind == "folder":
-            model_folder(where)
-            file = rng.choice(small * 3 + large)
-            breaks = rng.choice(
-                SAFETENSORS
-                if file.suffix == ".safetensors"
-                else [json_broken] * 3 + ANY
-                if file.suffix == ".json"
-                else ANY
-            )
-            target = where / file.relative_to(MINIATURE)
-            target.unlink()
-            if rng.random() > 0.05:
-                target.write_bytes(broken(breaks, file.read_bytes(), rng))
-            yield (
-                f"folder {file.relative_to(MINIATURE)} {breaks.__name__}",
-                lambda p: SDXL.load(p, device="cpu", dtype=torch.float16),
-                where,
-            )
+            what = broken_model(case, model_files, rng)
+            yield f"folder {what}", read_folder, case
         elif kind == "single":
             breaks = rng.choice(SAFETENSORS)
-            (where / "x.safetensors").write_bytes(
-                broken(
-                    breaks,
-                    (MINIATURE / "vae" / "diffusion_pytorch_model.safetensors").read_bytes(),
-                    rng,
-                )
-            )
-            yield (
-                f"single {breaks.__name__}",
-                lambda p: weights.find_weights(p, MINIATURE),
-                where / "x.safetensors",
-            )
+            (case / "x.safetensors").write_bytes(broken(breaks, vae, rng))
+            yield f"single {breaks.__name__}", read_single, case / "x.safetensors"
         else:
-            data, name, reader, ways = rng.choice(kinds[kind])
-            breaks = rng.choice(ways)
-            (where / name).write_bytes(broken(breaks, data, rng))
-            yield f"{kind} {name} {breaks.__name__}", reader, where / name
+            file = rng.choice(good[kind])
+            breaks = rng.choice(file.ways)
+            (case / file.name).write_bytes(broken(breaks, file.data, rng))
+            yield f"{kind} {file.name} {breaks.__name__}", file.reader, case / file.name
 
 
 def broken(breaks, data, rng) -> bytes:
-    """Broken that way; where the way does not fit the data, in another."""
+    """Broken like that; where that does not fit the data, truncated."""
     try:
         return breaks(data, rng)
     except (ValueError, KeyError, IndexError, struct.error, UnicodeDecodeError):
         return truncated(data, rng)
+
+
+# ------------------------------------------------------------------------------------------ running
 
 
 def run(n: int, seed: int, slow: float, memory: float) -> tuple[collections.Counter, list[str]]:
@@ -385,78 +332,65 @@ def run(n: int, seed: int, slow: float, memory: float) -> tuple[collections.Coun
     warnings.simplefilter("ignore")
     model = SDXL.load(device="cpu", dtype=torch.float32, vae=False)
     outcomes, findings = collections.Counter(), []
+    expected = {"precious", "case", "x.safetensors", "x.pt", "u", "i.safetensors"}
+    expected |= {f"x.{ending}" for ending in PICTURES}
     before = os.getcwd()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
             Path("precious").write_text("untouched")
             for what, reader, path in cases(n, seed, model, Path(folder)):
-
-                def finding(text):
-                    findings.append(f"{what}: {text}")
-
-                at_first, started = cost.peak_memory(), time.time()
-                limit = slow + 5 * what.startswith(
-                    "folder"
-                )  # a model folder that is whole after all takes its time to load
-                try:
-                    reader(path)
-                    outcomes["read"] += 1
-                except ValueError as error:
-                    outcomes["refused"] += 1
-                    if not str(error).strip():
-                        finding("an empty message")
-                except Exception as error:
-                    outcomes["crashed"] += 1
-                    finding(
-                        f"{type(error).__name__}: {str(error)[:200]}\n{''.join(traceback.format_tb(error.__traceback__)[-3:])}"
-                    )
-                if time.time() - started > limit:
-                    finding(f"took {time.time() - started:.1f} s")
-                if cost.peak_memory() - at_first > memory * 2**20:
-                    finding(f"took {(cost.peak_memory() - at_first) / 2**20:.0f} MiB")
-                if Path(CANARY).exists():
-                    finding("CODE RAN")
-                    Path(CANARY).unlink()
-            if Path("precious").read_text() != "untouched" or set(os.listdir(folder)) - {
-                "precious",
-                "case",
-                "x.safetensors",
-                "x.pt",
-                "u",
-                "i.safetensors",
-                *(f"x.{e}" for e in ("png", "jpg", "gif", "bmp", "tif", "webp")),
-            }:
-                findings.append(f"files were touched: {os.listdir(folder)}")
+                # A model folder that is fine after all takes its time to load.
+                limit = slow + 5 * what.startswith("folder")
+                outcome, found = read(reader, path, limit, memory)
+                outcomes[outcome] += 1
+                findings += [f"{what}: {text}" for text in found]
+            files = os.listdir(folder)
+            if Path("precious").read_text() != "untouched" or set(files) - expected:
+                findings.append(f"files were touched: {files}")
         finally:
             os.chdir(before)
     return outcomes, findings
 
 
+def read(reader, path: Path, slow: float, memory: float) -> tuple[str, list[str]]:
+    """The outcome of one case, and what is wrong with it."""
+    outcome, findings = "read", []
+    memory_before, started = cost.peak_memory(), time.time()
+    try:
+        reader(path)
+    except ValueError as error:
+        outcome = "refused"
+        if not str(error).strip():
+            findings.append("an empty message")
+    except Exception as error:
+        outcome = "crashed"
+        lines = "".join(traceback.format_tb(error.__traceback__)[-3:])
+        findings.append(f"{type(error).__name__}: {str(error)[:200]}\n{lines}")
+    seconds, rise = time.time() - started, cost.peak_memory() - memory_before
+    if seconds > slow:
+        findings.append(f"took {seconds:.1f} s")
+    if rise > memory * 2**20:
+        findings.append(f"took {rise / 2**20:.0f} MiB")
+    if Path(CANARY).exists():
+        findings.append("CODE RAN")
+        Path(CANARY).unlink()
+    return outcome, findings
+
+
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = cli.plain_parser(__doc__)
     p.add_argument("--cases", type=int, default=2000, help="default: %(default)s")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument(
-        "--slow",
-        type=float,
-        default=1.0,
-        help="seconds that a reader may take (default: %(default)s; a model folder 5 more)",
-    )
-    p.add_argument(
-        "--memory",
-        type=float,
-        default=600,
-        help="MiB that the peak may rise by (default: %(default)s)",
-    )
+    slow = "seconds that a reader may take (default: %(default)s; a model folder 5 more)"
+    p.add_argument("--slow", type=float, default=1.0, help=slow)
+    memory = default_help("MiB that the peak may rise by")
+    p.add_argument("--memory", type=float, default=600, help=memory)
     args = p.parse_args()
     outcomes, findings = run(args.cases, args.seed, args.slow, args.memory)
     print(*findings, sep="\n")
-    print(
-        f"{args.cases} cases: {', '.join(f'{n} {what}' for what, n in outcomes.most_common())}; {len(findings)} findings"
-    )
+    counts = ", ".join(f"{n} {what}" for what, n in outcomes.most_common())
+    print(f"{args.cases} cases: {counts}; {len(findings)} findings")
     sys.exit(bool(findings))
 
 

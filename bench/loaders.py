@@ -262,26 +262,44 @@ def a1111(folder, here):
 
 
 def forge(folder, here):
-    """backend/patcher/lora.py: model_lora_keys_unet, load_lora, merge_lora_to_weight."""
+    """sd_forge_lora: load_lora_for_models; then merge_lora_to_weight of each patch that it adds."""
     sys.path.insert(0, str(folder))
     cast = lambda tensor, device, dtype, copy=False: tensor.to(device, dtype)
     bare("backend", folder / "backend")
     stub("backend.memory_management", cast_to_device=cast)
     stub("backend.args", "backend.utils", "backend.operations_gguf", "gguf")
     stub("backend.misc.checkpoint_pickle")
+    nowhere = types.SimpleNamespace(lora_dir=tempfile.mkdtemp())
+    stub("network", "modules", *(f"modules.{name}" for name in ("sd_models", "errors", "scripts")))
+    stub("modules.shared", cmd_opts=nowhere, walk_files=lambda *a, **k: [])
     lora = importlib.import_module("backend.patcher.lora")
+    extension = folder / "extensions-builtin" / "sd_forge_lora" / "networks.py"
+    spec = importlib.util.spec_from_file_location("sd_forge_lora_networks", extension)
+    networks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(networks)
     prefix = "diffusion_model."
     weights = original_weights(prefix)
-    model = types.SimpleNamespace(
-        state_dict=lambda: weights,
-        diffusion_model=types.SimpleNamespace(config=FORGE_SDXL),
-        config=types.SimpleNamespace(huggingface_repo="stabilityai/stable-diffusion-xl-base-1.0"),
-    )
-    keys = lora.model_lora_keys_unet(model, {})
+
+    class Patched:
+        """What load_lora_for_models asks of a model; it keeps the patches."""
+
+        model = types.SimpleNamespace(
+            state_dict=lambda: weights,
+            diffusion_model=types.SimpleNamespace(config=FORGE_SDXL),
+            config=types.SimpleNamespace(
+                huggingface_repo="stabilityai/stable-diffusion-xl-base-1.0"
+            ),
+        )
+        patches: dict = {}
+        clone = lambda self: Patched()
+
+        def add_patches(self, filename, patches, strength_patch, online_mode):
+            self.patches = patches
+            return list(patches)
 
     def read(path):
-        patches, _ = lora.load_lora(load_file(path), keys)
-        for key, patch in patches.items():
+        model, _ = networks.load_lora_for_models(Patched(), None, load_file(path), 1.0, 1.0)
+        for key, patch in model.patches.items():
             weight = torch.zeros(weights[key].shape)
             name = key.removeprefix(prefix).removesuffix(".weight")
             yield name, lora.merge_lora_to_weight([(1.0, patch, 1.0, None, None)], weight, key)

@@ -1,21 +1,25 @@
-"""Our training against the published loop and ai-toolkit's, on the miniature:  python -m bench.recipe --seeds 0-2
+"""Our training against the published loop and ai-toolkit's, on the miniature:
+
+    python -m bench.recipe --seeds 0-2
 
 The opponents restate, on our UNet, LoRA and schedule, so that nothing but the recipe differs:
 
-published   the authors' train_lora_xl.py: for every optimiser step a new noise is denoised with the LoRA on at scale 1 to a
-            random step of 50, at guidance 3; then three frozen predictions and one trained one, each in a batch of two whose
-            empty-prompt half is thrown away; one preserved concept at a time; AdamW at 2e-4, alpha / r 1/4, bfloat16 (the
-            LoRA's own numbers in float32, which is kinder). It trains scale +1 alone, so all are read at +1 as well as at
-            both ends.
-ai-toolkit  its TrainSliderProcess with the settings of its train_slider.example.yml: for every step four new noises are denoised
-            with the LoRA off to a random step of 40, at guidance 3; three frozen predictions of each in one batch; two of the four
-            trained at +1, two at -1; rank 8, alpha 4, AdamW at 2e-4, the loss weighted by min(SNR, 5) / SNR. It knows no
-            preserved concepts. Kinder than it is: DDIM in the place of DDPM steps, and eq. (8) around the target prompt's own
-            prediction, where its code has the empty prompt's.
+published   the authors' train_lora_xl.py: for every optimizer step a new noise is denoised with the
+            LoRA on at scale 1 to a random step of 50, at guidance 3; then three frozen predictions
+            and one trained one, each in a batch of two whose empty-prompt half is thrown away; one
+            preserved concept at a time; AdamW at 2e-4, alpha / r 1/4, bfloat16 (the LoRA's own
+            numbers in float32, which is kinder). It trains scale +1 alone, so all are read at +1 as
+            well as at both ends.
+ai-toolkit  its TrainSliderProcess with the settings of its train_slider.example.yml: for every step
+            four new noises are denoised with the LoRA off to a random step of 40, at guidance 3;
+            three frozen predictions of each in one batch; two of the four trained at +1, two at -1;
+            rank 8, alpha 4, AdamW at 2e-4, the loss weighted by min(SNR, 5) / SNR. It knows no
+            preserved concepts. Kinder than it is: DDIM in the place of DDPM steps, and eq. (8)
+            around the target prompt's own prediction, where its code has the empty prompt's.
 
-All are read by the same meter on the same x_t, that none has seen, and by the measuring stick. A UNet evaluation is
-one sample; one with gradients counts as three. Every run is written to --json as soon as it is done, and not run again.
-"""
+All are read by the same meter on the same x_t, that none has seen, and by the measuring stick. A
+UNet evaluation is one sample; one with gradients counts as three. Every run is written to --json as
+soon as it is done, and not run again."""
 
 import json
 import statistics
@@ -32,22 +36,22 @@ import student
 import train_text
 from miniature import effect
 from support import cli, options, training
+from support.options import default_help
 
 TARGET = "a photo of a person"
+MEN_AND_WOMEN = ["man, woman"]
+GLASSES_AND_HATS = ["with glasses, without glasses", "with a hat, without a hat"]
 CONCEPTS = {  # attribute of the measuring stick -> positive, negative, --preserve
-    "eye_size": (f"{TARGET} with big eyes", f"{TARGET} with small eyes", ["man, woman"]),
-    "age": (
-        f"{TARGET}, very old",
-        f"{TARGET}, very young",
-        ["with glasses, without glasses", "with a hat, without a hat"],
-    ),
-    "smile": (f"{TARGET} with a big smile", f"{TARGET} with a big frown", ["man, woman"]),
+    "eye_size": (f"{TARGET} with big eyes", f"{TARGET} with small eyes", MEN_AND_WOMEN),
+    "age": (f"{TARGET}, very old", f"{TARGET}, very young", GLASSES_AND_HATS),
+    "smile": (f"{TARGET} with a big smile", f"{TARGET} with a big frown", MEN_AND_WOMEN),
 }
 
 
 @contextmanager
 def counted(unet):
-    """with counted(unet) as n: ... counts the samples that pass through `unet`: n["frozen"], and n["trained"] with gradients."""
+    """with counted(unet) as n: ... counts the samples that pass through `unet`: n["frozen"], and
+    n["trained"] with gradients."""
     n = {"frozen": 0, "trained": 0}
 
     def count(module, inputs):
@@ -60,344 +64,251 @@ def counted(unet):
         handle.remove()
 
 
-def published(
-    model,
-    slider,
-    prompts,
-    *,
-    eta,
-    size,
-    steps,
-    seed,
-    lr=2e-4,
-    denoising_steps=50,
-    guidance=3.0,
-    on_step=None,
-):
-    """The published loop on an attached `slider`. prompts: from train_text.encode."""
+# -------------------------------------------------------------------------------------- the recipes
+
+
+def published(model, slider, prompts, *, eta, size, steps, seed, on_step):
+    """The published loop on an attached `slider`. prompts: from train_text.encode. on_step: called
+    with the number of steps done."""
     cond, ends, uncond = prompts
     unet, shape, n_p = model.unet, model.latent_shape(size), len(ends[0]) // 2
     g = torch.Generator().manual_seed(seed)
     draw = lambda low, high: int(torch.randint(low, high, (), generator=g))
-    opt = torch.optim.AdamW(slider.parameters(), lr=lr)
-    ts = sampler.timesteps(denoising_steps)
+    optimizer, ts = torch.optim.AdamW(slider.parameters(), lr=2e-4), sampler.timesteps(50)
+    walk = dict(alpha_bar=model.alpha_bar, steps=50, guidance=3.0, start=0.0)
 
     def predict(c):  # guidance 1: the empty prompt's half is computed and thrown away
-        return unet(
-            x_t.repeat(2, 1, 1, 1), t.repeat(2), *(torch.cat(part) for part in zip(uncond, c))
-        )[1:]
+        both = (torch.cat(part) for part in zip(uncond, c))
+        return unet(x_t.repeat(2, 1, 1, 1), t.repeat(2), *both)[1:]
 
     for i in range(steps):
-        p, stop = draw(0, n_p), draw(1, denoising_steps)
+        p, stop = draw(0, n_p), draw(1, 50)
         pos, neg = tuple(e[p : p + 1] for e in ends), tuple(e[n_p + p : n_p + p + 1] for e in ends)
         x_T = sampler.noise([seed * 100_000 + i], shape, model.device, model.dtype)
-        x_t = sampler.sample(
-            unet,
-            x_T,
-            cond,
-            uncond,
-            alpha_bar=model.alpha_bar,
-            steps=denoising_steps,
-            guidance=guidance,
-            sliders=[(slider, 1.0)],
-            start=0.0,
-            stop=stop,
-        )
+        x_t = sampler.sample(unet, x_T, cond, uncond, sliders=[(slider, 1.0)], stop=stop, **walk)
         t = torch.tensor([ts[stop]], device=model.device)
         with torch.no_grad(), slider.at(0.0):
             eps_pos, eps_0, eps_neg = predict(pos), predict(cond), predict(neg)
+            target = (eps_0 + eta * (eps_pos - eps_neg)).float()
         with slider.at(1.0):
-            loss = (
-                (predict(cond).float() - (eps_0 + eta * (eps_pos - eps_neg)).float())
-                .square()
-                .mean()
-            )
-            opt.zero_grad()
+            loss = (predict(cond).float() - target).square().mean()
+            optimizer.zero_grad()
             loss.backward()
-        opt.step()
-        if on_step:
-            on_step(i + 1)
+        optimizer.step()
+        on_step(i + 1)
 
 
-def ai_toolkit(
-    model,
-    slider,
-    prompts,
-    *,
-    eta,
-    size,
-    steps,
-    seed,
-    lr=2e-4,
-    denoising_steps=40,
-    guidance=3.0,
-    gamma=5.0,
-    on_step=None,
-):
-    """ai-toolkit's loop on an attached `slider`. prompts: from train_text.encode, without preserved concepts."""
+def ai_toolkit(model, slider, prompts, *, eta, size, steps, seed, on_step, gamma=5.0):
+    """ai-toolkit's loop on an attached `slider`. prompts: from train_text.encode, without preserved
+    concepts. on_step: called with the number of steps done."""
     cond, ends, uncond = prompts
     unet, shape, ab = model.unet, model.latent_shape(size), model.alpha_bar
     g = torch.Generator().manual_seed(seed)
-    opt = torch.optim.AdamW(slider.parameters(), lr=lr)
-    ts, way = (
-        sampler.timesteps(denoising_steps),
-        torch.tensor([1.0, 1.0, -1.0, -1.0], device=model.device),
-    )
+    optimizer, ts = torch.optim.AdamW(slider.parameters(), lr=2e-4), sampler.timesteps(40)
+    walk = dict(alpha_bar=ab, steps=40, guidance=3.0)
+    # The positive end, the target prompt, the negative end, each for the four x_t.
+    three = [torch.cat([e[:1], c, e[1:]]).repeat_interleave(4, 0) for e, c in zip(ends, cond)]
+    scale = torch.tensor([1.0, 1.0, -1.0, -1.0], device=model.device)
     for i in range(steps):
-        stop = int(torch.randint(1, denoising_steps - 1, (), generator=g))
-        x_T = sampler.noise(
-            range(seed * 100_000 + 4 * i, seed * 100_000 + 4 * i + 4),
-            shape,
-            model.device,
-            model.dtype,
-        )
-        x_t = sampler.sample(
-            unet,
-            x_T,
-            cond,
-            uncond,
-            alpha_bar=ab,
-            steps=denoising_steps,
-            guidance=guidance,
-            stop=stop,
-        )
+        stop = int(torch.randint(1, 40 - 1, (), generator=g))
+        first = seed * 100_000 + 4 * i
+        x_T = sampler.noise(range(first, first + 4), shape, model.device, model.dtype)
+        x_t = sampler.sample(unet, x_T, cond, uncond, stop=stop, **walk)
         t, snr = torch.full((4,), ts[stop], device=model.device), ab[ts[stop]] / (1 - ab[ts[stop]])
         with torch.no_grad():
-            three = tuple(
-                torch.cat([e[:1], c, e[1:]]).repeat_interleave(4, 0) for e, c in zip(ends, cond)
-            )
-            eps_pos, eps_0, eps_neg = (
-                unet(x_t.repeat(3, 1, 1, 1), t.repeat(3), *three).float().chunk(3)
-            )
-        with slider.at(way):
-            target = eps_0 + eta * way.view(-1, 1, 1, 1) * (eps_pos - eps_neg)
-            loss = (
-                (unet(x_t, t, *sampler.expand(cond, 4)).float() - target).square().mean()
-                * min(snr, gamma)
-                / snr
-            )
-            opt.zero_grad()
+            eps = unet(x_t.repeat(3, 1, 1, 1), t.repeat(3), *three).float()
+            eps_pos, eps_0, eps_neg = eps.chunk(3)
+        with slider.at(scale):
+            target = eps_0 + eta * scale.view(-1, 1, 1, 1) * (eps_pos - eps_neg)
+            error = unet(x_t, t, *sampler.expand(cond, 4)).float() - target
+            loss = error.square().mean() * min(snr, gamma) / snr
+            optimizer.zero_grad()
             loss.backward()
-        opt.step()
-        if on_step:
-            on_step(i + 1)
+        optimizer.step()
+        on_step(i + 1)
 
 
 def ours(model, slider, prompts, *, eta, size, seed, recipe):
-    """What train_text.py does with its defaults, its own meter included, the probe of the useful range left out."""
-    train, held_out = train_text.teach(
-        model, prompts, eta=eta, size=size, seed=seed, batch=4 * recipe["batch"]
-    )
-    training.fit_targets(
-        model.unet,
-        slider,
-        train,
-        held_out,
-        steps=recipe["steps"],
-        batch=recipe["batch"],
-        lr=recipe["lr"],
-        seed=seed,
-    )
+    """What train_text.py does with its defaults, its own meter included, the probe of the useful
+    range left out."""
+    settings = dict(eta=eta, size=size, seed=seed, batch=4 * recipe["batch"])
+    train, held_out = train_text.teach(model, prompts, **settings)
+    settings = {name: recipe[name] for name in ("steps", "batch", "lr")}
+    training.fit_targets(model.unet, slider, train, held_out, seed=seed, **settings)
 
 
 OPPONENTS = {"published": published, "ai-toolkit": ai_toolkit}
 
 
-def main():
-    p = cli.model_parser(__doc__)
-    p.add_argument(
-        "--attribute", choices=CONCEPTS, action="append", help="may be repeated (default: eye_size)"
-    )
-    p.add_argument(
-        "--seeds", type=cli.seed_list, default=[0, 1, 2], help="training seeds (default: 0-2)"
-    )
-    p.add_argument(
-        "--steps",
-        type=int,
-        default=500,
-        help="of the published loop and ai-toolkit's (default: %(default)s, their own)",
-    )
-    p.add_argument(
-        "--every", type=int, default=50, help="their steps between readings (default: %(default)s)"
-    )
-    p.add_argument(
-        "--against", choices=OPPONENTS, action="append", help="may be repeated (default: published)"
-    )
-    p.add_argument(
-        "--pictures",
-        type=int,
-        default=32,
-        help="that the measuring stick reads at each of scales -3, 0, 3 (default: %(default)s)",
-    )
-    p.add_argument(
-        "--json",
-        default="bench/recipe.json",
-        help="results; runs that are in it are not run again (default: %(default)s)",
-    )
-    args = p.parse_args()
-    args.dtype = args.dtype or cli.fast_dtype()
-    model = cli.load_model(args)
-    size, recipe, path = (
-        (min(model.size, 512),) * 2,
-        training.text_recipe(model.unet),
-        Path(args.json),
-    )
-    done = json.loads(path.read_text()) if path.exists() else []
-    for attribute in args.attribute or ["eye_size"]:
-        pos, neg, preserve = CONCEPTS[attribute]
-        prompts = train_text.encode(model, [TARGET], pos, neg, options.combinations(preserve), size)
-        held_out = train_text.collect(
-            model,
-            prompts,
-            eta=recipe["eta"],
-            trajectories=32,
-            per_trajectory=2,
-            denoising_steps=50,
-            guidance=3.0,
-            size=size,
-            seed=999,
-            batch=32,
-        )
-        plain = train_text.encode(model, [TARGET], pos, neg, [], size)
-        for seed in args.seeds:
-            for who in ["ours", *(args.against or ["published"])]:
-                if any(
-                    r["attribute"] == attribute and r["seed"] == seed and r["recipe"] == who
-                    for r in done
-                ):
-                    continue
-                run = one(
-                    model,
-                    who,
-                    plain if who == "ai-toolkit" else prompts,
-                    held_out,
-                    attribute,
-                    seed,
-                    args,
-                    size,
-                    recipe,
-                )
-                done.append({"recipe": who, "attribute": attribute, "seed": seed, "readings": run})
-                path.write_text(json.dumps(done, indent=1))
-    table(done)
+# ---------------------------------------------------------------------------------------- measuring
 
 
-def one(model, who, prompts, held_out, attribute, seed, args, size, recipe) -> list[dict]:
-    """Train once; the readings on the way (of ours, at the end), each with the cost so far. Reading costs nothing."""
-    torch.manual_seed(seed)
-    shape = dict(rank=8, alpha=4.0) if who == "ai-toolkit" else {}
-    slider = (
-        lora.Slider(lora.target_layers(model.unet), **shape).to(model.device).attach(model.unet)
-    )
-    readings, spent, started = [], 0.0, time.time()
+class Readings:
+    """What the meter and the measuring stick say of a slider while it trains, each with the cost so
+    far. Reading itself costs nothing."""
 
-    def read(step, pictures=False):
-        nonlocal spent, started
-        spent += time.time() - started
-        here = (
-            student.meter(model.unet, slider, held_out, 32) | {"step": step, "seconds": spent} | now
-        )
+    def __init__(self, model, slider, held_out, attribute: str, pictures: int):
+        self.model, self.slider, self.held_out = model, slider, held_out
+        self.attribute, self.seeds = attribute, list(range(1000, 1000 + pictures))
+        self.rows, self.seconds, self.started = [], 0.0, time.time()
+
+    def read(self, step: int, n: dict, pictures: bool = False):
+        """n: `counted`'s, left as it was. pictures: draw some too, which detaches the slider."""
+        self.seconds += time.time() - self.started
+        evaluations = dict(n)
+        row = student.meter(self.model.unet, self.slider, self.held_out, 32)
+        row |= {"step": step, "seconds": self.seconds} | evaluations
         if pictures:
-            slider.detach()
-            table = effect.readings(
-                model, [[(slider, s)] for s in (-3, 0, 3)], list(range(1000, 1000 + args.pictures))
-            )
-            found = effect.summary(table, attribute, [-3, 0, 3])
-            here |= {
-                name: found[name] for name in ("means", "moved", "worst_other", "worst_other_moved")
-            }
-        readings.append(here)
-        started = time.time()
+            row |= self.measure()
+        n.update(evaluations)
+        self.rows.append(row)
+        self.started = time.time()
 
-    with (
-        counted(model.unet) as n,
-        tqdm(total=args.steps, desc=f"{who}, {attribute}, seed {seed}") as bar,
-    ):
-        now = {}
+    def measure(self) -> dict:
+        self.slider.detach()
+        columns = [[(self.slider, scale)] for scale in (-3, 0, 3)]
+        table = effect.readings(self.model, columns, self.seeds)
+        found = effect.summary(table, self.attribute, [-3, 0, 3])
+        return {k: found[k] for k in ("means", "moved", "worst_other", "worst_other_moved")}
+
+
+def train_and_read(model, who, prompts, held_out, attribute, seed, args) -> list[dict]:
+    """Train once; the readings on the way (of ours, at the end)."""
+    torch.manual_seed(seed)
+    recipe, size = training.text_recipe(model.unet), training_size(model)
+    shape = dict(rank=8, alpha=4.0) if who == "ai-toolkit" else {}
+    slider = lora.Slider(lora.target_layers(model.unet), **shape).to(model.device)
+    slider.attach(model.unet)
+    settings = dict(eta=recipe["eta"], size=size, seed=seed)
+    readings = Readings(model, slider, held_out, attribute, args.pictures)
+    progress = tqdm(total=args.steps, desc=f"{who}, {attribute}, seed {seed}")
+    with counted(model.unet) as n, progress as bar:
 
         def on_step(step):
             bar.update()
             if step % args.every == 0:
-                now.update(n)
-                read(step, pictures=step == args.steps)
-                n.update(now)
+                readings.read(step, n, pictures=step == args.steps)
 
         if who in OPPONENTS:
-            OPPONENTS[who](
-                model,
-                slider,
-                prompts,
-                eta=recipe["eta"],
-                size=size,
-                steps=args.steps,
-                seed=seed,
-                on_step=on_step,
-            )
+            settings |= dict(steps=args.steps, on_step=on_step)
+            OPPONENTS[who](model, slider, prompts, **settings)
         else:
-            ours(model, slider, prompts, eta=recipe["eta"], size=size, seed=seed, recipe=recipe)
-            now.update(n)
-            read(recipe["steps"], pictures=True)
+            ours(model, slider, prompts, recipe=recipe, **settings)
+            readings.read(recipe["steps"], n, pictures=True)
     slider.detach()
-    return readings
+    return readings.rows
 
 
-def cost(reading) -> int:
+def training_size(model) -> tuple[int, int]:
+    return (min(model.size, 512),) * 2
+
+
+# ------------------------------------------------------------------------------------------ results
+
+
+def cost(reading: dict) -> int:
     return reading["frozen"] + 3 * reading["trained"]
 
 
-def table(done):
-    print(
-        "| attribute | seed | recipe | steps | frozen | trained | cost | s | share (+1, -1) | cosine | moves | most moved other |\n"
-        + "|---" * 12
-        + "|"
-    )
-    ratios = {who: [] for who in OPPONENTS}
+def as_good_as(readings: list[dict], our_row: dict) -> dict | None:
+    """The first reading that is as good as ours at +1 (share and cosine)."""
+    for r in readings:
+        if r["plus"] >= our_row["plus"] and r["cosine"] >= our_row["cosine"]:
+            return r
+    return None
+
+
+def print_table(done: list[dict]):
+    head = "attribute | seed | recipe | steps | frozen | trained | cost | s | share (+1, -1)"
+    print(f"| {head} | cosine | moves | most moved other |\n" + "|---" * 12 + "|")
+    ratios = {who: [] for who in OPPONENTS}  # (cost, time, whether it never was as good)
     for attribute, seed in dict.fromkeys((r["attribute"], r["seed"]) for r in done):
-        runs = {
-            r["recipe"]: r["readings"]
-            for r in done
-            if (r["attribute"], r["seed"]) == (attribute, seed)
-        }
-        rows = [("ours", runs["ours"][-1])] if "ours" in runs else []
+        of_this = [r for r in done if (r["attribute"], r["seed"]) == (attribute, seed)]
+        runs = {r["recipe"]: r["readings"] for r in of_this}
+        our_row = runs["ours"][-1] if "ours" in runs else None
+        rows = [("ours", our_row)] if our_row else []
         for who in filter(runs.get, OPPONENTS):
             last = runs[who][-1]
-            if "ours" in runs:
-                mine = rows[0][1]
-                same = next(
-                    (
-                        r
-                        for r in runs[who]
-                        if r["plus"] >= mine["plus"] and r["cosine"] >= mine["cosine"]
-                    ),
-                    None,
-                )
-                ratios[who].append(
-                    (
-                        cost(mine) / cost(same or last),
-                        mine["seconds"] / (same or last)["seconds"],
-                        same is None,
-                    )
-                )
+            if our_row:
+                same = as_good_as(runs[who], our_row)
+                against = same or last
+                time_ratio = our_row["seconds"] / against["seconds"]
+                ratios[who].append((cost(our_row) / cost(against), time_ratio, same is None))
                 if same and same is not last:
                     rows.append((f"{who}, when as good", same))
             rows.append((who, last))
         for who, r in rows:
-            seen = (
-                f"{r['moved']:.0%} | {r['worst_other'].replace('_', ' ')} {r['worst_other_moved']:.0%}"
-                if "moved" in r
-                else " | "
-            )
-            print(
-                f"| {attribute} | {seed} | {who} | {r['step']} | {r['frozen']:,} | {r['trained']:,} | {cost(r):,} | {r['seconds']:.0f} | "
-                f"{r['share']:.2f} ({r['plus']:.2f}, {r['minus']:.2f}) | {r['cosine']:.2f} | {seen} |"
-            )
+            print(f"| {attribute} | {seed} | {who} | {cells(r)} |")
     for who, found in ratios.items():
         if found:
-            print(
-                f"\nOurs to {who}, both at that one's first reading that is as good as ours at +1 (share and cosine; its last, "
-                f"where none is: {sum(r[2] for r in found)} of {len(found)} runs), medians: "
-                f"cost 1/{1 / statistics.median(r[0] for r in found):.1f}, time 1/{1 / statistics.median(r[1] for r in found):.1f}"
-            )
+            print_ratios(who, found)
+
+
+def cells(r: dict) -> str:
+    """The columns of a reading."""
+    counts = f"{r['step']} | {r['frozen']:,} | {r['trained']:,} | {cost(r):,} | {r['seconds']:.0f}"
+    shares = f"{r['share']:.2f} ({r['plus']:.2f}, {r['minus']:.2f}) | {r['cosine']:.2f}"
+    seen = " | "
+    if "moved" in r:
+        other = f"{r['worst_other'].replace('_', ' ')} {r['worst_other_moved']:.0%}"
+        seen = f"{r['moved']:.0%} | {other}"
+    return f"{counts} | {shares} | {seen}"
+
+
+def print_ratios(who: str, found: list[tuple]):
+    costs, times, never = zip(*found)
+    runs = f"{sum(never)} of {len(found)} runs"
+    print(
+        f"\nOurs to {who}, both at that one's first reading that is as good as ours at +1 "
+        f"(share and cosine; its last, where none is: {runs}), medians: "
+        f"cost 1/{1 / statistics.median(costs):.1f}, time 1/{1 / statistics.median(times):.1f}"
+    )
+
+
+def parse_args():
+    p = cli.model_parser(__doc__)
+    several = dict(action="append")
+    attribute = "may be repeated (default: eye_size)"
+    p.add_argument("--attribute", choices=CONCEPTS, help=attribute, **several)
+    seeds = dict(default=[0, 1, 2], help="training seeds (default: 0-2)")
+    p.add_argument("--seeds", type=cli.seed_list, **seeds)
+    steps = "of the published loop and ai-toolkit's (default: %(default)s, their own)"
+    p.add_argument("--steps", type=int, default=500, help=steps)
+    every = default_help("their steps between readings")
+    p.add_argument("--every", type=int, default=50, help=every)
+    against = "may be repeated (default: published)"
+    p.add_argument("--against", choices=OPPONENTS, help=against, **several)
+    pictures = default_help("that the measuring stick reads at each of scales -3, 0, 3")
+    p.add_argument("--pictures", type=int, default=32, help=pictures)
+    results = default_help("results; runs that are in it are not run again")
+    p.add_argument("--json", default="bench/recipe.json", help=results)
+    return p.parse_args()
+
+
+def main():
+    args = parse_args()
+    args.dtype = args.dtype or cli.fast_dtype()
+    model = cli.load_model(args)
+    size, path = training_size(model), Path(args.json)
+    eta = training.text_recipe(model.unet)["eta"]
+    done = json.loads(path.read_text()) if path.exists() else []
+    for attribute in args.attribute or ["eye_size"]:
+        pos, neg, preserve = CONCEPTS[attribute]
+        encode = lambda preserved: train_text.encode(model, [TARGET], pos, neg, preserved, size)
+        prompts, plain = encode(options.combinations(preserve)), encode([])
+        settings = dict(trajectories=32, per_trajectory=2, denoising_steps=50, guidance=3.0)
+        settings |= dict(eta=eta, size=size, seed=999, batch=32)
+        held_out = train_text.collect(model, prompts, **settings)
+        for seed in args.seeds:
+            for who in ["ours", *(args.against or ["published"])]:
+                run = {"recipe": who, "attribute": attribute, "seed": seed}
+                if any(run.items() <= r.items() for r in done):
+                    continue
+                taught = plain if who == "ai-toolkit" else prompts
+                rows = train_and_read(model, who, taught, held_out, attribute, seed, args)
+                done.append(run | {"readings": rows})
+                path.write_text(json.dumps(done, indent=1))
+    print_table(done)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""What weights of low precision keep of a slider that is added to them:  python -m bench.rounding
+"""What weights of low precision keep of a slider that is added to them:
+
+    python -m bench.rounding
 
 For every linear and convolution layer of the miniature's UNet, random low-rank changes of a given
 size (Frobenius norm, in units of W's) are added in float32 and rounded once, as --merge and
@@ -26,7 +28,7 @@ def random_change(W, size: float, generator) -> torch.Tensor:
 
 
 def measure(weights, dtype, size: float, count: int = 1, one_by_one: bool = False):
-    """(kept, cosine) of the sum of `count` changes, over all layers."""
+    """(share, cosine) of the sum of `count` changes, over all layers."""
     total = torch.zeros(3, dtype=torch.float64)
     for i, W in enumerate(weights):
         g = torch.Generator().manual_seed(i)
@@ -54,7 +56,7 @@ def main():
     print("| size of the change, in |W| | " + " | ".join(DTYPES) + " |\n" + "|---" * 4 + "|")
     for name, settings in rows:
         found = [measure(weights, dtype, **settings) for dtype in DTYPES.values()]
-        cells = [f"{kept:.1%} (cosine {cosine:.3f})" for kept, cosine in found]
+        cells = [f"{share:.1%} (cosine {cosine:.3f})" for share, cosine in found]
         print(f"| {name} | {' | '.join(cells)} |")
 
 

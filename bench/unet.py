@@ -1,10 +1,12 @@
-"""Our UNet against diffusers' and, in training, peft's: time and memory.  python -m bench.unet
+"""Our UNet against diffusers' and, in training, peft's: time and memory.
 
-The miniature and full-size SDXL, with random weights, float32 and bfloat16: a forward pass without gradients (batch 2, as
-guidance has it; the miniature 8) and an optimiser step of a rank-4 text slider on the layers that train_text.py changes
-(batch 1; the miniature 8), at 512 pixels (the miniature 128). The two take turns in processes of their own, so that each
-peak of resident memory is its own; medians. --what memory: the peaks of what else a GPU has to hold.
-"""
+    python -m bench.unet
+
+The miniature and full-size SDXL, with random weights, float32 and bfloat16: a forward pass without
+gradients (batch 2, as guidance has it; the miniature 8) and an optimizer step of a rank-4 text
+slider on the layers that train_text.py changes (batch 1; the miniature 8), at 512 pixels (the
+miniature 128). The two take turns in processes of their own, so that each peak of resident memory
+is its own; medians. --what memory: the peaks of what else a GPU has to hold."""
 
 import argparse
 import json
@@ -13,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,8 +30,8 @@ from formats.single_file import SDXL
 from sdxl import MINIATURE
 from sdxl_unet import UNet
 from sdxl_vae import VAE
-from support import cost, training
-from support.cli import DTYPES
+from support import cli, cost, training
+from support.options import default_help
 
 CONFIGS = {
     "miniature": json.loads((MINIATURE / "unet" / "config.json").read_text()),
@@ -36,6 +39,7 @@ CONFIGS = {
 }
 SIDE = {"miniature": 16, "full": 64}  # of the latents
 BATCH = {"miniature": (8, 8), "full": (2, 1)}  # without gradients, in training
+GIB = 2**30
 
 
 def empty(kind, dtype=torch.bfloat16, config=SDXL["unet"]):
@@ -58,45 +62,48 @@ def empty(kind, dtype=torch.bfloat16, config=SDXL["unet"]):
 
 
 def inputs(dtype=torch.bfloat16, side=64, n=1, config=SDXL["unet"]):
+    """x_t, t, context, pooled, time_ids of n samples."""
     g = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(n, *shape, generator=g).to(dtype)
+    x_t, t = draw(4, side, side), torch.tensor([500] * n)
+    context = draw(77, config["cross_attention_dim"])
+    of_time_ids = 6 * config["addition_time_embed_dim"]
+    pooled = draw(config["projection_class_embeddings_input_dim"] - of_time_ids)
     time_ids = torch.tensor([[8.0 * side, 8 * side, 0, 0, 8 * side, 8 * side]] * n, dtype=dtype)
-    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-    return (
-        draw(4, side, side),
-        torch.tensor([500] * n),
-        draw(77, config["cross_attention_dim"]),
-        draw(pooled),
-        time_ids,
-    )
+    return x_t, t, context, pooled, time_ids
+
+
+# ---------------------------------------------------------------------------- one against the other
 
 
 def ours(config, dtype):
     """The frozen UNet; a function that gives it a slider and returns what is to be trained."""
     unet = empty(UNet, dtype, config)
 
-    def slider(checkpointing):
+    def add_slider(checkpointing):
         slider = lora.Slider(lora.target_layers(unet)).attach(unet)
         slider.scale = 1.0
         training.set_checkpointing(unet, checkpointing)
         return list(slider.parameters())
 
-    return unet, slider
+    return unet, add_slider
 
 
 def theirs(config, dtype):
+    """The same of diffusers and peft."""
     import diffusers
     import peft
 
     unet = empty(lambda c: diffusers.UNet2DConditionModel(**c), dtype, config)
 
-    def slider(checkpointing):
-        names = [
-            n
-            for n, m in unet.named_modules()
-            if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))
-            and re.search(lora.LAYERS["noxattn"], n)
-        ]
+    def predict(x, t, context, pooled, time_ids):
+        added = {"text_embeds": pooled, "time_ids": time_ids}
+        return unet(x, t, context, added_cond_kwargs=added).sample
+
+    def add_slider(checkpointing):
+        kinds, pattern = (torch.nn.Linear, torch.nn.Conv2d), lora.LAYERS["noxattn"]
+        layers = [n for n, m in unet.named_modules() if isinstance(m, kinds)]
+        names = [n for n in layers if re.search(pattern, n)]
         unet.add_adapter(peft.LoraConfig(r=4, lora_alpha=1, target_modules=names))
         trained = [p for n, p in unet.named_parameters() if "lora_" in n]
         for p in trained:
@@ -107,49 +114,52 @@ def theirs(config, dtype):
             unet.train()
         return trained
 
-    return lambda x, t, context, pooled, ids: unet(
-        x, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}
-    ).sample, slider
+    return predict, add_slider
 
 
 def measure(who, what, size, dtype, steps):
-    """In its own process: seconds of each step (the first, a warm-up, left out) and the peak resident memory in GiB."""
-    config, training_ = CONFIGS[size], what != "forward"
-    unet, slider = {"ours": ours, "diffusers": theirs, "compiled": ours}[who](config, dtype)
-    x, seconds = inputs(dtype, SIDE[size], BATCH[size][training_], config), []
-    opt = torch.optim.AdamW(slider(what == "checkpointing"), lr=2e-4) if training_ else None
+    """In its own process: seconds of each step (the first, a warm-up, left out) and the peak
+    resident memory in GiB."""
+    config, gradients = CONFIGS[size], what != "forward"
+    make = {"ours": ours, "diffusers": theirs, "compiled": ours}[who]
+    unet, add_slider = make(config, dtype)
+    x, seconds = inputs(dtype, SIDE[size], BATCH[size][gradients], config), []
+    if gradients:
+        optimizer = torch.optim.AdamW(add_slider(what == "checkpointing"), lr=2e-4)
     if who == "compiled":
         unet = torch.compile(unet)
     for _ in range(steps + 1):
         started = time.time()
-        with torch.set_grad_enabled(training_):
+        with torch.set_grad_enabled(gradients):
             loss = unet(*x).float().square().mean()
-        if training_:
-            opt.zero_grad()
+        if gradients:
+            optimizer.zero_grad()
             loss.backward()
-            opt.step()
+            optimizer.step()
         assert loss.isfinite()
         seconds.append(time.time() - started)
-    print(
-        json.dumps({"seconds": seconds[1:], "first": seconds[0], "GiB": cost.peak_memory() / 2**30})
-    )
+    found = {"seconds": seconds[1:], "first": seconds[0], "GiB": cost.peak_memory() / GIB}
+    print(json.dumps(found))
+
+
+# ---------------------------------------------------------------------- what else a GPU has to hold
+
+
+@contextmanager
+def measured():
+    """with measured(): ... prints how long it took, the peak memory, and that before it."""
+    before, started = cost.peak_memory(), time.time()
+    yield
+    seconds = [time.time() - started]
+    print(json.dumps({"seconds": seconds, "GiB": cost.peak_memory() / GIB, "start": before / GIB}))
 
 
 @torch.no_grad()
 def evaluate(side, n):
     """The frozen UNet on n samples at once, `side` latents wide."""
     unet = empty(UNet)
-    before, started = cost.peak_memory(), time.time()
-    unet(*inputs(side=side, n=n))
-    print(
-        json.dumps(
-            {
-                "seconds": [time.time() - started],
-                "GiB": cost.peak_memory() / 2**30,
-                "start": before / 2**30,
-            }
-        )
-    )
+    with measured():
+        unet(*inputs(side=side, n=n))
 
 
 @torch.no_grad()
@@ -158,57 +168,29 @@ def decode(tile):
     torch.manual_seed(0)
     vae = VAE(SDXL["vae"]).eval()
     vae.tile = tile
-    before, started = cost.peak_memory(), time.time()
-    vae.decode(torch.randn(1, 4, 128, 128))
-    print(
-        json.dumps(
-            {
-                "seconds": [time.time() - started],
-                "GiB": cost.peak_memory() / 2**30,
-                "start": before / 2**30,
-            }
-        )
-    )
+    with measured():
+        vae.decode(torch.randn(1, 4, 128, 128))
 
 
 def null_text(checkpointing):
-    """One gradient of null-text inversion (invert.py): of the unconditional embedding, one sample of 512 pixels."""
+    """One gradient of null-text inversion (invert.py): of the unconditional embedding, one sample
+    of 512 pixels."""
     unet = empty(UNet)
     training.set_checkpointing(unet, checkpointing)
     x_t, t, context, pooled, time_ids = inputs()
-    before, started = cost.peak_memory(), time.time()
-    null = context.float().requires_grad_(), pooled.float().requires_grad_()
-    _, loss = invert.step_loss(
-        unet,
-        x_t,
-        501,
-        481,
-        x_t,
-        (*(c.to(x_t.dtype) for c in null), time_ids),
-        x_t,
-        alpha_bar=torch.linspace(1, 0, 1000),
-        guidance=5.0,
-    )
-    loss.sum().backward()
-    print(
-        json.dumps(
-            {
-                "seconds": [time.time() - started],
-                "GiB": cost.peak_memory() / 2**30,
-                "start": before / 2**30,
-            }
-        )
-    )
+    with measured():
+        null = context.float().requires_grad_(), pooled.float().requires_grad_()
+        uncond = (*(c.to(x_t.dtype) for c in null), time_ids)
+        settings = dict(alpha_bar=torch.linspace(1, 0, 1000), guidance=5.0)
+        _, loss = invert.step_loss(unet, x_t, 501, 481, x_t, uncond, x_t, **settings)
+        loss.sum().backward()
 
 
-def space(checkpointing):
-    """One gradient of SliderSpace's loss (train_space.py) of a slider of rank 1: through CLIP ViT-L/14, the VAE (float32) and the UNet, one
-    sample of 512 pixels."""
+def clip_vit_l():
+    """CLIP ViT-L/14 with random weights: pictures (B, 3, H, W) in [-1, 1] -> (B, 768)."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    torch.manual_seed(0)
-    vae = VAE(SDXL["vae"]).eval().requires_grad_(False)
-    vit_l = CLIPVisionConfig(
+    config = CLIPVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,
         num_hidden_layers=24,
@@ -216,51 +198,30 @@ def space(checkpointing):
         patch_size=14,
         projection_dim=768,
     )
-    tower = CLIPVisionModelWithProjection(vit_l).eval().requires_grad_(False)
-    see = lambda x: tower(pixel_values=F.adaptive_avg_pool2d((x + 1) / 2, 224)).image_embeds
-    unet = empty(UNet)
+    tower = CLIPVisionModelWithProjection(config).eval().requires_grad_(False)
+    return lambda x: tower(pixel_values=F.adaptive_avg_pool2d((x + 1) / 2, 224)).image_embeds
+
+
+def space(checkpointing):
+    """One gradient of SliderSpace's loss (train_space.py) of a slider of rank 1: through CLIP
+    ViT-L/14, the VAE (float32) and the UNet, one sample of 512 pixels."""
+    torch.manual_seed(0)
+    vae = VAE(SDXL["vae"]).eval().requires_grad_(False)
+    encoder, unet = clip_vit_l(), empty(UNet)
     training.set_checkpointing(unet, checkpointing)
     training.set_checkpointing(vae, checkpointing)
     x_t, t, *cond = inputs()
-    model = SimpleNamespace(
-        unet=unet, vae=vae, alpha_bar=torch.linspace(1, 0, 1000), device="cpu", dtype=torch.bfloat16
-    )
-    samples, zero = (
-        train_space.Samples(x_t, x_t[:, None], t[:, None], torch.tensor([0])),
-        torch.tensor([0]),
-    )
+    cond, zero = tuple(cond), torch.tensor([0])
+    model = SimpleNamespace(unet=unet, vae=vae, device="cpu", dtype=torch.bfloat16)
+    model.alpha_bar = torch.linspace(1, 0, 1000)
+    samples = train_space.Samples(x_t, x_t[:, None], t[:, None], zero)
     v = F.normalize(torch.randn(1, 768), dim=1)
-    of = train_space.Space(
-        model, see, samples, tuple(cond), tuple(cond), v, rank=1, guidance=1.0, batch=1
-    )
+    settings = dict(rank=1, guidance=1.0, batch=1)
+    of = train_space.Space(model, encoder, samples, cond, cond, v, **settings)
     slider = lora.Slider(lora.target_layers(unet, "xattn"), 1).attach(unet)
-    before, started = cost.peak_memory(), time.time()
-    (1 - F.cosine_similarity(*of.change(slider, zero, zero, torch.ones(1)))).sum().backward()
-    print(
-        json.dumps(
-            {
-                "seconds": [time.time() - started],
-                "GiB": cost.peak_memory() / 2**30,
-                "start": before / 2**30,
-            }
-        )
-    )
-
-
-def arithmetic():
-    """Multiplications and additions of one sample at 512 pixels, and how many of them a cache of the prompt's keys and values saves."""
-    with torch.device("meta"):
-        unet, x = UNet(CONFIGS["full"]), [v.to("meta") for v in inputs(torch.float32)]
-    with FlopCounterMode(display=False) as count:
-        unet(*x)
-    saved = sum(
-        2 * 77 * m.weight.numel()
-        for name, m in unet.named_modules()
-        if name.endswith(("attn2.to_k", "attn2.to_v"))
-    )
-    print(
-        f"\none sample of 512 pixels: {count.get_total_flops() / 1e12:.2f} TFLOP, of which keys and values of the prompt {saved / count.get_total_flops():.1%}"
-    )
+    with measured():
+        made, wanted = of.change(slider, zero, zero, torch.ones(1))
+        (1 - F.cosine_similarity(made, wanted)).sum().backward()
 
 
 OTHERS = {
@@ -282,93 +243,92 @@ OTHERS = {
 }
 
 
+def arithmetic():
+    """Multiplications and additions of one sample at 512 pixels, and how many of them a cache of
+    the prompt's keys and values saves."""
+    with torch.device("meta"):
+        unet, x = UNet(CONFIGS["full"]), [v.to("meta") for v in inputs(torch.float32)]
+    with FlopCounterMode(display=False) as count:
+        unet(*x)
+    names = ("attn2.to_k", "attn2.to_v")
+    layers = [m for name, m in unet.named_modules() if name.endswith(names)]
+    saved = sum(2 * 77 * layer.weight.numel() for layer in layers)
+    total = count.get_total_flops()
+    cacheable = f"of which keys and values of the prompt {saved / total:.1%}"
+    print(f"\none sample of 512 pixels: {total / 1e12:.2f} TFLOP, {cacheable}")
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
 def alone(*words):
     """Run one measurement in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.unet", "--only", *words],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent.parent,
-    )
+    command = [sys.executable, "-m", "bench.unet", "--only", *words]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main():
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def print_comparison(kind: str, size: str, dtype: str, against: str, rounds: int):
+    """A row of the table: ours and the other take turns."""
+    seconds, memory = {"ours": [], against: []}, {"ours": 0.0, against: 0.0}
+    for _ in range(rounds):
+        for who in seconds:
+            result = alone(who, kind, size, dtype, "20" if size == "miniature" else "2")
+            seconds[who] += result["seconds"]
+            memory[who] = max(memory[who], result["GiB"])
+    middle = {who: statistics.median(taken) for who, taken in seconds.items()}
+    cells = [size, dtype, kind]
+    for who, taken in seconds.items():
+        cells.append(f"{middle[who]:.3g} ({min(taken):.3g} to {max(taken):.3g})")
+    if against == "compiled":
+        cells[-1] += f"; compiling took {result['first']:.0f} s"
+    cells.append(f"{middle['ours'] / middle[against]:.2f}")
+    cells += [f"{gib:.2f}" for gib in memory.values()]
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def parse_args():
+    p = cli.plain_parser(__doc__)
     p.add_argument("--only", nargs="+", help=argparse.SUPPRESS)
-    p.add_argument(
-        "--size", choices=CONFIGS, action="append", help="may be repeated (default: both)"
-    )
-    p.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16"],
-        action="append",
-        help="may be repeated (default: both)",
-    )
-    p.add_argument(
-        "--what",
-        choices=["forward", "train", "checkpointing", "memory", "arithmetic"],
-        action="append",
-        help="may be repeated (default: forward, train)",
-    )
-    p.add_argument(
-        "--against",
-        choices=["diffusers", "compiled"],
-        default="diffusers",
-        help="compiled: our own, through torch.compile (default: %(default)s)",
-    )
-    p.add_argument(
-        "--rounds",
-        type=int,
-        default=3,
-        help="processes of each kind, alternating (default: %(default)s)",
-    )
-    args = p.parse_args()
+    both = dict(action="append", help="may be repeated (default: both)")
+    p.add_argument("--size", choices=CONFIGS, **both)
+    p.add_argument("--dtype", choices=["float32", "bfloat16"], **both)
+    kinds = ["forward", "train", "checkpointing", "memory", "arithmetic"]
+    what = "may be repeated (default: forward, train)"
+    p.add_argument("--what", choices=kinds, action="append", help=what)
+    against = default_help("compiled: our own, through torch.compile")
+    others = dict(choices=["diffusers", "compiled"], default="diffusers")
+    p.add_argument("--against", help=against, **others)
+    rounds = default_help("processes of each kind, alternating")
+    p.add_argument("--rounds", type=int, default=3, help=rounds)
+    return p.parse_args()
+
+
+def main():
+    args = parse_args()
     if args.only and args.only[0] in OTHERS:
         return OTHERS[args.only[0]][1]()
     if args.only:
         who, what, size, dtype, steps = args.only
-        return measure(who, what, size, DTYPES[dtype], int(steps))
-    what = args.what or ["forward", "train"]
-    print(
-        f"| UNet | dtype | | ours, s (range) | {args.against}, s (range) | ratio of medians | GiB, ours | {args.against} |\n"
-        + "|---" * 8
-        + "|"
-    )
+        return measure(who, what, size, cli.DTYPES[dtype], int(steps))
+    what, against = args.what or ["forward", "train"], args.against
+    head = f"UNet | dtype | | ours, s (range) | {against}, s (range) | ratio of medians"
+    print(f"| {head} | GiB, ours | {against} |\n" + "|---" * 8 + "|")
+    kinds = [kind for kind in what if kind not in ("memory", "arithmetic")]
     for size in args.size or CONFIGS:
         for dtype in args.dtype or ["float32", "bfloat16"]:
-            for kind in [w for w in what if w not in ("memory", "arithmetic")]:
-                seconds, memory = {"ours": [], args.against: []}, {"ours": 0.0, args.against: 0.0}
-                for _ in range(args.rounds):
-                    for who in seconds:
-                        result = alone(who, kind, size, dtype, "20" if size == "miniature" else "2")
-                        seconds[who] += result["seconds"]
-                        memory[who] = max(memory[who], result["GiB"])
-                middle = {who: statistics.median(s) for who, s in seconds.items()}
-                cells = [
-                    f"{middle[who]:.3g} ({min(s):.3g} to {max(s):.3g})"
-                    for who, s in seconds.items()
-                ]
-                first = f"; compiling took {result['first']:.0f} s" if who == "compiled" else ""
-                print(
-                    f"| {size} | {dtype} | {kind} | {cells[0]} | {cells[1]}{first} | {middle['ours'] / middle[who]:.2f} | "
-                    f"{memory['ours']:.2f} | {memory[who]:.2f} |",
-                    flush=True,
-                )
+            for kind in kinds:
+                print_comparison(kind, size, dtype, against, args.rounds)
     if "memory" in what:
-        print(
-            "\n| full size, bfloat16 | s | peak GiB | of it before (weights, Python) |\n|---|---|---|---|"
-        )
+        head = "full size, bfloat16 | s | peak GiB | of it before (weights, Python)"
+        print(f"\n| {head} |\n|---|---|---|---|")
         for name, (meaning, _) in OTHERS.items():
             result = alone(name)
-            print(
-                f"| {meaning} | {result['seconds'][0]:.1f} | {result['GiB']:.2f} | {result['start']:.2f} |",
-                flush=True,
-            )
+            taken = f"{result['seconds'][0]:.1f} | {result['GiB']:.2f} | {result['start']:.2f}"
+            print(f"| {meaning} | {taken} |", flush=True)
     if "arithmetic" in what:
         arithmetic()
 

@@ -14,9 +14,8 @@ import time
 
 import pytest
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 
 
 def after(page: str, script: str, tmp_path, seconds: float = 60) -> str:
@@ -24,7 +23,7 @@ def after(page: str, script: str, tmp_path, seconds: float = 60) -> str:
     an address, or HTML that is opened from a file."""
     if CHROMIUM is None:
         pytest.skip("needs Chromium")
-    file, until, number, pending = tmp_path / "page.render_page", time.time() + seconds, 0, b""
+    file, until, number, pending = tmp_path / "page.html", time.time() + seconds, 0, b""
     if not page.startswith("http://"):
         file.write_text(page, encoding="utf-8")
         page = file.as_uri()
@@ -46,15 +45,15 @@ def after(page: str, script: str, tmp_path, seconds: float = 60) -> str:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         close_fds=False,
+        # Where Chromium looks for them.
         preexec_fn=lambda: (os.dup2(theirs_in, 3), os.dup2(theirs_out, 4)),
-    )  # where Chromium looks for them
+    )
 
     def message() -> dict:
         nonlocal pending
         while b"\0" not in pending:
-            assert select.select([ours_in], [], [], max(0, until - time.time()))[0], (
-                "the browser did not answer in time"
-            )
+            ready, _, _ = select.select([ours_in], [], [], max(0, until - time.time()))
+            assert ready, "the browser did not answer in time"
             pending += os.read(ours_in, 2**16)
         one, pending = pending.split(b"\0", 1)
         return json.loads(one)
@@ -62,14 +61,9 @@ def after(page: str, script: str, tmp_path, seconds: float = 60) -> str:
     def call(method, session=None, **params) -> dict:
         nonlocal number
         number += 1
-        os.write(
-            ours_out,
-            json.dumps(
-                {"id": number, "method": method, "params": params}
-                | ({"sessionId": session} if session else {})
-            ).encode()
-            + b"\0",
-        )
+        request = {"id": number, "method": method, "params": params}
+        request |= {"sessionId": session} if session else {}
+        os.write(ours_out, json.dumps(request).encode() + b"\0")
         while (answer := message()).get("id") != number:
             pass
         assert "error" not in answer, answer
@@ -82,13 +76,9 @@ def after(page: str, script: str, tmp_path, seconds: float = 60) -> str:
         call("Page.navigate", session, url=page)
         while message().get("method") != "Page.loadEventFired":
             pass
-        found = call(
-            "Runtime.evaluate",
-            session,
-            expression=f"(async () => {{ let out; {script}; return String(out) }})()",
-            awaitPromise=True,
-            returnByValue=True,
-        )
+        expression = f"(async () => {{ let out; {script}; return String(out) }})()"
+        how = dict(expression=expression, awaitPromise=True, returnByValue=True)
+        found = call("Runtime.evaluate", session, **how)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"]["value"]
     finally:

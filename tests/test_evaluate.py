@@ -18,12 +18,9 @@ def judges(model):
 
 
 def faces(n, **attributes):
-    return [
-        world.draw(
-            world.sample(np.random.default_rng([77, i]), kind="face", malformed=0) | attributes
-        )
-        for i in range(n)
-    ]
+    draws = [np.random.default_rng([77, i]) for i in range(n)]
+    sampled = [world.sample(rng, kind="face", malformed=0) for rng in draws]
+    return [world.draw(face | attributes) for face in sampled]
 
 
 def test_frechet_distance_of_gaussians_is_the_closed_form():
@@ -34,9 +31,8 @@ def test_frechet_distance_of_gaussians_is_the_closed_form():
     x, y = rng.normal(size=(200_000, 3)), m + s * rng.normal(size=(200_000, 3))
     expected = np.square(m).sum() + np.square(s - 1).sum()
     turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
-    assert metrics.frechet(x, y) == pytest.approx(expected, rel=0.01) and metrics.frechet(
-        x @ turn, y @ turn
-    ) == pytest.approx(expected, rel=0.01)
+    assert metrics.frechet(x, y) == pytest.approx(expected, rel=0.01)
+    assert metrics.frechet(x @ turn, y @ turn) == pytest.approx(expected, rel=0.01)
     assert metrics.frechet(x, x) == pytest.approx(0, abs=1e-9)
 
 
@@ -44,27 +40,18 @@ def test_the_bootstrap_interval_covers_the_mean_as_often_as_it_says():
     rng = np.random.default_rng(1)
     intervals = [metrics.interval(rng.normal(3.0, 2.0, 60), draws=300) for _ in range(300)]
     assert 0.90 < np.mean([i["low"] < 3.0 < i["high"] for i in intervals]) < 0.98
-    assert np.mean([i["high"] - i["low"] for i in intervals]) == pytest.approx(
-        2 * 1.96 * 2 / 60**0.5, rel=0.1
-    )
+    width = np.mean([i["high"] - i["low"] for i in intervals])
+    assert width == pytest.approx(2 * 1.96 * 2 / 60**0.5, rel=0.1)
 
 
 def test_the_miniatures_judges_see_an_edit(judges):
     """Aged faces come closer to the words for it and no closer to the opposite; a larger edit is
     further away."""
     young, middle, old = (faces(24, age=a, glasses=0, hat=0) for a in (0.1, 0.4, 0.9))
-    assert (
-        metrics.interval(metrics.clip_change(judges, young, old, "a photo of a person, very old"))[
-            "low"
-        ]
-        > 0
-    )
-    assert (
-        metrics.interval(
-            metrics.clip_change(judges, young, old, "a photo of a person, very young")
-        )["high"]
-        < 0
-    )
+    toward = metrics.clip_change(judges, young, old, "a photo of a person, very old")
+    away = metrics.clip_change(judges, young, old, "a photo of a person, very young")
+    assert metrics.interval(toward)["low"] > 0
+    assert metrics.interval(away)["high"] < 0
     assert (metrics.lpips(judges, young, young) == 0).all()
     assert metrics.lpips(judges, young, middle).mean() < metrics.lpips(judges, young, old).mean()
     assert metrics.fid(judges, young, middle) < metrics.fid(judges, young, old)
@@ -73,9 +60,8 @@ def test_the_miniatures_judges_see_an_edit(judges):
 def test_moved_reads_what_was_moved_in_units_of_its_range():
     before, after = faces(24, eye_size=0.8, smile=0.0), faces(24, eye_size=1.3, smile=0.4)
     found = moved(before, after, "eye_size")
-    assert (
-        found["moved"]["mean"] == pytest.approx(0.5, abs=0.05) and found["worst_other"] == "smile"
-    )
+    assert found["moved"]["mean"] == pytest.approx(0.5, abs=0.05)
+    assert found["worst_other"] == "smile"
     assert found["worst_other_moved"] == pytest.approx(0.2, abs=0.05) and found["malformed"] < 0.2
 
 
@@ -85,10 +71,7 @@ def test_real_lpips_is_the_packages_own(tmp_path):
         import lpips as package
         import torch_fidelity  # noqa: F401
         from torchvision import models
-    except (
-        ImportError,
-        RuntimeError,
-    ) as error:  # RuntimeError: a torchvision that was built for another torch
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision for another torch
         pytest.skip(f"needs requirements-judges.txt: {error}")
     torch.manual_seed(0)
     alexnet = models.alexnet(weights=None)
@@ -98,11 +81,8 @@ def test_real_lpips_is_the_packages_own(tmp_path):
         mine.data.copy_(theirs.data)
     judges = metrics.real_judges(alexnet=str(tmp_path / "alexnet.pth"))
     a, b = faces(2, age=0.1), faces(2, age=0.9)
-    x, y = (
-        torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in some]).float() / 127.5
-        - 1
-        for some in (a, b)
-    )
+    pixels = lambda p: torch.from_numpy(np.array(p)).permute(2, 0, 1).float() / 127.5 - 1
+    x, y = (torch.stack([pixels(p) for p in pictures]) for pictures in (a, b))
     with torch.no_grad():
         expected = reference.eval()(x, y).flatten().numpy()
     assert np.allclose(metrics.lpips(judges, a, b), expected, rtol=1e-3) and (expected > 0).all()

@@ -4,30 +4,20 @@ the committed results."""
 import json
 import sys
 
+import numpy as np
 import pytest
 
 import lora
 from experiments import common, report
 from experiments.common import Lab
+from miniature import world
 
 
 @pytest.fixture
 def lab(tmp_path, monkeypatch):
     def make(*words):
-        monkeypatch.setattr(
-            sys,
-            "argv",
-            [
-                "x",
-                "--pictures",
-                "2",
-                "--out",
-                str(tmp_path / "results"),
-                "--sliders",
-                str(tmp_path / "sliders"),
-                *words,
-            ],
-        )
+        folders = ["--out", f"{tmp_path}/results", "--sliders", f"{tmp_path}/sliders"]
+        monkeypatch.setattr(sys, "argv", ["x", "--pictures", "2", *folders, *words])
         return Lab("", "name")
 
     return make
@@ -49,15 +39,16 @@ def test_what_is_done_is_not_done_again(lab, tmp_path):
 def test_sliders_are_trained_once_and_full_fine_tuning_has_a_scale(lab, monkeypatch):
     here = lab()
     one = here.text_slider("smile", steps=2, trajectories=2)
-    monkeypatch.setattr(common.student, "fit", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(
+        common.training, "fit_targets", lambda *_, **__: pytest.fail("trained again")
+    )
     again = here.text_slider("smile", steps=2, trajectories=2)
     assert all((a == b).all() for a, b in zip(one.parameters(), again.parameters()))
     monkeypatch.undo()
     full = here.text_slider("smile", full=True, lr=here.recipe["lr"] / 400, steps=2, trajectories=2)
     names = {lora.kohya_name(name) for name in lora.target_layers(here.model.unet)}
-    assert {name for name, _ in full.named_children()} == names and any(
-        p.abs().max() > 0 for p in full.parameters()
-    )
+    assert {name for name, _ in full.named_children()} == names
+    assert any(p.abs().max() > 0 for p in full.parameters())
     plain, changed = here.draw([[(full, 0.0)], [(full, 2.0)]], steps=3)
     assert here.draw([[]], steps=3)[0][0].tobytes() == plain[0].tobytes() != changed[0].tobytes()
 
@@ -66,25 +57,13 @@ def test_an_edit_is_measured(lab):
     here = lab()
     (before,) = here.draw([[]], steps=4)
     nothing = here.edit("smile", before, before)
-    assert (
-        nothing["clip_change"]["mean"]
-        == nothing["lpips"]["mean"]
-        == nothing["moved"]["mean"]
-        == nothing["worst_other_moved"]
-        == 0
-    )
-    import numpy as np
-
-    from miniature import world
-
+    measured = [nothing[name]["mean"] for name in ("clip_change", "lpips", "moved")]
+    assert [*measured, nothing["worst_other_moved"]] == [0, 0, 0, 0]
     faces = [world.sample(np.random.default_rng(i), kind="face", malformed=0) for i in range(8)]
     drawn = [[world.draw(a | {"smile": smile}) for a in faces] for smile in (-0.8, 0.8)]
     found = here.edit("smile", *drawn)
-    assert (
-        found["moved"]["mean"] == pytest.approx(0.8, abs=0.1)
-        and found["worst_other_moved"] < 0.1
-        and found["clip_change"]["mean"] > 0
-    )
+    assert found["moved"]["mean"] == pytest.approx(0.8, abs=0.1)
+    assert found["worst_other_moved"] < 0.1 and found["clip_change"]["mean"] > 0
 
 
 def test_the_tables_in_the_docs_are_of_the_committed_results(tmp_path, monkeypatch):
@@ -96,6 +75,5 @@ def test_the_tables_in_the_docs_are_of_the_committed_results(tmp_path, monkeypat
     monkeypatch.setattr(report, "PAGE", page)
     report.main()
     assert page.read_text() == before
-    assert set(report.KINDS) >= {
-        f.stem for f in common.RESULTS.glob("*.json") if "_seed" not in f.stem
-    }
+    committed = {f.stem for f in common.RESULTS.glob("*.json") if "_seed" not in f.stem}
+    assert set(report.KINDS) >= committed

@@ -84,6 +84,7 @@ def test_the_embedding_s_gradient_agrees_with_finite_differences(model, encoded)
                 ), (t, i)
 
 
+@pytest.mark.slow
 def test_null_text_inversion_comes_back_to_the_picture_and_ddim_alone_does_not(model, encoded):
     z, cond, uncond = encoded
     settings = dict(alpha_bar=model.alpha_bar, steps=8, guidance=5.0)

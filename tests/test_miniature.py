@@ -100,11 +100,13 @@ def test_the_measuring_stick_on_renders_it_never_saw():
         assert value >= (0.9 if name == "malformed" else 0.94), (name, value)
 
 
+@pytest.mark.slow
 def test_samples_follow_their_prompts(model):
     shares = follows(model, 8, steps=20)
     assert np.mean(list(shares.values())) >= 0.9, shares
 
 
+@pytest.mark.slow
 def test_a_slider_moves_its_attribute_and_not_the_others(model):
     """A tenth of the usual training, on few seeds: the direction must already be right."""
     prompts = train_text.encode(

@@ -20,13 +20,9 @@ COLOUR = """
 
 def frames(rows, second, first):
     """A picture whose colour says which it is."""
-    return [
-        [
-            [Image.new("RGB", (8, 8), (10 * i, 20 * j, 100 * r)) for i in range(first)]
-            for j in range(second)
-        ]
-        for r in range(rows)
-    ]
+    frame = lambda r, j, i: Image.new("RGB", (8, 8), (10 * i, 20 * j, 100 * r))
+    row = lambda r, j: [frame(r, j, i) for i in range(first)]
+    return [[row(r, j) for j in range(second)] for r in range(rows)]
 
 
 def test_one_slider(tmp_path):
@@ -93,10 +89,8 @@ def contrast(a, b):
 
     def light(c):
         c = [int(c[i : i + 2], 16) / 255 for i in (0, 2, 4)]
-        return sum(
-            w * (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4)
-            for w, v in zip((0.2126, 0.7152, 0.0722), c)
-        )
+        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in c]
+        return sum(w * v for w, v in zip((0.2126, 0.7152, 0.0722), linear))
 
     high, low = sorted((light(a), light(b)), reverse=True)
     return (high + 0.05) / (low + 0.05)

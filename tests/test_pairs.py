@@ -98,6 +98,7 @@ def test_both_targets_ask_for_the_same_slider(latents):
     assert torch.allclose(*found, atol=1e-6) and found[0].abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_the_student_learns_unseen_faces_in_the_direction_of_the_pairs(model):
     """The slider turned up must change the predicted picture towards bigger eyes: along z_B - z_A
     of a face it never saw."""

@@ -4,12 +4,14 @@ is refused."""
 import json
 import pickle
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import run
 from safetensors.torch import load_file, save_file
 from test_lora import trained_slider
 from torch import nn
@@ -21,6 +23,11 @@ from sdxl import MINIATURE, SDXL
 from sdxl_unet import UNet
 
 ROOT = Path(__file__).parent.parent
+
+
+def change_of(part: lora.LowRank):
+    """(alpha / r) B A of one layer, in the shape of its weight."""
+    return slider_files.delta_weight(*slider_files.concatenate([(part.delta(), 1.0)]))
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +153,7 @@ def test_round_trips_are_exact(model, tmp_path, naming, dtype):
     )
     back = lora.load(tmp_path / "a.safetensors", model.unet)
     assert all(
-        torch.equal(back.get_submodule(n).change(), part.change())
+        torch.equal(change_of(back.get_submodule(n)), change_of(part))
         for n, part in slider.named_children()
     )
     slider_files.write(
@@ -202,7 +209,7 @@ def test_other_spellings_of_the_same_slider(model, tmp_path):
         )
         back = lora.load(path, model.unet)
         assert all(
-            torch.allclose(back.get_submodule(n).change(), part.change(), atol=1e-7)
+            torch.allclose(change_of(back.get_submodule(n)), change_of(part), atol=1e-7)
             for n, part in slider.named_children()
         ), name
 
@@ -377,13 +384,11 @@ def test_we_draw_diffusers_loras_as_it_does(model, pipeline, tmp_path):
         pipeline.unet.delete_adapters("theirs")
 
 
-# ----------------------------------------------------------------------------------------- tools.py
+# ------------------------------------------------------------------------------------ extras.tools
 
 
 def tool(*words):
-    done = subprocess.run(
-        [sys.executable, "tools.py", *map(str, words)], cwd=ROOT, capture_output=True, text=True
-    )
+    done = run(" ".join(shlex.quote(str(word)) for word in ("-m", "extras.tools", *words)))
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -448,7 +453,7 @@ def two(model, tmp_path):
 def change_of(slider, unet):
     """{layer: dense change}."""
     return {
-        n: slider.get_submodule(n).change() if n in dict(slider.named_children()) else 0.0
+        n: change_of(slider.get_submodule(n)) if n in dict(slider.named_children()) else 0.0
         for n in slider_files.layers_by_kohya_name(unet)
     }
 
@@ -504,8 +509,8 @@ def test_merging_files_is_exact_and_of_lower_rank_the_nearest(model, tmp_path, t
             break
     many, cut = (lora.load(tmp_path / f"{n}.safetensors", model.unet) for n in ("many", "cut"))
     assert torch.allclose(
-        many.get_submodule(name).change(), 15 * change, atol=1e-4
-    ) and torch.allclose(cut.get_submodule(name).change(), 15 * change, atol=1e-3)
+        change_of(many.get_submodule(name)), 15 * change, atol=1e-4
+    ) and torch.allclose(change_of(cut.get_submodule(name)), 15 * change, atol=1e-3)
     text = tool("info", paths[0], tmp_path / "all.safetensors")
     assert "rank 2" in text and "rank 2, 5, 7" in text and "cosine" in text
 
@@ -541,6 +546,7 @@ def test_baking_in_and_extracting_again(model, inputs, tmp_path, two):
             assert (found[name] - 2 * change).norm() < 0.1 * change.norm()
 
 
+@pytest.mark.slow
 def test_a_single_file_can_be_baked_into_too(model, inputs, tmp_path, two):
     from test_weights import one_file
 
@@ -565,6 +571,7 @@ def test_a_single_file_can_be_baked_into_too(model, inputs, tmp_path, two):
         assert torch.equal(a.unet(*inputs), b.unet(*inputs))
 
 
+@pytest.mark.slow
 def test_like_trains_the_same_slider_again(tmp_path):
     train = [sys.executable, "train_text.py"]
     first = [

@@ -135,6 +135,7 @@ def test_samples_survive_a_stop_and_x_t_lie_on_the_way(model, conds, tmp_path, m
         assert torch.allclose(reached[0], whole.x_t[5, m], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_gradient_through_unet_vae_and_clip_agrees_with_finite_differences(
     model, conds, tmp_path
 ):
@@ -220,6 +221,7 @@ def test_the_first_gradient_is_not_rounding(model, conds, tmp_path):
     assert one.norm() > 0 and (one - other).norm() < 0.01 * one.norm()
 
 
+@pytest.mark.slow
 def test_sliders_learn_their_directions(model, conds, tmp_path):
     samples, clip = collect(model, conds, tmp_path, samples=12), image_encoder()
     f = clip.features(model, clip, samples.x_0)

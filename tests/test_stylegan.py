@@ -80,7 +80,7 @@ def test_training_goes_on_where_it_was(tmp_path, monkeypatch):
     real_faces, real_loss, calls = train.faces, train.loss_of, []
     monkeypatch.setattr(train, "faces", lambda count, seed: real_faces(min(count, 16), seed))
     monkeypatch.setattr(train, "drawn", lambda *_: [])
-    monkeypatch.setattr(train.pictures, "sheet", lambda *_: Image.new("RGB", (1, 1)))
+    monkeypatch.setattr(train.images, "contact_sheet", lambda *_: Image.new("RGB", (1, 1)))
     monkeypatch.setattr(train.evaluate, "fid", lambda *_: 0.0)
 
     @contextlib.contextmanager

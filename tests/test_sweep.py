@@ -69,6 +69,7 @@ def latents_of(model, monkeypatch):
     monkeypatch.setattr(type(model), "decode", lambda self, x_0: list(x_0))
 
 
+@pytest.mark.slow
 def test_a_sweep_is_the_separate_runs_for_less(model, several, monkeypatch):
     """A 7-scale sweep with the start at 0.4 against seven runs: the same latents, at most 0.75 of
     the network evaluations."""
@@ -215,6 +216,7 @@ def test_where_a_slider_stops_being_useful():
     assert probe.useful_end(scales, [1, 1, float("nan"), 1, 1], [0, 1, 2, 4, 8]) == 1.0
 
 
+@pytest.mark.slow
 def test_a_slider_that_wrecks_pictures_is_found_out(model):
     cond, uncond = model.condition(["a photo of a person"]), model.condition([""])
     found = []

@@ -120,6 +120,7 @@ def test_meter_reads_what_is_there(model):
     slider.detach()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("both_ends", [True, False])
 def test_the_student_learns_unseen_x_t_and_touches_nothing_else(model, both_ends):
     before = {k: v.clone() for k, v in model.unet.state_dict().items()}

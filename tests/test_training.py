@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from miniature import train
 
 
+@pytest.mark.slow
 def test_a_killed_vae_training_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "PICTURES", 24)
     monkeypatch.setattr(

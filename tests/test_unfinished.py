@@ -136,6 +136,7 @@ def test_ctrl_c_ends_the_step_keeps_it_and_says_how_to_go_on(
     )
 
 
+@pytest.mark.slow
 def test_divergence_keeps_the_last_good_state(model, targets, tmp_path, monkeypatch):
     real, calls = student.predict, []
 
@@ -254,6 +255,7 @@ def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_killed_twice_from_the_command_line(tmp_path):
     found = survives([*TEXT, "--steps", "6", "--probe", "0"], tmp_path, 2, random.Random(3), 9.0)
     assert found == {"same": True, "kills": 2, "left": False}

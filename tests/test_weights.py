@@ -57,6 +57,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
 
 
+@pytest.mark.slow
 def test_one_file_is_the_same_model_bit_for_bit(model, inputs, tmp_path):
     other = SDXL.load(one_file(tmp_path / "model.safetensors"), device="cpu", base=MINIATURE)
     assert (
@@ -157,6 +158,7 @@ def test_the_test_helper_writes_the_released_names():
     assert {k: list(v.shape) for k, v in got.items()} == want
 
 
+@pytest.mark.slow
 def test_tensors_go_straight_into_place():
     """Where nothing is converted the weights are views of the mapped file; conversion goes a chunk
     at a time."""
@@ -213,6 +215,7 @@ def test_v_prediction_is_read_in_the_metadata_too():
         assert kind in single_file.identify(shapes, {"modelspec.prediction_type": said})
 
 
+@pytest.mark.slow
 def test_what_other_tools_leave_in_one_file_is_left_out(model, tmp_path):
     """Projections of the first text encoder, which SDXL does not use."""
     names = ("text_projection", "transformer.text_projection.weight")
@@ -233,6 +236,7 @@ def test_another_kind_of_file_is_named(name, tmp_path):
         weights.find_weights(tmp_path / "x.safetensors")
 
 
+@pytest.mark.slow
 def test_pickles_and_broken_files_are_refused(tmp_path):
     whole = one_file(tmp_path / "whole.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(whole.read_bytes()[:100_000])

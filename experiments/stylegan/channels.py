@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from experiments.stylegan.draw import enlarged
+from experiments.stylegan.draw import enlarged, load
 from experiments.stylegan.generator import Generator, Z
-from experiments.stylegan.train import load
 from miniature import effect
 from support import cli
 from support.options import default_help

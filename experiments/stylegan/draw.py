@@ -1,11 +1,23 @@
 """Pictures for the generator to learn from, and pictures that it makes."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from experiments.stylegan.generator import SIZE, Generator, Z
 from miniature import world
+
+WEIGHTS = Path(__file__).parent / "generator.safetensors"
+
+
+def load(path=WEIGHTS) -> Generator:
+    """The trained generator, in float32."""
+    G = Generator()
+    G.load_state_dict({k: v.float() for k, v in load_file(path).items()})
+    return G.eval().requires_grad_(False)
 
 
 def faces(count: int, seed: int) -> torch.Tensor:

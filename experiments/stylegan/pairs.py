@@ -7,7 +7,7 @@ import numpy as np
 
 import slider
 from experiments.stylegan.channels import Faces, read, span
-from experiments.stylegan.train import load
+from experiments.stylegan.draw import load
 from miniature import effect
 from support import images
 

@@ -27,8 +27,8 @@ import lora
 import slider
 from experiments.common import Lab
 from experiments.stylegan.channels import FOUND, Faces, most_moved_other, read, span
+from experiments.stylegan.draw import load
 from experiments.stylegan.pairs import PROMPT, Channel, draw_pairs
-from experiments.stylegan.train import load
 from miniature import effect
 from support import cli, images
 from support.options import default_help

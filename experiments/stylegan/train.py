@@ -25,9 +25,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from experiments.stylegan.draw import drawn, enlarged, faces, to_unit
+from experiments.stylegan.draw import WEIGHTS, drawn, enlarged, faces, load, to_unit
 from experiments.stylegan.generator import SIZE, Encoder, Generator
 from extras import metrics
 from formats import write_atomically
@@ -37,7 +37,6 @@ from support import cli, images
 from support.checkpoint import Checkpoint, deferred_interrupt
 from support.options import default_help
 
-WEIGHTS = Path(__file__).parent / "generator.safetensors"
 NHWC = dict(memory_format=torch.channels_last)
 
 
@@ -67,8 +66,8 @@ class Training:
         self.rates, self.steps = (lr, lr / 5), steps
         groups = [{"params": net.parameters()} for net in (self.G, self.E)]
         self.optimizer = torch.optim.Adam(groups, lr=lr, betas=(0.9, 0.99))
-        networks = {"E": self.E, "G": self.G, "average": self.average}
-        self.parts = networks | {"optimizer": self.optimizer}
+        networks = dict(E=self.E, G=self.G, average=self.average)
+        self.parts = networks | dict(optimizer=self.optimizer)
 
     def step(self, i: int, x, beta: float):
         """One step, number i, on pictures x. FloatingPointError if training diverges."""
@@ -126,15 +125,14 @@ def main():
             x = to_unit(real[torch.from_numpy(rows)]).to(**NHWC)
             values = training.step(i, x, args.beta)
             losses = [0.99 * a + 0.01 * b for a, b in zip(losses, values)]
-            step, seconds = i + 1, time.time() - started
-            last = step == args.steps
+            step, last = i + 1, i + 1 == args.steps
             if step % 100 == 0:
                 means = f"loss {losses[0]:.4f}  KL {losses[1]:.1f}"
-                log(f"{step}/{args.steps}  {means}  {seconds:.0f} s")
+                log(f"{step}/{args.steps}  {means}  {time.time() - started:.0f} s")
             if step % 1000 == 0 or last:
                 made = drawn(training.average, 1000, 4)
-                sheet = [made[j : j + 8] for j in range(0, 32, 8)]
-                sheet = images.contact_sheet(sheet, [""] * 8, [""] * 4)
+                rows = [made[j : j + 8] for j in range(0, 32, 8)]
+                sheet = images.contact_sheet(rows, [""] * 8, [""] * 4)
                 images.save_image(sheet, work / "samples.png")
                 log(f"{step}  FID {metrics.fid(judges, unseen, made):.2f} to 1,000 unseen faces")
             if step % 250 == 0 or last or stop():
@@ -145,13 +143,7 @@ def main():
                 raise KeyboardInterrupt(f"stopped after step {step}; {on}")
     weights = {k: v.half().contiguous() for k, v in training.average.state_dict().items()}
     write_atomically(out, lambda path: save_file(weights, path))
-    print(f"{out}: {sum(v.numel() for v in training.average.parameters()):,} parameters")
-
-
-def load(path=WEIGHTS) -> Generator:
-    G = Generator()
-    G.load_state_dict({k: v.float() for k, v in load_file(path).items()})
-    return G.eval().requires_grad_(False)
+    print(f"{out}: {sum(v.numel() for v in load(out).parameters()):,} parameters")
 
 
 if __name__ == "__main__":
