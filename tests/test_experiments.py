@@ -36,6 +36,7 @@ def test_what_is_done_is_not_done_again(lab, tmp_path):
     assert (tmp_path / "results" / "name_seed1.json").exists()
 
 
+@pytest.mark.slow
 def test_sliders_are_trained_once_and_full_fine_tuning_has_a_scale(lab, monkeypatch):
     here = lab()
     one = here.text_slider("smile", steps=2, trajectories=2)

@@ -60,6 +60,7 @@ def test_unet_and_vae(model, pipeline, inputs):
         assert relative_error(model.vae.encode(picture), latents) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_whole_30_step_picture(model, pipeline):
     x_T = sampler.noise([7, 8], (4, 16, 16))
     ours = sampler.sample(

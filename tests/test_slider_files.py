@@ -450,7 +450,7 @@ def two(model, tmp_path):
     return sliders, paths
 
 
-def change_of(slider, unet):
+def changes_of(slider, unet):
     """{layer: dense change}."""
     return {
         n: change_of(slider.get_submodule(n)) if n in dict(slider.named_children()) else 0.0
@@ -480,9 +480,9 @@ def test_merging_files_is_exact_and_of_lower_rank_the_nearest(model, tmp_path, t
         "--out",
         tmp_path / "low.safetensors",
     )
-    a, b = change_of(one, model.unet), change_of(other, model.unet)
+    a, b = changes_of(one, model.unet), changes_of(other, model.unet)
     whole, low = (
-        change_of(lora.load(tmp_path / f"{n}.safetensors", model.unet), model.unet)
+        changes_of(lora.load(tmp_path / f"{n}.safetensors", model.unet), model.unet)
         for n in ("all", "low")
     )
     for name in a:
@@ -504,7 +504,7 @@ def test_merging_files_is_exact_and_of_lower_rank_the_nearest(model, tmp_path, t
         "--out",
         tmp_path / "cut.safetensors",
     )
-    for name, change in change_of(other, model.unet).items():
+    for name, change in changes_of(other, model.unet).items():
         if torch.is_tensor(change):
             break
     many, cut = (lora.load(tmp_path / f"{n}.safetensors", model.unet) for n in ("many", "cut"))
@@ -538,8 +538,8 @@ def test_baking_in_and_extracting_again(model, inputs, tmp_path, two):
     )
     assert "rank 2 holds 9" in said or "rank 2 holds 100" in said
     found, expected = (
-        change_of(lora.load(tmp_path / "back.safetensors", model.unet), model.unet),
-        change_of(one, model.unet),
+        changes_of(lora.load(tmp_path / "back.safetensors", model.unet), model.unet),
+        changes_of(one, model.unet),
     )
     for name, change in expected.items():
         if torch.is_tensor(change):

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from bench import fuzz
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +38,7 @@ def tree(folder):
     }
 
 
+@pytest.mark.slow
 def test_no_network_and_no_file_outside_the_output_folder(tmp_path):
     """Training and drawing without a home, a cache or a network: nothing is asked for, nothing is
     left but what was named."""
