@@ -1,9 +1,12 @@
 """DDIM backwards, null-text and negative-prompt inversion, and the editing of a picture from the
 command line."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw
 
 import invert
 import sampler
@@ -66,22 +69,24 @@ def test_the_embedding_s_gradient_agrees_with_finite_differences(model, encoded)
     for t in (901, 501, 21):
         with torch.no_grad():
             eps_c = unet(x_t, torch.tensor([t]), *cond)
-        error = lambda c, p: invert.step_loss(
-            unet, x_t, t, t - 20, eps_c, (c, p, ids), goal, alpha_bar=model.alpha_bar, guidance=5.0
-        )[1].sum()
+
+        def error(context, pooled):
+            here = (unet, x_t, t, t - 20, eps_c, (context, pooled, ids), goal)
+            return invert.step_loss(*here, alpha_bar=model.alpha_bar, guidance=5.0)[1].sum()
+
         null = [c.clone().requires_grad_() for c in (context + 0.1, pooled + 0.1)]
         gradients = torch.autograd.grad(error(*null), null)
-        with torch.no_grad():
-            for i, gradient in enumerate(gradients):
-                direction = torch.randn(gradient.shape, generator=g, dtype=torch.float64)
-                moved = lambda h: error(
-                    *(c + h * direction if j == i else c for j, c in enumerate(null))
-                )
-                h = 1e-4
-                numeric = (moved(h) - moved(-h)) / (2 * h)
-                assert (gradient * direction).sum().item() == pytest.approx(
-                    numeric.item(), rel=1e-5
-                ), (t, i)
+        for i, gradient in enumerate(gradients):
+            direction = torch.randn(gradient.shape, generator=g, dtype=torch.float64)
+
+            @torch.no_grad()
+            def moved(h):
+                return error(*(c + h * direction if j == i else c for j, c in enumerate(null)))
+
+            h = 1e-4
+            numeric = (moved(h) - moved(-h)).item() / (2 * h)
+            along = (gradient * direction).sum().item()
+            assert along == pytest.approx(numeric, rel=1e-5), (t, i)
 
 
 @pytest.mark.slow
@@ -92,9 +97,8 @@ def test_null_text_inversion_comes_back_to_the_picture_and_ddim_alone_does_not(m
     for method in invert.METHODS:
         with counted(model.unet) as n:
             found = invert.invert(model.unet, z, cond, uncond, method=method, **settings)
-        assert (
-            found.evaluations == sum(n.values()) <= invert.evaluations(method, 8)
-        )  # what it says is what was counted
+        # What it says is what was counted.
+        assert found.evaluations == sum(n.values()) <= invert.evaluations(method, 8)
         back = sampler.sample(model.unet, found.x_T, cond, found.uncond, **settings)
         error[method] = (back - z).square().mean().item()
     assert error["null-text"] < 0.2 * error["ddim"]
@@ -103,40 +107,26 @@ def test_null_text_inversion_comes_back_to_the_picture_and_ddim_alone_does_not(m
 
 def test_negative_prompt_inversion_is_ddim_s_at_guidance_1(model, encoded):
     z, cond, uncond = encoded
-    found = invert.invert(
-        model.unet, z, cond, uncond, method="negative-prompt", alpha_bar=model.alpha_bar, steps=4
-    )
-    guided = sampler.sample(
-        model.unet, found.x_T, cond, found.uncond, alpha_bar=model.alpha_bar, steps=4, guidance=6.0
-    )
-    plain = sampler.sample(
-        model.unet, found.x_T, cond, alpha_bar=model.alpha_bar, steps=4, guidance=1.0
-    )
+    settings = dict(alpha_bar=model.alpha_bar, steps=4)
+    found = invert.invert(model.unet, z, cond, uncond, method="negative-prompt", **settings)
+    again = (model.unet, found.x_T, cond)
+    guided = sampler.sample(*again, found.uncond, **settings, guidance=6.0)
+    plain = sampler.sample(*again, **settings, guidance=1.0)
     assert torch.allclose(guided, plain, atol=1e-3)
 
 
 def test_an_inversion_is_kept_and_its_key_knows_what_it_is_of(model, encoded, tmp_path):
     z, cond, uncond = encoded
-    make = lambda _: invert.invert(
-        model.unet, z, cond, uncond, alpha_bar=model.alpha_bar, steps=2, inner=1
-    )
+    settings = dict(alpha_bar=model.alpha_bar, steps=2, inner=1)
+    make = lambda _: invert.invert(model.unet, z, cond, uncond, **settings)
     made = inversions.cached(tmp_path / "i.safetensors", make)
     again = inversions.cached(tmp_path / "i.safetensors", lambda _: pytest.fail("made again"))
     assert torch.equal(made.x_T, again.x_T) and again.evaluations == 0
     assert all(torch.equal(a, b) for u, v in zip(made.uncond, again.uncond) for a, b in zip(u, v))
     name = inversions.cache_key(model, z, "a man", 30)
     assert name == inversions.cache_key(model, z, "a man", 30)
-    assert (
-        len(
-            {
-                name,
-                inversions.cache_key(model, z, "a woman", 30),
-                inversions.cache_key(model, z, "a man", 31),
-                inversions.cache_key(model, z + 0.01, "a man", 30),
-            }
-        )
-        == 4
-    )
+    others = [(z, "a woman", 30), (z, "a man", 31), (z + 0.01, "a man", 30)]
+    assert len({name, *(inversions.cache_key(model, *other) for other in others)}) == 4
     weight = next(model.unet.parameters())
     before = weight.data.clone()
     weight.data += 0.01
@@ -167,57 +157,43 @@ def test_an_inversion_that_was_stopped_goes_on_and_finds_the_same(
     with pytest.raises(KeyboardInterrupt):
         inversions.cached(tmp_path / "part.safetensors", make)
     again = inversions.cached(tmp_path / "part.safetensors", make)
-    assert (
-        calls[8:] == sampler.timesteps(4)[2:3] * 3 + sampler.timesteps(4)[3:] * 3
-    )  # the first two t were not fitted again
-    assert torch.equal(whole.x_T, again.x_T) and all(
-        torch.equal(a, b) for u, v in zip(whole.uncond, again.uncond) for a, b in zip(u, v)
-    )
-    assert whole.evaluations == again.evaluations and sorted(
-        p.name for p in tmp_path.iterdir()
-    ) == ["part.safetensors", "whole.safetensors"]
+    _, _, third, last = sampler.timesteps(4)
+    assert calls[8:] == [third] * 3 + [last] * 3  # the first two t were not fitted again
+    assert torch.equal(whole.x_T, again.x_T)
+    assert all(torch.equal(a, b) for u, v in zip(whole.uncond, again.uncond) for a, b in zip(u, v))
+    assert whole.evaluations == again.evaluations
+    names = sorted(file.name for file in tmp_path.iterdir())
+    assert names == ["part.safetensors", "whole.safetensors"]
 
 
-@pytest.mark.parametrize(
-    "size, expected",
-    [
-        ((1024, 1024), (1024, 1024)),
-        ((3000, 2000), (832, 1216)),
-        ((900, 1600), (1344, 768)),
-        ((400, 390), (1024, 1024)),
-    ],
-)
+SIZES = [
+    ((1024, 1024), (1024, 1024)),
+    ((3000, 2000), (832, 1216)),
+    ((900, 1600), (1344, 768)),
+    ((400, 390), (1024, 1024)),
+]
+
+
+@pytest.mark.parametrize("size, expected", SIZES)
 def test_pictures_for_sdxl_keep_their_proportions(size, expected, tmp_path, monkeypatch):
     """SDXL's own training sizes; a disc stays a disc."""
-    from types import SimpleNamespace
-
-    from PIL import Image, ImageDraw
-
     picture = Image.new("RGB", size, "white")
     r, (cx, cy) = min(size) / 4, (size[0] / 2, size[1] / 2)
     ImageDraw.Draw(picture).ellipse([cx - r, cy - r, cx + r, cy + r], fill="black")
     picture.save(tmp_path / "p.png")
     unet = SimpleNamespace(config={"block_out_channels": [320, 640, 1280]})
     fitted, found = slider.open_picture(SimpleNamespace(unet=unet, size=1024), tmp_path / "p.png")
-    assert (
-        found == expected
-        and fitted.size == expected[::-1]
-        and all(side % 64 == 0 for side in found)
-    )
+    assert found == expected and fitted.size == expected[::-1]
+    assert all(side % 64 == 0 for side in found)
     dark = np.asarray(fitted.convert("L")) < 128
     wide, high = dark.any(0).sum(), dark.any(1).sum()
     assert abs(wide - high) <= 2
 
 
 def test_the_miniature_takes_any_picture_as_a_square(model, tmp_path, capsys):
-    from PIL import Image
-
     Image.new("RGBA", (300, 200), (255, 0, 0, 128)).save(tmp_path / "p.png")
     fitted, size = slider.open_picture(model, tmp_path / "p.png")
-    assert (
-        size == (128, 128)
-        and fitted.size == (128, 128)
-        and fitted.getpixel((64, 64)) == (255, 127, 127)
-    )
+    assert size == (128, 128) and fitted.size == (128, 128)
+    assert fitted.getpixel((64, 64)) == (255, 127, 127)
     assert "300x200, brought to 128x128" in capsys.readouterr().out
     assert images.crop_and_resize(fitted, 64, 32).size == (32, 64)

@@ -30,19 +30,15 @@ def test_votes_in_a_browser(folders, tmp_path):
     """Always for the blue picture, wherever it is: every vote in the CSV is for b; one is taken
     back, one is for neither."""
     page = preference.page(*folders, "Which <is> better?", most=5)
-    assert (
-        page.count('"name"') == 5
-        and "http" not in page
-        and str(tmp_path) not in page
-        and "&lt;is>" in page
-    )
-    script = (
-        KEY
-        + """
-        const blue = async image => { await image.decode();
+    assert page.count('"name"') == 5 and "http" not in page
+    assert str(tmp_path) not in page and "&lt;is>" in page
+    script = """
+        const blue = async image => {
+          await image.decode();
           const c = document.createElement('canvas'), x = c.getContext('2d');
-                                      x.drawImage(image, 0, 0, 1, 1);
-                                        return x.getImageData(0, 0, 1, 1).data[2] > 128 };
+          x.drawImage(image, 0, 0, 1, 1);
+          return x.getImageData(0, 0, 1, 1).data[2] > 128;
+        };
         const seen = [];
         key('1'); key('Backspace');
         for (let i = 0; i < 5; i++) {
@@ -50,14 +46,13 @@ def test_votes_in_a_browser(folders, tmp_path):
           if (left === await blue(document.querySelector('#right img'))) throw 'both the same';
           seen.push(left);
           if (i === 4) key('0');
-            else if (i === 3) document.getElementById(left ? 'left' : 'right').click();
-            else key(left ? '1' : '2');
+          else if (i === 3) document.getElementById(left ? 'left' : 'right').click();
+          else key(left ? '1' : '2');
         }
         key('1');
         out = JSON.stringify({seen, over: !document.getElementById('end').hidden,
           csv: document.getElementById('download').href})"""
-    )
-    found = json.loads(after(page, script, tmp_path))
+    found = json.loads(after(page, KEY + script, tmp_path))
     rows = list(csv.DictReader(io.StringIO(unquote(found["csv"].split(",", 1)[1]))))
     assert [r["choice"] for r in rows] == ["b"] * 4 + [""] and found["over"]
     assert [(r["left"] == "b") for r in rows] == found["seen"]
@@ -85,21 +80,16 @@ def write(path, votes):
 
 
 def test_count(tmp_path):
-    votes = [("x", i, "a", 2, "b") for i in range(8)] + [
-        ("x", 8, "a", 1, "a"),
-        ("y", 8, "b", 2, "a"),
-        ("y", 9, "a", 0, ""),
-    ]
+    votes = [("x", i, "a", 2, "b") for i in range(8)]
+    votes += [("x", 8, "a", 1, "a"), ("y", 8, "b", 2, "a"), ("y", 9, "a", 0, "")]
     one = write(tmp_path / "1.csv", votes)
     again = write(tmp_path / "2.csv", votes[:5])  # the same votes saved a second time
     found = preference.count([one, again])
     assert (found["a"], found["b"], found["neither"], found["raters"]) == (2, 8, 1, 2)
     assert found["p"] == pytest.approx(2 * (comb(10, 8) + comb(10, 9) + 1) / 1024)
     assert found["left"] == pytest.approx(0.1)
-    for p in (
-        found["share"]["low"],
-        found["share"]["high"],
-    ):  # the bounds of Wilson's interval solve |k/n - p| = z sd(p)
+    # The bounds of Wilson's interval solve |k/n - p| = z sd(p).
+    for p in (found["share"]["low"], found["share"]["high"]):
         assert abs(0.8 - p) == pytest.approx(1.96 * (p * (1 - p) / 10) ** 0.5)
     assert metrics.wilson(0, 7)["low"] == 0 and metrics.wilson(7, 7)["high"] == 1
 

@@ -4,16 +4,13 @@ is refused."""
 import json
 import pickle
 import re
-import shlex
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from commands import run
+from commands import ROOT, TRAIN, run
 from safetensors.torch import load_file, save_file
 from test_lora import trained_slider
+from test_weights import one_file
 from torch import nn
 
 import lora
@@ -21,8 +18,7 @@ import sampler
 from formats import single_file, slider_files
 from sdxl import MINIATURE, SDXL
 from sdxl_unet import UNet
-
-ROOT = Path(__file__).parent.parent
+from support.merge import merge
 
 
 def change_of(part: lora.LowRank):
@@ -46,48 +42,35 @@ def comfyui_names(depths=(0, 2, 10)):
         "out_layers.3": "conv2",
         "skip_connection": "conv_shortcut",
     }
-    inside = [f"attn{i}.to_{c}" for i in (1, 2) for c in ("q", "k", "v", "out.0")] + [
-        "ff.net.0.proj",
-        "ff.net.2",
-    ]
-    transformer = lambda depth: ["proj_in", "proj_out"] + [
-        f"transformer_blocks.{b}.{n}" for b in range(depth) for n in inside
-    ]
+    inside = [f"attn{i}.to_{c}" for i in (1, 2) for c in ("q", "k", "v", "out.0")]
+    inside += ["ff.net.0.proj", "ff.net.2"]
     table = {}
+
+    def add_resnet(new_block, old_block):
+        for old, new in resnet.items():
+            table[f"{new_block}.{new}"] = f"{old_block}.{old}"
+
+    def add_transformer(new_block, old_block, depth):
+        blocks = [f"transformer_blocks.{b}.{name}" for b in range(depth) for name in inside]
+        for name in ["proj_in", "proj_out", *blocks] if depth else []:
+            table[f"{new_block}.{name}"] = f"{old_block}.{name}"
+
     for x, depth in enumerate(depths):
         n = 1 + 3 * x
         for i in range(2):
-            table |= {
-                f"down_blocks.{x}.resnets.{i}.{new}": f"input_blocks.{n}.0.{old}"
-                for old, new in resnet.items()
-            }
-            table |= {
-                f"down_blocks.{x}.attentions.{i}.{t}": f"input_blocks.{n}.1.{t}"
-                for t in transformer(depth)
-                if depth
-            }
-            n += 1
-        table[f"down_blocks.{x}.downsamplers.0.conv"] = f"input_blocks.{n}.0.op"
-    table |= {f"mid_block.attentions.0.{t}": f"middle_block.1.{t}" for t in transformer(depths[-1])}
+            add_resnet(f"down_blocks.{x}.resnets.{i}", f"input_blocks.{n + i}.0")
+            add_transformer(f"down_blocks.{x}.attentions.{i}", f"input_blocks.{n + i}.1", depth)
+        table[f"down_blocks.{x}.downsamplers.0.conv"] = f"input_blocks.{n + 2}.0.op"
+    add_transformer("mid_block.attentions.0", "middle_block.1", depths[-1])
     for i, n in enumerate((0, 2)):
-        table |= {
-            f"mid_block.resnets.{i}.{new}": f"middle_block.{n}.{old}" for old, new in resnet.items()
-        }
+        add_resnet(f"mid_block.resnets.{i}", f"middle_block.{n}")
     for x, depth in enumerate(reversed(depths)):
         for i in range(3):
             n = 3 * x + i
-            table |= {
-                f"up_blocks.{x}.resnets.{i}.{new}": f"output_blocks.{n}.0.{old}"
-                for old, new in resnet.items()
-            }
-            table |= {
-                f"up_blocks.{x}.attentions.{i}.{t}": f"output_blocks.{n}.1.{t}"
-                for t in transformer(depth)
-                if depth
-            }
-        table[f"up_blocks.{x}.upsamplers.0.conv"] = (
-            f"output_blocks.{3 * x + 2}.{2 if depth else 1}.conv"
-        )
+            add_resnet(f"up_blocks.{x}.resnets.{i}", f"output_blocks.{n}.0")
+            add_transformer(f"up_blocks.{x}.attentions.{i}", f"output_blocks.{n}.1", depth)
+        upsampler = f"output_blocks.{3 * x + 2}.{2 if depth else 1}.conv"
+        table[f"up_blocks.{x}.upsamplers.0.conv"] = upsampler
     ends = {
         "input_blocks.0.0": "conv_in",
         "out.2": "conv_out",
@@ -109,20 +92,14 @@ def test_every_name_we_write_for_sdxl_is_one_that_comfyui_and_kohya_know(full_si
         stems = {slider_files.kohya_name(name) for name in lora.target_layers(full_size, layers)}
         assert stems and stems <= {flat(new) for new in table}
         assert {ours["ldm"][s] for s in stems} <= {flat(old) for old in table.values()}
-    assert all(
-        ours["ldm"][flat(new)] == flat(old)
-        for new, old in table.items()
-        if flat(new) in ours["ldm"]
-    )
+    known = {flat(new): flat(old) for new, old in table.items()}
+    assert all(known[new] == old for new, old in ours["ldm"].items() if new in known)
     released = json.loads((ROOT / "tests/facts/sdxl_single_file_keys.json").read_text())
-    original = {
-        flat(n.removeprefix("model.diffusion_model.").removesuffix(".weight"))
-        for n in released
-        if n.startswith("model.diffusion_model.")
-    }
-    assert set(ours["ldm"].values()) <= original and len(set(ours["ldm"].values())) == len(
-        ours["ldm"]
-    )
+    prefix = "model.diffusion_model."
+    in_unet = [name.removeprefix(prefix) for name in released if name.startswith(prefix)]
+    original = {flat(name.removesuffix(".weight")) for name in in_unet}
+    written = set(ours["ldm"].values())
+    assert written <= original and len(written) == len(ours["ldm"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -137,29 +114,16 @@ def test_round_trips_are_exact(model, tmp_path, naming, dtype):
     for part in slider.children():
         for p in part.parameters():
             p.data = torch.randn_like(p).to(dtype).float()
-    lora.save(
-        tmp_path / "a.safetensors",
-        slider,
-        {"kind": "x"},
-        naming=naming,
-        unet=model.unet,
-        dtype=dtype,
-    )
-    first = slider_files.read(tmp_path / "a.safetensors", model.unet)
-    assert (
-        first.naming == naming
-        and first.metadata["kind"] == "x"
-        and first.metadata["ss_network_dim"] == "8"
-    )
-    back = lora.load(tmp_path / "a.safetensors", model.unet)
-    assert all(
-        torch.equal(change_of(back.get_submodule(n)), change_of(part))
-        for n, part in slider.named_children()
-    )
-    slider_files.write(
-        tmp_path / "b.safetensors", first.parts, first.metadata, naming, model.unet, dtype
-    )
-    a, b = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors")
+    one, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    lora.save(one, slider, {"kind": "x"}, naming=naming, unet=model.unet, dtype=dtype)
+    first = slider_files.read(one, model.unet)
+    assert first.naming == naming and first.metadata["kind"] == "x"
+    assert first.metadata["ss_network_dim"] == "8"
+    back = lora.load(one, model.unet)
+    for name, part in slider.named_children():
+        assert torch.equal(change_of(back.get_submodule(name)), change_of(part))
+    slider_files.write(other, first.deltas, first.metadata, naming, model.unet, dtype)
+    a, b = load_file(one), load_file(other)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == dtype for k in a)
 
 
@@ -167,51 +131,35 @@ def test_other_spellings_of_the_same_slider(model, tmp_path):
     slider = trained_slider(model.unet, rank=3, alpha=3.0, layers="attn")
     lora.save(tmp_path / "ours.safetensors", slider, {}, dtype=torch.float32)
     ours = load_file(tmp_path / "ours.safetensors")
-    peft = {}
-    lora.save(
-        tmp_path / "peft.safetensors",
-        slider,
-        {},
-        naming="peft",
-        unet=model.unet,
-        dtype=torch.float32,
-    )
-    for name, t in load_file(tmp_path / "peft.safetensors").items():
-        peft[name] = t
+    in_peft = dict(naming="peft", unet=model.unet, dtype=torch.float32)
+    lora.save(tmp_path / "peft.safetensors", slider, {}, **in_peft)
+    peft = load_file(tmp_path / "peft.safetensors")
+
+    def of_a_processor(name):
+        kind = {"A": "down", "B": "up"}
+        new = lambda m: f".processor.to_{m[1]}_lora.{kind[m[3]]}.weight"
+        return re.sub(r"\.to_(q|k|v|out)(\.0)?\.lora_([AB])\.weight", new, name)
+
     spellings = {
-        "published.pt": ours,
-        "no_alpha": {k: v for k, v in ours.items() if not k.endswith("alpha")},
-        "comfyui": {"diffusion_model." + k.removeprefix("unet."): v for k, v in peft.items()},
-        "base_model": {"base_model.model." + k.removeprefix("unet."): v for k, v in peft.items()},
-        "default": {
-            k.replace("lora_A.weight", "lora_A.default.weight").replace(
-                "lora_B.weight", "lora_B.default.weight"
-            ): v
-            for k, v in peft.items()
-        },
-        "dots": {
-            k.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): v
-            for k, v in peft.items()
-        },
-        "processor": {
-            re.sub(
-                r"\.to_(q|k|v|out)(\.0)?\.lora_([AB])\.weight",
-                lambda m: f".processor.to_{m[1]}_lora.{'down' if m[3] == 'A' else 'up'}.weight",
-                k,
-            ): v
-            for k, v in peft.items()
-        },
+        "comfyui": lambda name: "diffusion_model." + name.removeprefix("unet."),
+        "base_model": lambda name: "base_model.model." + name.removeprefix("unet."),
+        "default": lambda name: re.sub(r"lora_([AB])\.", r"lora_\1.default.", name),
+        "dots": lambda name: name.replace("lora_A", "lora.down").replace("lora_B", "lora.up"),
+        "processor": of_a_processor,
     }
-    for name, tensors in spellings.items():
-        path = tmp_path / (name if "." in name else name + ".safetensors")
-        torch.save(tensors, path) if path.suffix == ".pt" else save_file(
-            {k: v.clone() for k, v in tensors.items()}, path
-        )
-        back = lora.load(path, model.unet)
-        assert all(
-            torch.allclose(change_of(back.get_submodule(n)), change_of(part), atol=1e-7)
-            for n, part in slider.named_children()
-        ), name
+    files = {
+        f"{kind}.safetensors": {spell(name): tensor.clone() for name, tensor in peft.items()}
+        for kind, spell in spellings.items()
+    }
+    files["no_alpha.safetensors"] = {k: v for k, v in ours.items() if not k.endswith("alpha")}
+    files["published.pt"] = ours
+    for name, tensors in files.items():
+        write = torch.save if name.endswith(".pt") else save_file
+        write(tensors, tmp_path / name)
+        back = lora.load(tmp_path / name, model.unet)
+        for layer, part in slider.named_children():
+            found = change_of(back.get_submodule(layer))
+            assert torch.allclose(found, change_of(part), atol=1e-7), name
 
 
 def test_text_encoder_parts_are_reported(model, tmp_path):
@@ -220,9 +168,8 @@ def test_text_encoder_parts_are_reported(model, tmp_path):
     for ending in ("lora_down.weight", "lora_up.weight", "alpha"):
         tensors[f"lora_te1_text_model_encoder_layers_0_mlp_fc1.{ending}"] = torch.zeros(2, 2)
     save_file(tensors, tmp_path / "b.safetensors")
-    with pytest.warns(
-        UserWarning, match="b.safetensors: its 1 changes of the text encoders are left out"
-    ):
+    warning = "b.safetensors: its 1 changes of the text encoders are left out"
+    with pytest.warns(UserWarning, match=warning):
         lora.load(tmp_path / "b.safetensors", model.unet)
 
 
@@ -230,22 +177,17 @@ def bad_files(folder, good: dict):
     """name -> what the line must say: each a file that must not be used."""
     first = next(k for k in good if k.endswith("lora_up.weight"))
     stem = first.removesuffix(".lora_up.weight")
-    write = lambda name, tensors: save_file(
-        {k: v.contiguous() for k, v in tensors.items()}, folder / name
-    )
+
+    def write(name, tensors):
+        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / name)
+
     for kind, ending in (("loha", "hada_w1_a"), ("lokr", "lokr_w1"), ("dora", "dora_scale")):
         write(f"{kind}.safetensors", good | {f"{stem}.{ending}": torch.zeros(2, 2)})
     write("nan.safetensors", good | {first: good[first] * float("nan")})
     write("rank.safetensors", good | {first: good[first][:, :1]})
     write("half.safetensors", {k: v for k, v in good.items() if k != first})
-    write(
-        "nowhere.safetensors",
-        good
-        | {
-            "lora_unet_nowhere.lora_down.weight": torch.zeros(2, 2),
-            "lora_unet_nowhere.lora_up.weight": torch.zeros(2, 2),
-        },
-    )
+    nowhere = [f"lora_unet_nowhere.lora_{kind}.weight" for kind in ("down", "up")]
+    write("nowhere.safetensors", good | {name: torch.zeros(2, 2) for name in nowhere})
     write("alphas.safetensors", good | {f"{stem}.alpha": torch.zeros(3)})
     write("other.safetensors", {"a": torch.zeros(2)})
     whole = (folder / "nan.safetensors").read_bytes()
@@ -298,9 +240,8 @@ def test_what_must_not_be_used_is_refused_by_name(model, inputs, tmp_path):
 def pipeline():
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("peft")
-    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(
-        MINIATURE, torch_dtype=torch.float32, add_watermarker=False
-    )
+    options = dict(torch_dtype=torch.float32, add_watermarker=False)
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(MINIATURE, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -309,27 +250,16 @@ def pictures_of_both(model, pipeline, slider, scale, steps=8):
     """Final latents of the same seed: ours, and the pipeline's with its adapter at `scale`."""
     prompt, x_T = ["a photo of a person"], sampler.noise([3], (4, 16, 16))
     pipeline.set_adapters(["theirs"], [scale])
-    theirs = pipeline(
-        prompt=prompt,
-        latents=x_T,
-        num_inference_steps=steps,
-        guidance_scale=5.0,
-        height=128,
-        width=128,
-        output_type="latent",
-    ).images
-    ours = sampler.sample(
-        model.unet,
-        x_T,
-        model.condition(prompt),
-        model.condition([""]),
-        alpha_bar=model.alpha_bar,
-        steps=steps,
-        guidance=5.0,
-        sliders=[(slider, scale)],
-        start=0.0,
-    )
-    return ours, theirs
+    settings = dict(num_inference_steps=steps, guidance_scale=5.0, height=128, width=128)
+    theirs = pipeline(prompt=prompt, latents=x_T, output_type="latent", **settings).images
+    return ours_alone(model, [(slider, scale)], steps), theirs
+
+
+def ours_alone(model, sliders=(), steps=8):
+    cond, uncond = model.condition(["a photo of a person"]), model.condition([""])
+    settings = dict(alpha_bar=model.alpha_bar, steps=steps, guidance=5.0, start=0.0)
+    x_T = sampler.noise([3], (4, 16, 16))
+    return sampler.sample(model.unet, x_T, cond, uncond, sliders=sliders, **settings)
 
 
 @pytest.mark.parametrize("naming", slider_files.NAMINGS)
@@ -338,18 +268,10 @@ def test_diffusers_draws_our_sliders_as_we_do(model, pipeline, tmp_path, naming)
     slider = lora.Slider(lora.target_layers(model.unet), rank=4, alpha=1.0).requires_grad_(False)
     for part in slider.children():
         nn.init.normal_(part.lora_up.weight, std=0.2)
-    lora.save(
-        tmp_path / "a.safetensors", slider, {}, naming=naming, unet=model.unet, dtype=torch.float32
-    )
+    as_theirs = dict(naming=naming, unet=model.unet, dtype=torch.float32)
+    lora.save(tmp_path / "a.safetensors", slider, {}, **as_theirs)
     pipeline.load_lora_weights(str(tmp_path), weight_name="a.safetensors", adapter_name="theirs")
-    plain = sampler.sample(
-        model.unet,
-        sampler.noise([3], (4, 16, 16)),
-        model.condition(["a photo of a person"]),
-        model.condition([""]),
-        alpha_bar=model.alpha_bar,
-        steps=8,
-    )
+    plain = ours_alone(model)
     try:
         for scale in (-2.0, 0.5, 3.0):
             ours, theirs = pictures_of_both(model, pipeline, slider, scale)
@@ -362,15 +284,9 @@ def test_diffusers_draws_our_sliders_as_we_do(model, pipeline, tmp_path, naming)
 def test_we_draw_diffusers_loras_as_it_does(model, pipeline, tmp_path):
     import peft
 
-    pipeline.unet.add_adapter(
-        peft.LoraConfig(
-            r=3,
-            lora_alpha=3,
-            init_lora_weights=False,
-            target_modules=["to_q", "to_k", "to_v", "to_out.0", "conv1", "ff.net.2"],
-        ),
-        "theirs",
-    )
+    layers = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "ff.net.2"]
+    settings = dict(r=3, lora_alpha=3, init_lora_weights=False, target_modules=layers)
+    pipeline.unet.add_adapter(peft.LoraConfig(**settings), "theirs")
     state = peft.get_peft_model_state_dict(pipeline.unet, adapter_name="theirs")
     for p in state.values():
         p.mul_(0.3)
@@ -387,8 +303,8 @@ def test_we_draw_diffusers_loras_as_it_does(model, pipeline, tmp_path):
 # ------------------------------------------------------------------------------------ extras.tools
 
 
-def tool(*words):
-    done = run(" ".join(shlex.quote(str(word)) for word in ("-m", "extras.tools", *words)))
+def tool(command: str) -> str:
+    done = run(f"-m extras.tools {command}")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -398,22 +314,17 @@ def test_alpha_in_diffusers_metadata_is_in_force(model, pipeline, tmp_path):
     of what B A says."""
     import peft
 
-    config = peft.LoraConfig(
-        r=4, lora_alpha=1, init_lora_weights=False, target_modules=["to_q", "conv2"]
-    )
+    settings = dict(r=4, lora_alpha=1, init_lora_weights=False, target_modules=["to_q", "conv2"])
+    config = peft.LoraConfig(**settings)
     pipeline.unet.add_adapter(config, "theirs")
     state = peft.get_peft_model_state_dict(pipeline.unet, adapter_name="theirs")
-    type(pipeline).save_lora_weights(
-        tmp_path,
-        unet_lora_layers=state,
-        weight_name="b.safetensors",
-        unet_lora_adapter_metadata=config.to_dict(),
-    )
+    options = dict(weight_name="b.safetensors", unet_lora_adapter_metadata=config.to_dict())
+    type(pipeline).save_lora_weights(tmp_path, unet_lora_layers=state, **options)
     slider = lora.load(tmp_path / "b.safetensors", model.unet)
     try:
         ours, theirs = pictures_of_both(model, pipeline, slider, 1.0)
         assert ((ours - theirs).abs().max() / theirs.abs().max()) < 1e-3
-        assert {part.factor for part in slider.children()} == {0.25}
+        assert {part.multiplier for part in slider.children()} == {0.25}
     finally:
         pipeline.unet.delete_adapters("theirs")
 
@@ -423,17 +334,16 @@ def test_damaged_pt_files_are_one_line(model, tmp_path):
     torch.save(load_file(tmp_path / "good.safetensors"), tmp_path / "good.pt")
     whole, g = bytearray((tmp_path / "good.pt").read_bytes()), torch.Generator().manual_seed(0)
     for i in range(60):
-        cut = int(torch.randint(len(whole), (1,), generator=g))
-        broken = (
-            whole[:cut]
-            if i % 2
-            else whole[: cut // 8] + bytes([whole[cut // 8] ^ 255]) + whole[cut // 8 + 1 :]
-        )
+        at = int(torch.randint(len(whole), (1,), generator=g))
+        broken = bytearray(whole)
+        if i % 2:
+            del broken[at:]
+        else:
+            broken[at // 8] ^= 255
         (tmp_path / "bad.pt").write_bytes(broken)
         try:
-            lora.load(
-                tmp_path / "bad.pt", model.unet
-            )  # a flipped bit may leave a file that is still whole
+            # Flipped bits may leave a file that is still whole.
+            lora.load(tmp_path / "bad.pt", model.unet)
         except ValueError as error:
             assert "bad.pt" in str(error) and "\n" not in str(error)
 
@@ -451,40 +361,21 @@ def two(model, tmp_path):
 
 
 def changes_of(slider, unet):
-    """{layer: dense change}."""
-    return {
-        n: change_of(slider.get_submodule(n)) if n in dict(slider.named_children()) else 0.0
-        for n in slider_files.layers_by_kohya_name(unet)
-    }
+    """{layer: dense change, or 0.0 where the slider has none}."""
+    changes = {name: change_of(part) for name, part in slider.named_children()}
+    return {name: changes.get(name, 0.0) for name in slider_files.layers_by_kohya_name(unet)}
 
 
 def test_merging_files_is_exact_and_of_lower_rank_the_nearest(model, tmp_path, two):
     (one, other), paths = two
-    tool(
-        "merge",
-        f"{paths[0]}:1.5",
-        f"{paths[1]}:-0.5",
-        "--store",
-        "float32",
-        "--out",
-        tmp_path / "all.safetensors",
-    )
-    tool(
-        "merge",
-        f"{paths[0]}:1.5",
-        f"{paths[1]}:-0.5",
-        "--store",
-        "float32",
-        "--rank",
-        3,
-        "--out",
-        tmp_path / "low.safetensors",
-    )
+    file = lambda name: tmp_path / f"{name}.safetensors"
+    exactly = "--store float32 --out"
+    both = f"{paths[0]}:1.5 {paths[1]}:-0.5"
+    tool(f"merge {both} {exactly} {file('all')}")
+    tool(f"merge {both} --rank 3 {exactly} {file('low')}")
     a, b = changes_of(one, model.unet), changes_of(other, model.unet)
-    whole, low = (
-        changes_of(lora.load(tmp_path / f"{n}.safetensors", model.unet), model.unet)
-        for n in ("all", "low")
-    )
+    load = lambda name: lora.load(file(name), model.unet)
+    whole, low = (changes_of(load(name), model.unet) for name in ("all", "low"))
     for name in a:
         expected = 1.5 * a[name] - 0.5 * b[name]
         if torch.is_tensor(expected):
@@ -493,54 +384,31 @@ def test_merging_files_is_exact_and_of_lower_rank_the_nearest(model, tmp_path, t
             error = (low[name] - expected).flatten(1).double().norm()
             assert error <= S[3:].norm() + 1e-5  # Eckart-Young: no rank-3 matrix is nearer
     # Beyond a layer's full rank (here 64), whole and cut: both load and say the same.
-    tool("merge", *[paths[1]] * 15, "--store", "float32", "--out", tmp_path / "many.safetensors")
-    tool(
-        "merge",
-        *[paths[1]] * 15,
-        "--store",
-        "float32",
-        "--rank",
-        70,
-        "--out",
-        tmp_path / "cut.safetensors",
-    )
-    for name, change in changes_of(other, model.unet).items():
-        if torch.is_tensor(change):
-            break
-    many, cut = (lora.load(tmp_path / f"{n}.safetensors", model.unet) for n in ("many", "cut"))
-    assert torch.allclose(
-        change_of(many.get_submodule(name)), 15 * change, atol=1e-4
-    ) and torch.allclose(change_of(cut.get_submodule(name)), 15 * change, atol=1e-3)
-    text = tool("info", paths[0], tmp_path / "all.safetensors")
+    fifteen = " ".join([str(paths[1])] * 15)
+    tool(f"merge {fifteen} {exactly} {file('many')}")
+    tool(f"merge {fifteen} --rank 70 {exactly} {file('cut')}")
+    name, part = next(other.named_children())
+    many, cut = (change_of(load(kind).get_submodule(name)) for kind in ("many", "cut"))
+    assert torch.allclose(many, 15 * change_of(part), atol=1e-4)
+    assert torch.allclose(cut, 15 * change_of(part), atol=1e-3)
+    text = tool(f"info {paths[0]} {file('all')}")
     assert "rank 2" in text and "rank 2, 5, 7" in text and "cosine" in text
 
 
 def test_baking_in_and_extracting_again(model, inputs, tmp_path, two):
     (one, _), paths = two
-    tool("bake", f"{paths[0]}:2", "--out", tmp_path / "baked")
+    tool(f"bake {paths[0]}:2 --out {tmp_path}/baked")
     baked = SDXL.load(tmp_path / "baked", device="cpu")
     merged = SDXL.load(device="cpu")
-    one.merge(merged.unet, 2.0)
+    merge(merged.unet, [(one, 2.0)])
     with torch.no_grad():
         a, b = baked.unet(*inputs), merged.unet(*inputs)
     assert (a - b).norm() < 3e-3 * b.norm()  # the folder is in float16
-    said = tool(
-        "extract",
-        tmp_path / "baked",
-        "--rank",
-        2,
-        "--layers",
-        "attn",
-        "--store",
-        "float32",
-        "--out",
-        tmp_path / "back.safetensors",
-    )
-    assert "rank 2 holds 9" in said or "rank 2 holds 100" in said
-    found, expected = (
-        changes_of(lora.load(tmp_path / "back.safetensors", model.unet), model.unet),
-        changes_of(one, model.unet),
-    )
+    back, options = tmp_path / "back.safetensors", "--rank 2 --layers attn --store float32"
+    printed = tool(f"extract {tmp_path}/baked {options} --out {back}")
+    assert "rank 2 holds 9" in printed or "rank 2 holds 100" in printed
+    found = changes_of(lora.load(back, model.unet), model.unet)
+    expected = changes_of(one, model.unet)
     for name, change in expected.items():
         if torch.is_tensor(change):
             assert (found[name] - 2 * change).norm() < 0.1 * change.norm()
@@ -548,92 +416,30 @@ def test_baking_in_and_extracting_again(model, inputs, tmp_path, two):
 
 @pytest.mark.slow
 def test_a_single_file_can_be_baked_into_too(model, inputs, tmp_path, two):
-    from test_weights import one_file
-
     _, paths = two
     one_file(tmp_path / "m.safetensors")
-    tool(
-        "bake",
-        f"{paths[1]}:1",
-        "--model",
-        tmp_path / "m.safetensors",
-        "--base",
-        MINIATURE,
-        "--out",
-        tmp_path / "n.safetensors",
-    )
-    tool("bake", f"{paths[1]}:1", "--out", tmp_path / "folder")
-    a, b = (
-        SDXL.load(tmp_path / "n.safetensors", device="cpu", base=MINIATURE),
-        SDXL.load(tmp_path / "folder", device="cpu"),
-    )
+    single = f"--model {tmp_path}/m.safetensors --base {MINIATURE}"
+    tool(f"bake {paths[1]}:1 {single} --out {tmp_path}/n.safetensors")
+    tool(f"bake {paths[1]}:1 --out {tmp_path}/folder")
+    a = SDXL.load(tmp_path / "n.safetensors", device="cpu", base=MINIATURE)
+    b = SDXL.load(tmp_path / "folder", device="cpu")
     with torch.no_grad():
         assert torch.equal(a.unet(*inputs), b.unet(*inputs))
 
 
-@pytest.mark.slow
 def test_like_trains_the_same_slider_again(tmp_path):
-    train = [sys.executable, "train_text.py"]
-    first = [
-        *train,
-        "--pos",
-        "a photo of a person, smiling",
-        "--neg",
-        "a photo of a person, frowning",
-        "--preserve",
-        "man, woman",
-        "--preserve",
-        "with a hat",
-        "--steps",
-        "3",
-        "--trajectories",
-        "2",
-        "--per-trajectory",
-        "3",
-        "--denoising-steps",
-        "6",
-        "--probe",
-        "0",
-        "--rank",
-        "2",
-        "--seed",
-        "5",
-        "--positive-only",
-        "--out",
-        str(tmp_path / "a.safetensors"),
-    ]
-    for command in (
-        first,
-        [
-            *train,
-            "--like",
-            str(tmp_path / "a.safetensors"),
-            "--out",
-            str(tmp_path / "b.safetensors"),
-        ],
-        [
-            *train,
-            "--like",
-            str(tmp_path / "a.safetensors"),
-            "--rank",
-            "3",
-            "--out",
-            str(tmp_path / "c.safetensors"),
-        ],
-    ):
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    a, b, c = (tmp_path / f"{name}.safetensors" for name in "abc")
+    options = "--preserve 'man, woman' --preserve 'with a hat' --rank 2 --seed 5 --positive-only"
+    small = "--steps 3 --batch 3 --trajectories 1 --per-trajectory 3 --denoising-steps 6 --probe 0"
+    like = f"train_text.py --like {a}"
+    commands = [f"{TRAIN} {options} {small} --out {a}", f"{like} --out {b}"]
+    for command in (*commands, f"{like} --rank 3 --out {c}"):
+        done = run(command)
         assert done.returncode == 0, done.stderr
-    a, b, c = (load_file(tmp_path / f"{n}.safetensors") for n in "abc")
-    assert a.keys() == b.keys() == c.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert all(len(v) == 3 for k, v in c.items() if k.endswith("lora_down.weight"))
-    done = subprocess.run(
-        [sys.executable, "train_pairs.py", "--like", str(tmp_path / "a.safetensors")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert (
-        done.returncode == 2
-        and "trained by another script" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+    a_tensors, b_tensors, c_tensors = (load_file(file) for file in (a, b, c))
+    assert a_tensors.keys() == b_tensors.keys() == c_tensors.keys()
+    assert all(torch.equal(a_tensors[k], b_tensors[k]) for k in a_tensors)
+    assert all(len(v) == 3 for k, v in c_tensors.items() if k.endswith("lora_down.weight"))
+    done = run(f"train_pairs.py --like {a}")
+    assert done.returncode == 2 and "trained by another script" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -2,6 +2,7 @@
 gradient against finite differences."""
 
 from copy import copy, deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,12 +10,16 @@ import torch
 import lora
 import sampler
 import train_space
-from miniature.judges import image_encoder
 from miniature.measure import tensor
+from sdxl import MINIATURE
 from sdxl_unet import UNet
 from support import clip
 from support.checkpoint import Checkpoint
 from support.sweep import sweep
+
+
+def encoder():
+    return clip.load_encoder(MINIATURE / "image_encoder")
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +27,27 @@ def conds(model):
     return model.condition(["a photo of a person"]), model.condition([""])
 
 
-def collect(model, conds, folder, **changes):
-    settings = dict(
-        samples=6, per_sample=2, size=(128, 128), seed=3, batch=4, steps=6, guidance=3.0, start=0.3
-    )
-    return train_space.collect(model, *conds, Checkpoint(folder), **(settings | changes))
+def collect(model, conds, **changes):
+    settings = dict(samples=6, per_sample=2, size=(128, 128), seed=3, batch=4)
+    settings |= dict(steps=6, guidance=3.0, start=0.3)
+    return train_space.collect(model, *conds, **(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def six(model, conds):
+    return collect(model, conds)
+
+
+@pytest.fixture
+def three(six, monkeypatch):
+    """Samples of which two are trained on."""
+    monkeypatch.setattr(train_space, "HELD_OUT", 1)
+    return six.first(3)
+
+
+def two_directions():
+    g = torch.Generator().manual_seed(0)
+    return torch.linalg.qr(torch.randn(128, 2, generator=g))[0].T
 
 
 def test_directions_of_a_known_spread():
@@ -37,13 +58,11 @@ def test_directions_of_a_known_spread():
     x = torch.empty(20_000, 10).exponential_(generator=g) - 1  # skewed: the sign is defined
     f = x * each @ axes.T + 5
     v, sigma, share = train_space.directions(f, 3)
-    assert torch.allclose(
-        (v @ axes[:, :3]).diagonal(), torch.ones(3), atol=0.01
-    )  # the long tail is on the positive side
+    # Not -1: the long tail is on the positive side.
+    assert torch.allclose((v @ axes[:, :3]).diagonal(), torch.ones(3), atol=0.01)
     assert torch.allclose(sigma, each[:3], rtol=0.05)
-    assert share.sum() == pytest.approx(
-        (each[:3].square().sum() / each.square().sum()).item(), abs=0.01
-    )
+    expected = each[:3].square().sum() / each.square().sum()
+    assert share.sum() == pytest.approx(expected.item(), abs=0.01)
 
 
 def test_independent_directions_are_the_causes_and_principal_ones_mixtures():
@@ -51,24 +70,16 @@ def test_independent_directions_are_the_causes_and_principal_ones_mixtures():
     independent directions find these."""
     g = torch.Generator().manual_seed(1)
     axes, _ = torch.linalg.qr(torch.randn(10, 10, generator=g))
-    causes = torch.cat(
-        [
-            (torch.rand(20_000, 2, generator=g) < 0.3).float() / 0.21**0.5,
-            torch.rand(20_000, 2, generator=g) * 12**0.5,
-        ],
-        1,
-    )
-    f = causes * torch.tensor([1.02, 1.01, 1.0, 0.99]) @ axes[:4] + 0.1 * torch.randn(
-        20_000, 10, generator=g
-    )
+    on_or_off = (torch.rand(20_000, 2, generator=g) < 0.3).float() / 0.21**0.5
+    even = torch.rand(20_000, 2, generator=g) * 12**0.5
+    strengths = torch.tensor([1.02, 1.01, 1.0, 0.99])
+    f = torch.cat([on_or_off, even], 1) * strengths @ axes[:4]
+    f += 0.1 * torch.randn(20_000, 10, generator=g)
     best = lambda v: (v @ axes[:4].T).abs().max(1)
     v, sigma, share = train_space.directions(f, 4, independent=True)
     assert best(v)[0].min() > 0.99 and best(v)[1].sort()[0].tolist() == [0, 1, 2, 3]
     assert best(train_space.directions(f, 4)[0])[0].min() < 0.95
-    assert (
-        torch.allclose(sigma, torch.tensor([1.02, 1.01, 1.0, 0.99]), rtol=0.05)
-        and 0.9 < share.sum() < 1
-    )
+    assert torch.allclose(sigma, strengths, rtol=0.05) and 0.9 < share.sum() < 1
     v_again, _, _ = train_space.directions(f, 4, independent=True)
     assert torch.equal(v, v_again)
 
@@ -97,9 +108,8 @@ def test_one_sample_one_slider_of_the_bank(model, inputs):
             assert torch.allclose(together[i : i + 1], expected, atol=2e-4)
 
 
-def test_samples_survive_a_stop_and_x_t_lie_on_the_way(model, conds, tmp_path, monkeypatch):
-    whole = collect(model, conds, tmp_path / "whole")
-    real, calls = sampler.sample, []
+def test_samples_survive_a_stop_and_x_t_lie_on_the_way(model, conds, six, tmp_path, monkeypatch):
+    real, calls, checkpoint = sampler.sample, [], Checkpoint(tmp_path)
 
     def stops(*args, **kw):
         calls.append(len(args[1]))
@@ -109,56 +119,33 @@ def test_samples_survive_a_stop_and_x_t_lie_on_the_way(model, conds, tmp_path, m
 
     monkeypatch.setattr(sampler, "sample", stops)
     with pytest.raises(KeyboardInterrupt):
-        collect(model, conds, tmp_path / "part")
-    again = collect(model, conds, tmp_path / "part")
+        collect(model, conds, remember=checkpoint.remember)
+    again = collect(model, conds, remember=checkpoint.remember)
     assert calls == [4, 2, 2]  # the first batch was not drawn again
-    assert (
-        torch.equal(whole.x_0, again.x_0)
-        and torch.equal(whole.x_t, again.x_t)
-        and whole.x_t.shape == (6, 2, 4, 16, 16)
-    )
+    assert torch.equal(six.x_0, again.x_0) and torch.equal(six.x_t, again.x_t)
+    assert six.x_t.shape == (6, 2, 4, 16, 16)
     monkeypatch.undo()
-    levels = sampler.timesteps(6)
+    settings = dict(alpha_bar=model.alpha_bar, steps=6, guidance=3.0)
     for m in range(2):
-        t = int(whole.t[5, m])
+        t = int(six.t[5, m])
         assert t <= 700
         x_T = sampler.noise([3_000_005], model.latent_shape())
-        reached = sampler.sample(
-            model.unet,
-            x_T,
-            *conds,
-            alpha_bar=model.alpha_bar,
-            steps=6,
-            guidance=3.0,
-            stop=levels.index(t),
-        )
-        assert torch.allclose(reached[0], whole.x_t[5, m], atol=1e-3)
+        stop = sampler.timesteps(6).index(t)
+        reached = sampler.sample(model.unet, x_T, *conds, **settings, stop=stop)
+        assert torch.allclose(reached[0], six.x_t[5, m], atol=1e-3)
 
 
 @pytest.mark.slow
-def test_the_gradient_through_unet_vae_and_clip_agrees_with_finite_differences(
-    model, conds, tmp_path
-):
-    samples = collect(model, conds, tmp_path, samples=10)
+def test_the_gradient_through_unet_vae_and_clip_agrees_with_finite_differences(model, conds, three):
     unet = UNet(model.unet.config).double().requires_grad_(False)
     unet.load_state_dict(model.unet.state_dict())
     twin = copy(model)
-    twin.unet, twin.vae, twin.alpha_bar = (
-        unet,
-        deepcopy(model.vae).double(),
-        model.alpha_bar.double(),
-    )
-    clip = image_encoder().double()
-    double = lambda part: tuple(c.double() for c in part)
-    samples = train_space.Samples(
-        samples.x_0.double(), samples.x_t.double(), samples.t, samples.prompt
-    )
-    v = torch.linalg.qr(torch.randn(128, 2, generator=torch.Generator().manual_seed(0)))[
-        0
-    ].T.double()
-    space = train_space.Space(
-        twin, clip, samples, double(conds[0]), double(conds[1]), v, rank=1, guidance=1.0, batch=4
-    )
+    twin.unet, twin.vae = unet, deepcopy(model.vae).double()
+    twin.alpha_bar = model.alpha_bar.double()
+    samples = replace(three, x_0=three.x_0.double(), x_t=three.x_t.double())
+    conds = (tuple(c.double() for c in part) for part in conds)
+    v, settings = two_directions().double(), dict(rank=1, guidance=1.0, batch=4)
+    space = train_space.Space(twin, encoder().double(), samples, *conds, v, **settings)
     torch.manual_seed(0)
     bank = lora.Slider(lora.target_layers(unet, "xattn", conv=False), 2, 2.0).double()
     for name, p in bank.named_parameters():
@@ -168,10 +155,8 @@ def test_the_gradient_through_unet_vae_and_clip_agrees_with_finite_differences(
     rows = torch.tensor([0, 5, 9, 15])
     parameters = list(bank.parameters())
     gradients = torch.autograd.grad(space.loss(bank, rows).sum(), parameters)
-    directions = [
-        torch.randn(p.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
-        for i, p in enumerate(parameters)
-    ]
+    g = torch.Generator().manual_seed(0)
+    directions = [torch.randn(p.shape, dtype=torch.float64, generator=g) for p in parameters]
 
     @torch.no_grad()
     def moved(h):
@@ -183,37 +168,23 @@ def test_the_gradient_through_unet_vae_and_clip_agrees_with_finite_differences(
         return value
 
     h = 1e-6
-    assert sum((g * d).sum() for g, d in zip(gradients, directions)).item() == pytest.approx(
-        (moved(h) - moved(-h)) / (2 * h), rel=1e-4
-    )
+    along = sum((g * d).sum() for g, d in zip(gradients, directions)).item()
+    assert along == pytest.approx((moved(h) - moved(-h)) / (2 * h), rel=1e-4)
 
 
-def test_the_first_gradient_is_not_rounding(model, conds, tmp_path):
+def test_the_first_gradient_is_not_rounding(model, conds, three):
     """Of a slider that changes nothing yet: features that differ in their last digits give the
     same gradient."""
-    v = torch.linalg.qr(torch.randn(128, 2, generator=torch.Generator().manual_seed(0)))[0].T
-    space = train_space.Space(
-        model,
-        image_encoder(),
-        collect(model, conds, tmp_path, samples=10),
-        *conds,
-        v,
-        rank=1,
-        guidance=1.0,
-        batch=4,
-    )
+    settings = dict(rank=1, guidance=1.0, batch=4)
+    space = train_space.Space(model, encoder(), three, *conds, two_directions(), **settings)
     torch.manual_seed(0)
-    bank = lora.Slider(lora.target_layers(model.unet, "xattn", conv=False), 2, 2.0).attach(
-        model.unet
-    )
-    gradient = lambda: torch.cat(
-        [
-            g.flatten()
-            for g in torch.autograd.grad(
-                space.loss(bank, torch.tensor([0, 5])).sum(), list(bank.parameters())
-            )
-        ]
-    )
+    bank = lora.Slider(lora.target_layers(model.unet, "xattn", conv=False), 2, 2.0)
+    bank.attach(model.unet)
+
+    def gradient():
+        loss = space.loss(bank, torch.tensor([0, 5])).sum()
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(bank.parameters()))])
+
     one = gradient()
     space.f_0 += 1e-7 * torch.randn(space.f_0.shape, generator=torch.Generator().manual_seed(1))
     other = gradient()
@@ -222,83 +193,49 @@ def test_the_first_gradient_is_not_rounding(model, conds, tmp_path):
 
 
 @pytest.mark.slow
-def test_sliders_learn_their_directions(model, conds, tmp_path):
-    samples, clip = collect(model, conds, tmp_path, samples=12), image_encoder()
-    f = clip.features(model, clip, samples.x_0)
-    v, sigma, _ = train_space.directions(f, 2)
-    made, reading = train_space.learn(
-        model,
-        clip,
-        samples,
-        *conds,
-        v,
-        layers=lora.target_layers(model.unet, "all"),
-        rank=1,
-        alpha=1.0,
-        guidance=1.0,
-        steps=16,
-        batch=8,
-        lr=2e-3,
-        seed=0,
-    )
+@pytest.mark.slow
+def test_sliders_learn_their_directions(model, conds):
+    samples, see = collect(model, conds, samples=12), encoder()
+    v, sigma, _ = train_space.directions(clip.features(model, see, samples.x_0), 2)
+    settings = dict(layers=lora.target_layers(model.unet, "all"), rank=1, alpha=1.0, guidance=1.0)
+    settings |= dict(steps=16, batch=8, lr=2e-3, seed=0)
+    made, reading = train_space.learn(model, see, samples, *conds, v, **settings)
     assert reading["cosine"] > 0.3 and len(made) == 2
     # Calibrated, scale 2 moves the very pictures it was calibrated on by one standard deviation.
-    drawing = dict(alpha_bar=model.alpha_bar, batch=8, steps=4, guidance=3.0, start=0.0)
-    train_space.calibrate(
-        model,
-        clip,
-        made[0],
-        v[0],
-        sigma[0].item(),
-        *conds,
-        seeds=2,
-        size=None,
-        batch=8,
-        steps=4,
-        guidance=3.0,
-        start=0.0,
-    )
+    slider, direction = made[0], (v[0], sigma[0].item())
+    drawing = dict(batch=8, steps=4, guidance=3.0, start=0.0)
+    train_space.calibrate(model, see, slider, *direction, *conds, seeds=2, size=None, **drawing)
     x_T = sampler.noise(range(2), model.latent_shape())
-    low, high = (
-        clip.features(model, clip, x_0) @ v[0]
-        for _, x_0 in sweep(model.unet, x_T, *conds, [[(made[0], s)] for s in (-2, 2)], **drawing)
-    )
+    columns = [[(slider, scale)] for scale in (-2, 2)]
+    drawn = sweep(model.unet, x_T, *conds, columns, alpha_bar=model.alpha_bar, **drawing)
+    low, high = (clip.features(model, see, x_0) @ v[0] for _, x_0 in drawn)
     assert (high - low).mean().item() / 2 == pytest.approx(sigma[0].item(), rel=0.4)
 
 
-def test_features_are_those_of_the_pictures(model, conds, tmp_path):
-    samples, clip = collect(model, conds, tmp_path), image_encoder()
-    f = clip.features(model, clip, samples.x_0)
-    seen = torch.nn.functional.normalize(clip(tensor(model.decode(samples.x_0))), dim=-1)
-    assert (
-        torch.allclose(f.norm(dim=-1), torch.ones(6)) and (f - seen).norm(dim=-1).max() < 0.1
-    )  # but for rounding and clipping
+def test_features_are_those_of_the_pictures(model, six):
+    see = encoder()
+    f = clip.features(model, see, six.x_0)
+    seen = torch.nn.functional.normalize(see(tensor(model.decode(six.x_0))), dim=-1)
+    assert torch.allclose(f.norm(dim=-1), torch.ones(6))
+    assert (f - seen).norm(dim=-1).max() < 0.1  # but for rounding and clipping
 
 
 def test_words_that_lie_along_a_direction_are_named(model):
     """A direction that is made of a word's own change finds that word."""
-    _, encode = clip.towers(type("A", (), {"clip": None}), model)
+    _, encode = clip.towers(None, model)
     words = ["hat", "glasses", "red", "smiling"]
-    f = torch.nn.functional.normalize(
-        encode(["a person", "a person, hat", "a person, smiling"]), dim=-1
-    )
-    hints = clip.name_directions(
-        encode, "a person", words, torch.nn.functional.normalize(f[1:] - f[0], dim=-1)
-    )
-    assert (
-        hints[0][0].startswith("+ hat")
-        and hints[1][0].startswith("+ smiling")
-        and hints[0][1].startswith("- ")
-    )
+    normalize = lambda x: torch.nn.functional.normalize(x, dim=-1)
+    f = normalize(encode(["a person", "a person, hat", "a person, smiling"]))
+    hints = clip.name_directions(encode, "a person", words, normalize(f[1:] - f[0]))
+    assert hints[0][0].startswith("+ hat") and hints[1][0].startswith("+ smiling")
+    assert hints[0][1].startswith("- ")
 
 
-def test_guidance_in_the_predicted_picture(model, conds, tmp_path):
+def test_guidance_in_the_predicted_picture(model, conds, three):
     """x_0 from eps_u + g (eps_c - eps_u), each sample at a level of its own, against the two
     predictions made one by one."""
-    samples = collect(model, conds, tmp_path, samples=10)
-    space = train_space.Space(
-        model, image_encoder(), samples, *conds, torch.eye(128)[:2], rank=1, guidance=3.0, batch=4
-    )
+    settings = dict(rank=1, guidance=3.0, batch=4)
+    space = train_space.Space(model, encoder(), three, *conds, torch.eye(128)[:2], **settings)
     with torch.no_grad():
         found = space.predict_x_0(torch.tensor([0, 3]))
         for x_0, row in zip(found, (0, 3)):

@@ -81,7 +81,7 @@ def test_training_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "faces", lambda count, seed: real_faces(min(count, 16), seed))
     monkeypatch.setattr(train, "drawn", lambda *_: [])
     monkeypatch.setattr(train.images, "contact_sheet", lambda *_: Image.new("RGB", (1, 1)))
-    monkeypatch.setattr(train.evaluate, "fid", lambda *_: 0.0)
+    monkeypatch.setattr(train.metrics, "fid", lambda *_: 0.0)
 
     @contextlib.contextmanager
     def stoppable():
@@ -91,7 +91,7 @@ def test_training_goes_on_where_it_was(tmp_path, monkeypatch):
         calls.append(1)
         return real_loss(*args)
 
-    monkeypatch.setattr(train, "stoppable", stoppable)
+    monkeypatch.setattr(train, "deferred_interrupt", stoppable)
     monkeypatch.setattr(train, "loss_of", loss)
     results = []
     for name in ("whole", "part"):

@@ -44,28 +44,25 @@ def test_composed_sliders_are_each_ones_hooks_together(model, inputs, several):
         assert composed.handles and composed.replaced  # this model and these ranks take both forms
         assert torch.equal(unet(*inputs), untouched)
         composed.scale = 1.0
-        assert torch.allclose(unet(*inputs), expected, atol=1e-4) and not torch.allclose(
-            expected, untouched, atol=1e-2
-        )
+        assert torch.allclose(unet(*inputs), expected, atol=1e-4)
+        assert not torch.allclose(expected, untouched, atol=1e-2)
         composed.detach()
         assert torch.equal(unet(*inputs), untouched)
     assert all(p is weights[n] for n, p in unet.named_parameters())
 
 
-def test_hung_sliders_leave_when_sampling_fails(model, inputs, several):
-    with (
-        pytest.raises(ZeroDivisionError),
-        composed(
-            model.unet, [(several[0], 1.0, 0.3), (several[1], 2.0, 0.3), (several[2], 1.0, 0.5)]
-        ) as on,
-    ):
-        assert len(on) == 2 and {start for _, _, start in on} == {0.3, 0.5}  # the first two as one
+def test_composed_sliders_leave_when_sampling_fails(model, inputs, several):
+    first, second, third, _ = several
+    sliders = [(first, 1.0, 0.3), (second, 2.0, 0.3), (third, 1.0, 0.5)]
+    with pytest.raises(ZeroDivisionError), composed(model.unet, sliders) as switches:
+        starts = [start for _, _, start in switches]
+        assert len(starts) == 2 and set(starts) == {0.3, 0.5}  # the first two as one
         1 / 0
     assert not any(m._forward_hooks for m in model.unet.modules())
 
 
 def latents_of(model, monkeypatch):
-    """Make model.pictures hand out the latents themselves."""
+    """Make model.decode hand out the latents themselves."""
     monkeypatch.setattr(type(model), "decode", lambda self, x_0: list(x_0))
 
 
@@ -82,10 +79,8 @@ def test_a_sweep_is_the_separate_runs_for_less(model, several, monkeypatch):
     columns = [[(moving, float(s)), (fixed, 0.5)] for s in scales]
     together = slider.sweep(model, "a photo of a person", [3, 4], columns, **settings)
     cost, counted[:] = sum(counted), []
-    apart = [
-        slider.generate(model, "a photo of a person", [3, 4], column, **settings)
-        for column in columns
-    ]
+    alone = lambda column: slider.generate(model, "a photo of a person", [3, 4], column, **settings)
+    apart = [alone(column) for column in columns]
     assert cost <= 0.75 * sum(counted)
     hook.remove()
     for a, b in zip(together, apart):
@@ -109,9 +104,8 @@ def test_scale_0_in_a_sweep_is_the_untouched_model_bit_for_bit(model, several, m
     latents_of(model, monkeypatch)
     columns = [[(several[1], s)] for s in (-1.0, 0.0, 1.0)]
     swept = slider.sweep(model, "a photo of a person", [1, 2], columns, steps=4)
-    assert all(
-        map(torch.equal, swept[1], slider.generate(model, "a photo of a person", [1, 2], steps=4))
-    )
+    untouched = slider.generate(model, "a photo of a person", [1, 2], steps=4)
+    assert all(map(torch.equal, swept[1], untouched))
 
 
 def test_every_slider_has_its_own_start(model, several, monkeypatch):
@@ -121,31 +115,21 @@ def test_every_slider_has_its_own_start(model, several, monkeypatch):
     x_T, cond = sampler.noise([0], (4, 16, 16)), model.condition(["a photo of a person"])
     for sliders in ([(several[1], 1.0)], [(several[1], 1.0), (several[2], 1.0, 0.8)]):
         states = []
-        sampler.sample(
-            model.unet,
-            x_T,
-            cond,
-            alpha_bar=model.alpha_bar,
-            steps=10,
-            guidance=1.0,
-            sliders=sliders,
-            start=0.3,
-            on_step=lambda i, t, x_t, eps: states.append((t, x_t)),
-        )
+        settings = dict(alpha_bar=model.alpha_bar, steps=10, guidance=1.0, start=0.3)
+        on_step = lambda i, t, x_t, eps: states.append((t, x_t))
+        sampler.sample(model.unet, x_T, cond, sliders=sliders, on_step=on_step, **settings)
         seen.append(states)
     same = {t: torch.allclose(a, b, atol=1e-5) for (t, a), (_, b) in zip(*seen)}
-    assert same == {
-        t: t > 0.2 * 1000 - 100 for t in same
-    }  # x_t of the step after the first below t_on = 200 differs
+    # x_t of the step after the first below t_on = 200 differs.
+    assert same == {t: t > 0.2 * 1000 - 100 for t in same}
 
 
 def test_eq_8_at_sampling_time_is_what_it_says(model):
     """One step of --guide against the four predictions made one by one, and a slider that made
     just that change."""
     cond, uncond = model.condition(["a photo of a person"]), model.condition([""])
-    ends = model.condition(
-        ["old person, with glasses", "old person", "young person, with glasses", "young person"]
-    )
+    ages = ("old person", "young person")
+    ends = model.condition([f"{age}{p}" for age in ages for p in (", with glasses", "")])
     x_t = sampler.noise([5], (4, 16, 16))
     with torch.no_grad():
         eps = lambda c: model.unet(x_t, torch.tensor([500]), *c)
@@ -153,21 +137,17 @@ def test_eq_8_at_sampling_time_is_what_it_says(model):
         plain = eps(uncond) + 4.0 * (eps(cond) - eps(uncond))
         expected = plain + 0.7 * (one[0] + one[1] - one[2] - one[3]) / 2
         delta = lambda x_t, t: 0.7 * train_text.ends_difference(model.unet, x_t, t, ends)
+        settings = dict(alpha_bar=model.alpha_bar, steps=[500, 250], guidance=4.0, start=0.0)
         found = []
         for change in (None, delta):
-            x = sampler.sample(
-                model.unet, x_t, cond, uncond, alpha_bar=model.alpha_bar, steps=[500, 250],
-                guidance=4.0, start=0.0, delta=change, stop=1,
-            )  # fmt: skip
+            x = sampler.sample(model.unet, x_t, cond, uncond, delta=change, stop=1, **settings)
             # The eps that this step was made with.
             a, b = (float(model.alpha_bar[t]) for t in (500, 250))
             scale = (1 - b) ** 0.5 - (b / a) ** 0.5 * (1 - a) ** 0.5
             found.append((x - (b / a) ** 0.5 * x_t) / scale)
         assert torch.allclose(found[0], plain, atol=1e-4)
-        ours = found[1]
-        assert torch.allclose(ours, expected, atol=1e-4) and not torch.allclose(
-            ours, plain, atol=1e-2
-        )
+        assert torch.allclose(found[1], expected, atol=1e-4)
+        assert not torch.allclose(found[1], plain, atol=1e-2)
 
 
 def test_scales_over_the_useful_range(several):
@@ -184,17 +164,12 @@ def test_even_scales_look_evenly_spaced(low, high, left):
     """Pictures whose grey is a known curve of the scale, steep near 0: neighbours must differ by
     about the same."""
     grey = lambda scale: 120 + 100 * np.tanh(scale / 2)
-    draw = lambda scales: [
-        [Image.fromarray(np.full((4, 4), grey(s), dtype=np.float32), mode="F")] * 2 for s in scales
-    ]
+    picture = lambda s: Image.fromarray(np.full((4, 4), grey(s), dtype=np.float32), mode="F")
+    draw = lambda scales: [[picture(s)] * 2 for s in scales]
     scales = slider.even_scales(draw, low, high)
     steps = np.diff([grey(s) for s in scales])
-    assert (
-        len(scales) == 7
-        and scales[0] == low
-        and scales[-1] == high
-        and sum(s < 0 for s in scales) == left
-    )
+    assert len(scales) == 7 and scales[0] == low and scales[-1] == high
+    assert sum(s < 0 for s in scales) == left
     assert (0 in scales) == (low <= 0) and steps.min() > 0
     for side in (steps[:left], steps[left:]):
         assert not len(side) or side.std() < 0.15 * side.mean()
@@ -203,17 +178,15 @@ def test_even_scales_look_evenly_spaced(low, high, left):
 
 def test_where_a_slider_stops_being_useful():
     scales = [0.0, 1.0, 2.0, 4.0, 8.0]
-    assert probe.useful_end(scales, [1, 1, 1.1, 1.2, 2.2], [0, 1, 2, 4, 8]) == pytest.approx(
-        4 + 4 * 0.05
-    )  # breaks down
-    assert (
-        probe.useful_end(scales, [1, 1, 1, 1, 1], [0, 1, 1.5, 1.6, 1.7]) == 2.0
-    )  # stays as it is from 2 on
-    assert probe.useful_end(scales, [1, 1, 1, 1, 1], [0, 1, 2, 3, 4]) == 8.0
-    assert probe.useful_end(
-        [-s for s in scales], [1, 1, 1, 1.5, 9], [0, -1, -2, -4, -8]
-    ) == pytest.approx(-3)
-    assert probe.useful_end(scales, [1, 1, float("nan"), 1, 1], [0, 1, 2, 4, 8]) == 1.0
+    end = lambda surprise, change: probe.useful_end(scales, surprise, change)
+    breaks_down = end([1, 1, 1.1, 1.2, 2.2], [0, 1, 2, 4, 8])
+    assert breaks_down == pytest.approx(4 + 4 * 0.05)
+    assert end([1, 1, 1, 1, 1], [0, 1, 1.5, 1.6, 1.7]) == 2.0  # stays as it is from 2 on
+    assert end([1, 1, 1, 1, 1], [0, 1, 2, 3, 4]) == 8.0
+    assert end([1, 1, float("nan"), 1, 1], [0, 1, 2, 4, 8]) == 1.0
+    downward = [-s for s in scales]
+    breaks_down = probe.useful_end(downward, [1, 1, 1, 1.5, 9], [0, -1, -2, -4, -8])
+    assert breaks_down == pytest.approx(-3)
 
 
 @pytest.mark.slow
@@ -227,27 +200,20 @@ def test_a_slider_that_wrecks_pictures_is_found_out(model):
                 p.mul_(strength)
         found.append(probe.probe(model, s, cond, uncond, (4, 16, 16), seeds=2, steps=6))
     gentle, wild = found
-    assert (
-        gentle["range"][0] < -4
-        and gentle["range"][1] > 4
-        and -2 < wild["range"][0] < 0 < wild["range"][1] < 2
-    )
+    assert gentle["range"][0] < -4 and gentle["range"][1] > 4
+    assert -2 < wild["range"][0] < 0 < wild["range"][1] < 2
     for one in found:
-        assert (
-            one["change"] == sorted(one["change"])
-            and one["change"][4] == 0
-            and one["surprise"][4] == 1
-        )
+        assert one["change"] == sorted(one["change"])
+        assert one["change"][4] == 0 and one["surprise"][4] == 1
 
 
 def test_two_groups_of_sliders_with_starts_of_their_own_add_up(model, inputs):
     """Four sliders whose ranks call for a second W in narrow layers, two and two on switches of
     their own."""
     four = [trained_slider(model.unet, i, rank=9, layers="attn") for i in range(4)]
+    starts = [0.3, 0.3, 0.5, 0.5]
     with torch.no_grad():
-        with composed(
-            model.unet, [(s, 1.0, 0.3 if i < 2 else 0.5) for i, s in enumerate(four)]
-        ) as switches:
+        with composed(model.unet, [(s, 1.0, at) for s, at in zip(four, starts)]) as switches:
             for switch, scale, _ in switches:
                 switch.scale = scale
             ours = model.unet(*inputs)
@@ -257,8 +223,6 @@ def test_two_groups_of_sliders_with_starts_of_their_own_add_up(model, inputs):
         for s in four:
             s.detach()
     assert len(switches) == 2 and torch.allclose(ours, expected, atol=1e-3)
-    with (
-        pytest.raises(ValueError, match="twice"),
-        composed(model.unet, [(four[0], 1.0, 0.3), (four[0], 1.0, 0.5)]),
-    ):
+    twice = [(four[0], 1.0, 0.3), (four[0], 1.0, 0.5)]
+    with pytest.raises(ValueError, match="twice"), composed(model.unet, twice):
         pass

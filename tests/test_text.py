@@ -17,85 +17,69 @@ from support import options, training
 from support.sweep import composed
 from support.training import set_checkpointing
 
-POS, NEG, TARGET = (
-    "a photo of a person, very old",
-    "a photo of a person, very young",
-    "a photo of a person",
-)
+TARGET = "a photo of a person"
+POS, NEG = f"{TARGET}, very old", f"{TARGET}, very young"
 PRESERVE = ["with glasses", "without glasses", "man"]
 
 
 def collect(model, preserve=PRESERVE, **changes):
     prompts = train_text.encode(model, [TARGET, "a photo of a man"], POS, NEG, preserve, (128, 128))
-    settings = dict(
-        eta=2.0,
-        trajectories=3,
-        per_trajectory=4,
-        denoising_steps=8,
-        guidance=3.0,
-        size=(128, 128),
-        seed=5,
-        batch=7,
-    )
+    settings = dict(eta=2.0, trajectories=3, per_trajectory=4, denoising_steps=8, guidance=3.0)
+    settings |= dict(size=(128, 128), seed=5, batch=7)
     return train_text.collect(model, prompts, **(settings | changes))
 
 
-@pytest.mark.parametrize("preserve", [[], PRESERVE])
-def test_the_teachers_targets_are_the_right_hand_side_of_eq_8(model, preserve):
-    targets = collect(model, preserve)
+@pytest.fixture(scope="module")
+def collected(model):
+    return collect(model)
+
+
+@pytest.fixture
+def targets(collected):
+    """A test may set its fields to other tensors."""
+    return dataclasses.replace(collected)
+
+
+@pytest.mark.parametrize("preserve", [[], PRESERVE], ids=["nothing", "concepts"])
+def test_the_teachers_targets_are_the_right_hand_side_of_eq_8(model, targets, preserve):
+    targets = targets if preserve else collect(model, preserve)
     assert len(targets) == 24
-    eps = lambda i, prompt: model.unet(
-        targets.x_t[i : i + 1], targets.t[i : i + 1], *model.condition([prompt])
-    )[0]
-    with torch.no_grad():
-        for i in (0, 5, 11):
-            total = 0
-            for p in preserve or [None]:
-                total = (
-                    total
-                    + eps(i, POS if p is None else f"{POS}, {p}")
-                    - eps(i, NEG if p is None else f"{NEG}, {p}")
-                )
-            delta = 2.0 * total / len(preserve or [None])
-            eps_0 = eps(i, [TARGET, "a photo of a man"][targets.prompt[i]])
-            for j, s in ((i, 1.0), (12 + i, -1.0)):  # every x_t comes at either end
-                assert (
-                    targets.scale[j] == s
-                    and torch.equal(targets.x_t[j], targets.x_t[i])
-                    and targets.t[j] == targets.t[i]
-                )
-                assert targets.prompt[j] == targets.prompt[i] and torch.allclose(
-                    targets.eps_0[j], eps_0, atol=1e-4
-                )
-                assert (targets.target[j] - eps_0 - s * delta).norm() < 1e-3 * delta.norm() + 1e-4
+    ends = [(f"{POS}, {p}", f"{NEG}, {p}") for p in preserve] or [(POS, NEG)]
+
+    @torch.no_grad()
+    def eps(i, prompt):
+        row = slice(i, i + 1)
+        return model.unet(targets.x_t[row], targets.t[row], *model.condition([prompt]))[0]
+
+    for i in (0, 5, 11):
+        total = sum(eps(i, pos) - eps(i, neg) for pos, neg in ends)
+        delta = 2.0 * total / len(ends)
+        eps_0 = eps(i, [TARGET, "a photo of a man"][targets.prompt[i]])
+        for j, s in ((i, 1.0), (12 + i, -1.0)):  # every x_t comes at either end
+            assert targets.scale[j] == s
+            assert torch.equal(targets.x_t[j], targets.x_t[i])
+            assert targets.t[j] == targets.t[i] and targets.prompt[j] == targets.prompt[i]
+            assert torch.allclose(targets.eps_0[j], eps_0, atol=1e-4)
+            assert (targets.target[j] - eps_0 - s * delta).norm() < 1e-3 * delta.norm() + 1e-4
 
 
-def test_x_t_lie_on_the_frozen_models_own_way(model):
+def test_x_t_lie_on_the_frozen_models_own_way(model, targets):
     """Each kept x_t is what partial denoising to its t gives; every trajectory keeps the same
     number, at its own levels."""
-    targets = collect(model)
     x_T = sampler.noise(range(5000, 5003), (4, 16, 16))
-    prompts = [TARGET, "a photo of a man", TARGET]
-    levels = sampler.timesteps(8)
+    cond = model.condition([TARGET, "a photo of a man", TARGET])
+    settings = dict(alpha_bar=model.alpha_bar, steps=8, guidance=3.0)
     for i in (0, 6, 11):
-        reached = sampler.sample(
-            model.unet,
-            x_T,
-            model.condition(prompts),
-            model.condition([""] * 3),
-            alpha_bar=model.alpha_bar,
-            steps=8,
-            guidance=3.0,
-            stop=levels.index(int(targets.t[i])),
-        )
+        stop = sampler.timesteps(8).index(int(targets.t[i]))
+        uncond = model.condition([""] * 3)
+        reached = sampler.sample(model.unet, x_T, cond, uncond, **settings, stop=stop)
         assert (reached[i // 4] - targets.x_t[i]).abs().max() < 1e-4
     assert targets.prompt.tolist() == 2 * ([0] * 4 + [1] * 4 + [0] * 4)
 
 
-def test_meter_reads_what_is_there(model):
+def test_meter_reads_what_is_there(model, targets):
     """A slider whose effect is taken as the target reads share 1 and cosine 1; twice that target,
     a half; its negative, -1. With twice the target at one end only, that end reads a half."""
-    targets = collect(model)
     torch.manual_seed(0)
     slider = lora.Slider(lora.target_layers(model.unet, "noxattn")).requires_grad_(False)
     for name, p in slider.named_parameters():
@@ -107,41 +91,32 @@ def test_meter_reads_what_is_there(model):
     for factor, share, cosine in ((1.0, 1.0, 1.0), (2.0, 0.5, 1.0), (-1.0, -1.0, -1.0)):
         targets.target = targets.eps_0 + factor * effect
         reading = student.meter(model.unet, slider, targets, batch=5)
-        assert reading["share"] == pytest.approx(share, rel=1e-3) and reading[
-            "cosine"
-        ] == pytest.approx(cosine, rel=1e-3)
-    targets.target = (
-        targets.eps_0 + torch.where(targets.scale > 0, 2.0, 1.0).view(-1, 1, 1, 1) * effect
-    )
+        assert reading["share"] == pytest.approx(share, rel=1e-3)
+        assert reading["cosine"] == pytest.approx(cosine, rel=1e-3)
+    twice_at_one_end = torch.where(targets.scale > 0, 2.0, 1.0).view(-1, 1, 1, 1)
+    targets.target = targets.eps_0 + twice_at_one_end * effect
     reading = student.meter(model.unet, slider, targets, batch=5)
-    assert reading["plus"] == pytest.approx(0.5, rel=1e-3) and reading["minus"] == pytest.approx(
-        1, rel=1e-3
-    )
+    assert reading["plus"] == pytest.approx(0.5, rel=1e-3)
+    assert reading["minus"] == pytest.approx(1, rel=1e-3)
     slider.detach()
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("both_ends", [True, False])
 def test_the_student_learns_unseen_x_t_and_touches_nothing_else(model, both_ends):
     before = {k: v.clone() for k, v in model.unet.state_dict().items()}
-    train, held_out = (
-        collect(model, trajectories=4, per_trajectory=6),
-        collect(model, trajectories=2, seed=6),
-    )
+    train = collect(model, trajectories=4, per_trajectory=6)
+    held_out = collect(model, trajectories=2, seed=6)
     torch.manual_seed(0)
     slider = lora.Slider(lora.target_layers(model.unet)).attach(model.unet)
     start = student.meter(model.unet, slider, held_out, 4)
     train = train if both_ends else train[train.scale > 0]
-    reading = training.fit_targets(
-        model.unet, slider, train, held_out, steps=30, batch=8, lr=1.3e-3
-    )
+    settings = dict(steps=30, batch=8, lr=1.3e-3)
+    reading = training.fit_targets(model.unet, slider, train, held_out, **settings)
     slider.detach()
-    assert (
-        abs(start["share"]) < 1e-6
-        and reading["share"] > 0.2
-        and reading["cosine"] > 0.4
-        and reading["loss"] < 0.9
-    )
+    assert abs(start["share"]) < 1e-6
+    assert reading["share"] > 0.2 and reading["cosine"] > 0.4 and reading["loss"] < 0.9
     if not both_ends:
         assert reading["plus"] > reading["minus"]
     assert all(torch.equal(v, before[k]) for k, v in model.unet.state_dict().items())
@@ -164,59 +139,40 @@ def test_training_in_bfloat16_keeps_the_slider_in_float32():
         targets.target = student.predict(unet, teacher, targets)
         targets.eps_0 = student.predict(unet, teacher, dataclasses.replace(targets, scale=0 * one))
     slider = lora.Slider(lora.target_layers(unet)).attach(unet)
-    reading = training.fit_targets(
-        unet,
-        slider,
-        targets[torch.arange(20)],
-        targets[torch.arange(20, 24)],
-        steps=12,
-        batch=4,
-        lr=2e-2,
-    )
-    assert all(p.dtype == torch.float32 for p in slider.parameters()) and reading["share"] > 0.5, (
-        reading
-    )
+    train, held_out = targets[torch.arange(20)], targets[torch.arange(20, 24)]
+    settings = dict(steps=12, batch=4, lr=2e-2)
+    reading = training.fit_targets(unet, slider, train, held_out, **settings)
+    assert all(p.dtype == torch.float32 for p in slider.parameters())
+    assert reading["share"] > 0.5, reading
 
 
-def test_same_seed_same_slider(model):
-    train, sliders = collect(model), []
-    for meter_every, again in (
-        (1, False),
-        (100, True),
-    ):  # neither readings in between nor checkpointing change anything
-        set_checkpointing(model.unet, again)
+def test_same_seed_same_slider(model, targets):
+    """Neither readings in between nor gradient checkpointing change anything."""
+    sliders, settings = [], dict(steps=3, batch=2, lr=1e-3)
+    for meter_every, checkpointing in ((1, False), (100, True)):
+        set_checkpointing(model.unet, checkpointing)
         torch.manual_seed(0)
         slider = lora.Slider(lora.target_layers(model.unet, "attn")).attach(model.unet)
-        training.fit_targets(
-            model.unet,
-            slider,
-            train,
-            train[torch.arange(3)],
-            steps=3,
-            batch=2,
-            lr=1e-3,
-            meter_every=meter_every,
-        )
+        settings |= dict(meter_every=meter_every)
+        training.fit_targets(model.unet, slider, targets, targets[torch.arange(3)], **settings)
         slider.detach()
         set_checkpointing(model.unet, False)
         sliders.append(slider.state_dict())
     assert all(torch.equal(v, sliders[1][k]) for k, v in sliders[0].items())
 
 
-def test_divergence_stops_training(model):
-    train = collect(model)
+def test_divergence_stops_training(model, targets):
     slider = lora.Slider(lora.target_layers(model.unet)).attach(model.unet)
     with pytest.raises(FloatingPointError, match="lower --lr"):
-        training.fit_targets(model.unet, slider, train, train, steps=30, batch=2, lr=10.0)
+        training.fit_targets(model.unet, slider, targets, targets, steps=30, batch=2, lr=10.0)
     slider.detach()
 
 
-def test_nothing_to_learn_is_said(model):
-    train = collect(model)
-    train.target = train.eps_0.float().clone()
+def test_nothing_to_learn_is_said(model, targets):
+    targets.target = targets.eps_0.float().clone()
     slider = lora.Slider(lora.target_layers(model.unet)).attach(model.unet)
     with pytest.raises(ValueError, match="no difference"):
-        training.fit_targets(model.unet, slider, train, train, steps=3, batch=2, lr=1e-3)
+        training.fit_targets(model.unet, slider, targets, targets, steps=3, batch=2, lr=1e-3)
     slider.detach()
 
 
@@ -231,19 +187,19 @@ def test_a_prompt_that_is_too_long_is_said(model):
 
 def test_verdicts():
     good = {"share": 0.8, "cosine": 0.9, "plus": 0.8, "minus": 0.8}
-    assert "It works" in " ".join(training.verdict(good, 0.1)) and "WARNING" not in " ".join(
-        training.verdict(good, 0.1)
-    )
-    assert "in part" in " ".join(training.verdict(good | {"share": 0.4}, 0.1))
-    assert "next to nothing" in " ".join(
-        training.verdict(good | {"share": 0.05, "loss": 0.97}, 0.1)
-    )
-    assert "by heart" in " ".join(training.verdict(good | {"share": 0.05, "loss": 0.5}, 0.1))
-    assert "something else" in " ".join(training.verdict(good | {"cosine": 0.2}, 0.1))
-    assert "hardly tells" in " ".join(training.verdict(good, 0.01))
-    assert "never saw the words zebra" in " ".join(
-        training.verdict(good, 0.1, unknown_words={"zebra"})
-    ) and "It works" not in " ".join(training.verdict(good, 0.1, unknown_words={"zebra"}))
+
+    def verdict(difference=0.1, unknown_words=(), **reading):
+        lines = training.verdict(good | reading, difference, unknown_words=unknown_words)
+        return " ".join(lines)
+
+    assert "It works" in verdict() and "WARNING" not in verdict()
+    assert "in part" in verdict(share=0.4)
+    assert "next to nothing" in verdict(share=0.05, loss=0.97)
+    assert "by heart" in verdict(share=0.05, loss=0.5)
+    assert "something else" in verdict(cosine=0.2)
+    assert "hardly tells" in verdict(difference=0.01)
+    of_a_zebra = verdict(unknown_words={"zebra"})
+    assert "never saw the words zebra" in of_a_zebra and "It works" not in of_a_zebra
 
 
 def test_shared_part():
@@ -256,9 +212,5 @@ def test_shared_part():
 def test_preserved_concepts_combine():
     assert options.combinations([]) == options.combinations([" , "]) == []
     assert options.combinations(["man, woman,"]) == ["man", "woman"]
-    assert options.combinations(["a, b", "c", "d, e"]) == [
-        "a, c, d",
-        "a, c, e",
-        "b, c, d",
-        "b, c, e",
-    ]
+    every = ["a, c, d", "a, c, e", "b, c, d", "b, c, e"]
+    assert options.combinations(["a, b", "c", "d, e"]) == every
