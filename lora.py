@@ -69,11 +69,11 @@ class LowRank(nn.Module):
         return slider_files.Delta(A, B, self.multiplier * len(A))
 
 
-def low_rank(x, A, B, layer: Layer, rank_scale=None):
+def low_rank(x, A, B, layer, rank_scale=None):
     """B A x: (b, ..., in) -> (b, ..., r) -> (b, ..., out). Of a convolution, with `layer`'s stride
     and padding: (b, in, h, w) -> (b, r, h', w') -> (b, out, h', w'). rank_scale: (b, r) or None."""
     conv = A.ndim == 4
-    h = F.conv2d(x, A, None, layer.stride, layer.padding) if conv else F.linear(x, A)  # type: ignore
+    h = F.conv2d(x, A, None, layer.stride, layer.padding) if conv else F.linear(x, A)
     if rank_scale is not None:
         shape = (*rank_scale.shape, 1, 1) if conv else (len(h), *[1] * (h.ndim - 2), -1)
         h = h * rank_scale.to(h.dtype).view(shape)

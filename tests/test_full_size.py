@@ -31,11 +31,10 @@ def test_forward_agrees_with_diffusers(dtype, tolerance):
         theirs = diffusers.UNet2DConditionModel(**CONFIGS["full"])
     theirs.load_state_dict(ours.state_dict(), assign=True)  # the same tensors: no second copy
     x, t, context, pooled, ids = inputs(dtype, side=32)
+    added = {"text_embeds": pooled, "time_ids": ids}
     with torch.no_grad():
         a = ours(x, t, context, pooled, ids).float()
-        b = theirs.eval()(
-            x, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}
-        ).sample.float()
+        b = theirs.eval()(x, t, context, added_cond_kwargs=added).sample.float()
     error = ((a - b).norm() / b.norm()).item()
     print(f"\nUNet, {dtype}, 256 pixels: relative difference to diffusers {error:.1e}")
     assert a.isfinite().all() and a.std() > 0.01
@@ -46,7 +45,7 @@ LOAD = """
 import sys, torch
 from sdxl import SDXL
 from bench.unet import inputs
-from support.training import peak_memory
+from support.cost import peak_memory
 before = peak_memory()
 model = SDXL.load(sys.argv[1], device="cpu", dtype=torch.float16, base=sys.argv[2])
 loaded = peak_memory() - before  # a mapped tensor is resident only once it was used
@@ -78,44 +77,27 @@ def test_one_full_size_file_and_the_folder_are_the_same_model(tmp_path):
     renamed = single_file.rename({n: tuple(s) for n, s in shapes.items()})
     for part in PARTS:
         (base / part).mkdir()
-        state = {
-            new: single_file.transform(tensors[old], action).contiguous().clone()
-            for new, old, action in renamed[part]
-        }
-        save_file(
-            state,
-            base
-            / part
-            / ("model.safetensors" if "text" in part else "diffusion_pytorch_model.safetensors"),
-        )
+        transformed = lambda old, action: single_file.transform(tensors[old], action)
+        state = {new: transformed(*how).contiguous().clone() for new, *how in renamed[part]}
+        stem = "model" if "text" in part else "diffusion_pytorch_model"
+        save_file(state, base / part / f"{stem}.safetensors")
         (base / part / "config.json").write_text(json.dumps(single_file.SDXL[part]))
     (base / "scheduler").mkdir()
-    (base / "scheduler" / "scheduler_config.json").write_text(
-        json.dumps(single_file.SDXL["scheduler"])
-    )
-    (base / "model_index.json").write_text(
-        json.dumps(
-            single_file.SDXL["model_index"]
-            | {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}
-        )
-    )
-    count = {
-        part: sum(
-            torch.Size(shapes[o]).numel() // (3 if a in "qkv" and a else 1)
-            for _, o, a in renamed[part]
-        )
-        for part in PARTS
-    }
-    size = sum(n * (4 if part == "vae" else 2) for part, n in count.items())
+    scheduler = json.dumps(single_file.SDXL["scheduler"])
+    (base / "scheduler" / "scheduler_config.json").write_text(scheduler)
+    index = single_file.SDXL["model_index"]
+    index |= {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}
+    (base / "model_index.json").write_text(json.dumps(index))
+    size = 0  # bytes
+    for part in PARTS:
+        for _, old, action in renamed[part]:
+            numbers = torch.Size(shapes[old]).numel() // (3 if action in ("q", "k", "v") else 1)
+            size += numbers * (4 if part == "vae" else 2)
     del tensors, state
     outputs = []
     for form in ("one.safetensors", "base"):
-        done = subprocess.run(
-            [sys.executable, "-c", LOAD, tmp_path / form, base, tmp_path / "out.pt"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
+        command = [sys.executable, "-c", LOAD, tmp_path / form, base, tmp_path / "out.pt"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         loaded, used = (int(n) / size for n in done.stdout.split())
         weights = f"the weights' {size / 2**30:.2f} GiB while loading"

@@ -1,5 +1,6 @@
 """The slider against its equation, and slider files."""
 
+import copy
 import re
 
 import pytest
@@ -21,15 +22,15 @@ def trained_slider(unet, seed=0, **options):
     return slider.requires_grad_(False)
 
 
-@pytest.mark.parametrize(
-    "layer, x",
-    [
-        (nn.Linear(6, 5), torch.randn(2, 7, 6)),
-        (nn.Conv2d(6, 5, 3, padding=1), torch.randn(2, 6, 8, 8)),
-        (nn.Conv2d(6, 5, 3, stride=2, padding=1), torch.randn(2, 6, 8, 8)),
-        (nn.Conv2d(6, 5, 1), torch.randn(2, 6, 4, 4)),
-    ],
-)
+LAYERS = [
+    (nn.Linear(6, 5), torch.randn(2, 7, 6)),
+    (nn.Conv2d(6, 5, 3, padding=1), torch.randn(2, 6, 8, 8)),
+    (nn.Conv2d(6, 5, 3, stride=2, padding=1), torch.randn(2, 6, 8, 8)),
+    (nn.Conv2d(6, 5, 1), torch.randn(2, 6, 4, 4)),
+]
+
+
+@pytest.mark.parametrize("layer, x", LAYERS)
 def test_it_adds_alpha_over_r_B_A_x(layer, x):
     """Against the same change folded into the dense weight, in float64."""
     layer, x = layer.double(), x.double()
@@ -37,11 +38,10 @@ def test_it_adds_alpha_over_r_B_A_x(layer, x):
     nn.init.normal_(part.lora_up.weight)
     down, up = part.lora_down.weight.flatten(1), part.lora_up.weight.flatten(1)  # (r, in), (out, r)
     dense = layer.weight + 1.7 * (2.0 / 3) * (up @ down).view_as(layer.weight)
-    expected = (
-        nn.functional.linear(x, dense, layer.bias)
-        if x.ndim == 3
-        else nn.functional.conv2d(x, dense, layer.bias, layer.stride, layer.padding)
-    )
+    if x.ndim == 3:
+        expected = nn.functional.linear(x, dense, layer.bias)
+    else:
+        expected = nn.functional.conv2d(x, dense, layer.bias, layer.stride, layer.padding)
     assert torch.allclose(layer(x) + 1.7 * part(x), expected, atol=1e-12)
 
 
@@ -59,9 +59,9 @@ def test_scale_zero_untrained_and_detached_are_bit_identical(model, inputs):
             assert not torch.allclose(unet(*inputs), untouched, atol=1e-3)
         slider.detach()
         assert torch.equal(unet(*inputs), untouched)
-    assert list(unet.state_dict()) == list(weights) and all(
-        torch.equal(unet.state_dict()[k], v) for k, v in weights.items()
-    )
+    state = unet.state_dict()
+    assert list(state) == list(weights)
+    assert all(torch.equal(state[k], v) for k, v in weights.items())
 
 
 def test_scale_zero_costs_nothing(model, inputs):
@@ -85,34 +85,25 @@ def test_one_scale_per_sample_equals_one_at_a_time(model, inputs):
             together = model.unet(*inputs)
         for i, scale in enumerate(scales):
             with slider.at(float(scale)):
-                assert torch.allclose(
-                    model.unet(*(v[i : i + 1] for v in inputs))[0], together[i], atol=1e-4
-                )
+                (alone,) = model.unet(*(v[i : i + 1] for v in inputs))
+                assert torch.allclose(alone, together[i], atol=1e-4)
     slider.detach()
 
 
 def test_several_sliders_add_up_as_dense_weights_do(model, inputs):
     """Two attached sliders of different ranks and layers against a copy of the UNet with both
     merged into its weights."""
-    import copy
-
-    first, second = (
-        trained_slider(model.unet, 1, rank=2, layers="attn"),
-        trained_slider(model.unet, 2, rank=5, alpha=3.0, layers="noxattn"),
-    )
+    first = trained_slider(model.unet, 1, rank=2, layers="attn")
+    second = trained_slider(model.unet, 2, rank=5, alpha=3.0, layers="noxattn")
     merged, also_merged = copy.deepcopy(model.unet), copy.deepcopy(model.unet)
     for slider, scale in ((first, 1.5), (second, -0.7)):
         merge(also_merged, [(slider, scale)])
         for name, module in merged.named_modules():
             part = getattr(slider, lora.kohya_name(name), None)
             if part is not None:
-                change = part.lora_up.weight.flatten(1) @ part.lora_down.weight.flatten(1)
-                module.weight.data += (
-                    scale
-                    * float(part.alpha)
-                    / part.lora_down.weight.shape[0]
-                    * change.view_as(module.weight)
-                )
+                A, B = part.lora_down.weight.flatten(1), part.lora_up.weight.flatten(1)
+                change = scale * float(part.alpha) / len(A) * (B @ A)
+                module.weight.data += change.view_as(module.weight)
     first.attach(model.unet), second.attach(model.unet)
     with torch.no_grad(), first.at(1.5), second.at(-0.7):
         ours, expected = model.unet(*inputs), merged(*inputs)
@@ -124,16 +115,12 @@ def test_several_sliders_add_up_as_dense_weights_do(model, inputs):
 def test_layer_sets(model):
     names = {s: set(lora.target_layers(model.unet, s)) for s in lora.LAYERS}
     assert names["xattn"] and all(".attn2." in n for n in names["xattn"])
-    assert (
-        all(re.search(r"\.attn[12]\.", n) for n in names["attn"]) and names["xattn"] < names["attn"]
-    )
+    assert all(re.search(r"\.attn[12]\.", n) for n in names["attn"])
+    assert names["xattn"] < names["attn"]
     assert not any(".attn2." in n or "time_embedding" in n for n in names["noxattn"])
     assert names["all"] == names["noxattn"] | names["xattn"]
-    assert {
-        "down_blocks.0.downsamplers.0.conv",
-        "up_blocks.0.upsamplers.0.conv",
-        "mid_block.resnets.0.conv1",
-    } <= names["noxattn"]
+    samplers = {"down_blocks.0.downsamplers.0.conv", "up_blocks.0.upsamplers.0.conv"}
+    assert samplers | {"mid_block.resnets.0.conv1"} <= names["noxattn"]
     without = lora.target_layers(model.unet, "noxattn", conv=False)
     assert without and not any(isinstance(m, nn.Conv2d) for m in without.values())
 
@@ -149,12 +136,9 @@ def test_a_file_brings_back_the_slider_and_its_settings(model, inputs, tmp_path)
     lora.save(tmp_path / "a.safetensors", slider, {"settings": {"eta": 2.0}, "kind": "text slider"})
     back = lora.load(tmp_path / "a.safetensors", model.unet)
     assert back.metadata["settings"] == '{"eta": 2.0}' and back.metadata["kind"] == "text slider"
-    assert {k: v.shape for k, v in back.state_dict().items()} == {
-        k: v.shape for k, v in slider.state_dict().items()
-    }
-    assert all(
-        torch.equal(v, slider.state_dict()[k].half().float()) for k, v in back.state_dict().items()
-    )
+    before, after = slider.state_dict(), back.state_dict()
+    assert {k: v.shape for k, v in after.items()} == {k: v.shape for k, v in before.items()}
+    assert all(torch.equal(v, before[k].half().float()) for k, v in after.items())
     assert [f.name for f in tmp_path.iterdir()] == ["a.safetensors"]
     outputs = []
     for s in (slider, back):
@@ -172,10 +156,8 @@ def test_bad_files_are_refused_by_name(model, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "good.safetensors").read_bytes()[:5000])
     (tmp_path / "text.safetensors").write_text("not a slider")
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
-    save_file(
-        {"lora_unet_nowhere.lora_down.weight": torch.zeros(2, 2)},
-        tmp_path / "elsewhere.safetensors",
-    )
+    nowhere = {"lora_unet_nowhere.lora_down.weight": torch.zeros(2, 2)}
+    save_file(nowhere, tmp_path / "elsewhere.safetensors")
     save_file(good | {first: good[first] * float("nan")}, tmp_path / "nan.safetensors")
     save_file(good | {first: good[first][:, :1].contiguous()}, tmp_path / "rank.safetensors")
     save_file({k: v for k, v in good.items() if k != first}, tmp_path / "half.safetensors")

@@ -38,9 +38,8 @@ def randomise(module, seed=0):
     """Every parameter away from its initial value, so that every branch matters."""
     g = torch.Generator().manual_seed(seed)
     for p in module.parameters():
-        p.data = torch.randn(p.shape, generator=g) * (0.08 if p.ndim > 1 else 0.3) + (
-            0.0 if p.ndim > 1 else 0.4
-        )
+        std, mean = (0.08, 0.0) if p.ndim > 1 else (0.3, 0.4)
+        p.data = torch.randn(p.shape, generator=g) * std + mean
     return module.eval()
 
 
@@ -75,75 +74,64 @@ def test_unet_agrees_with_diffusers(h, w):
     theirs = diffusers.UNet2DConditionModel(**UNET).eval()
     theirs.load_state_dict(ours.state_dict())
     x, t, context, pooled, time_ids = unet_inputs(h=h, w=w)
+    added = {"text_embeds": pooled, "time_ids": time_ids}
     with torch.no_grad():
         a = ours(x, t, context, pooled, time_ids)
-        b = theirs(
-            x, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids}
-        ).sample
+        b = theirs(x, t, context, added_cond_kwargs=added).sample
     assert a.std() > 0.1 and relative_error(a, b) < 1e-5
 
 
 def test_vae_agrees_with_diffusers():
     diffusers = pytest.importorskip("diffusers")
     ours = randomise(VAE(VAE_))
-    theirs = diffusers.AutoencoderKL(**{k: v for k, v in VAE_.items()}).eval()
+    theirs, factor = diffusers.AutoencoderKL(**VAE_).eval(), VAE_["scaling_factor"]
     theirs.load_state_dict(ours.state_dict())
     x = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(2)) * 2 - 1
     with torch.no_grad():
         latents = ours.encode(x)
         assert latents.shape == (2, 4, 8, 12)
-        assert (
-            relative_error(latents, theirs.encode(x).latent_dist.mean * VAE_["scaling_factor"])
-            < 1e-5
-        )
-        assert (
-            relative_error(
-                ours.decode(latents), theirs.decode(latents / VAE_["scaling_factor"]).sample
-            )
-            < 1e-5
-        )
+        assert relative_error(latents, theirs.encode(x).latent_dist.mean * factor) < 1e-5
+        pictures = theirs.decode(latents / factor).sample
+        assert relative_error(ours.decode(latents), pictures) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_stays_close_to_float32(dtype):
+@pytest.mark.parametrize("dtype, most", [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
+def test_half_precision_stays_close_to_float32(dtype, most):
     unet = randomise(UNet(UNET))
     x, t, *cond = unet_inputs()
     with torch.no_grad():
         exact = unet(x, t, *cond)
         half = unet.to(dtype)(x.to(dtype), t, *(c.to(dtype) for c in cond))
-    assert half.dtype == dtype and relative_error(half.float(), exact) < (
-        0.1 if dtype == torch.bfloat16 else 0.02
-    )
+    assert half.dtype == dtype and relative_error(half.float(), exact) < most
 
 
 @pytest.mark.parametrize("kind", ["unet", "vae"])
 def test_gradient_checkpointing_gives_the_same_gradients(kind):
-    network = randomise(UNet(UNET)) if kind == "unet" else randomise(VAE(VAE_))
-    block, run = (
-        (network.mid_block, lambda: network(*unet_inputs()))
-        if kind == "unet"
-        else (network.decoder.mid_block, lambda: network.decode(torch.ones(2, 4, 8, 8)))
-    )
+    if kind == "unet":
+        network = randomise(UNet(UNET))
+        block, run = network.mid_block, lambda: network(*unet_inputs())
+    else:
+        network = randomise(VAE(VAE_))
+        block, run = network.decoder.mid_block, lambda: network.decode(torch.ones(2, 4, 8, 8))
     calls, gradients = [], []
     block.resnets[0].conv1.register_forward_hook(lambda *_: calls.append(1))
-    for again in (False, True):
-        set_checkpointing(network, again)
+    for checkpointing in (False, True):
+        set_checkpointing(network, checkpointing)
         network.zero_grad()
         run().square().mean().backward()
         gradients.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
-    assert (
-        all(torch.equal(a, b) for a, b in zip(*gradients)) and len(calls) == 1 + 2
-    )  # once more on the way back
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert len(calls) == 1 + 2  # once more on the way back
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"down_block_types": ["AttnDownBlock2D"] * 3},
-        {"addition_embed_type": None},
-        {"attention_head_dim": 8},
-    ],
-)
+NOT_SDXL = [
+    {"down_block_types": ["AttnDownBlock2D"] * 3},
+    {"addition_embed_type": None},
+    {"attention_head_dim": 8},
+]
+
+
+@pytest.mark.parametrize("change", NOT_SDXL)
 def test_another_kind_of_unet_is_refused(change):
     with pytest.raises(ValueError, match="not SDXL's kind"):
         UNet(UNET | change)
@@ -153,29 +141,24 @@ def test_decoding_in_tiles(model):
     """Exact where the decoder looks at one place at a time; close, and without seams, with the
     real one."""
     vae, tile = model.vae, model.vae.tile
-    z = model.encode(
-        [world.draw(world.sample(np.random.default_rng(i))) for i in range(6)]
-    )  # (6, 4, 16, 16)
-    z = torch.cat([torch.cat([*z[:3]], -1), torch.cat([*z[3:]], -1)], -2)[
-        None
-    ]  # one picture of six: (1, 4, 32, 48)
+    pictures = [world.draw(world.sample(np.random.default_rng(i))) for i in range(6)]
+    z = model.encode(pictures)  # (6, 4, 16, 16)
+    rows = torch.cat([*z[:3]], -1), torch.cat([*z[3:]], -1)
+    z = torch.cat(rows, -2)[None]  # one picture of six: (1, 4, 32, 48)
+    enlarge = lambda z: F.interpolate(z[:, :3], scale_factor=8.0)
     with torch.no_grad():
         whole = vae.decode(z)
         try:
             vae.tile = 20
             tiled = vae.decode(z)
-            vae.decode_moments = lambda z: F.interpolate(z[:, :3], scale_factor=8.0)
-            assert torch.allclose(
-                vae.decode(z) * vae.config["scaling_factor"],
-                F.interpolate(z[:, :3], scale_factor=8.0),
-                atol=1e-5,
-            )
+            vae.decode_moments = enlarge
+            found = vae.decode(z) * vae.config["scaling_factor"]
+            assert torch.allclose(found, enlarge(z), atol=1e-5)
         finally:
             vae.tile = tile
             del vae.decode_moments
     assert tiled.shape == whole.shape == (1, 3, 256, 384)
     assert 0 < (tiled - whole).abs().mean() < 0.03
-    jump = (
-        lambda p: (p[..., 1:] - p[..., :-1]).abs().mean((0, 1, 2))[[119, 159, 223, 279]]
-    )  # over the tiles' edges
+    edges = [119, 159, 223, 279]  # of the tiles
+    jump = lambda p: (p[..., 1:] - p[..., :-1]).abs().mean((0, 1, 2))[edges]
     assert (jump(tiled) - jump(whole)).abs().max() < 0.01

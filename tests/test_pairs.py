@@ -18,53 +18,42 @@ SCALES = [-2.0, -1.0, 1.0]
 @pytest.fixture(scope="module")
 def latents(model):
     """(4, 3, 4, 16, 16): four faces at three eye sizes."""
-    faces = [
-        world.sample(np.random.default_rng([7, i]), kind="face", malformed=0) for i in range(4)
-    ]
-    return torch.stack(
-        [model.encode([world.draw(f | {"eye_size": v}) for v in (0.6, 0.8, 1.4)]) for f in faces]
-    )
+    return torch.stack([encode(model, [7, i], (0.6, 0.8, 1.4)) for i in range(4)])
+
+
+def encode(model, seed, eye_sizes):
+    """Latents of one face with eyes of these sizes: (len(eye_sizes), 4, 16, 16)."""
+    face = world.sample(np.random.default_rng(seed), kind="face", malformed=0)
+    return model.encode([world.draw(face | {"eye_size": size}) for size in eye_sizes])
 
 
 def collect(model, latents, scales=SCALES, **changes):
     settings = dict(noises=5, seed=3, batch=7) | changes
-    return train_pairs.collect(
-        model, latents, torch.tensor(scales), model.condition(["a photo of a person"]), **settings
-    )
+    cond = model.condition(["a photo of a person"])
+    return train_pairs.collect(model, latents, torch.tensor(scales), cond, **settings)
 
 
 def test_noise_and_level_are_the_same_within_a_pair_and_spread_over_the_schedule(model, latents):
     targets = collect(model, latents, target="noise")
     assert len(targets) == 60 and targets.scale.tolist() == SCALES * 20
-    x_t, t, target = (
-        x.unflatten(0, (20, 3)) for x in (targets.x_t, targets.t, targets.target)
-    )  # (pair and noise, scale, ...)
-    assert torch.equal(t[:, 0], t[:, 1]) and all(
-        (t[:, 0].view(4, 5)[i] // 200 == torch.arange(5)).all() for i in range(4)
-    )
+    # (pair and noise, scale, ...)
+    x_t, t, target = (x.unflatten(0, (20, 3)) for x in (targets.x_t, targets.t, targets.target))
+    assert torch.equal(t[:, 0], t[:, 1])
+    assert (t[:, 0].view(4, 5) // 200 == torch.arange(5)).all()
     a = model.alpha_bar[t].view(20, 3, 1, 1, 1)
-    eps = (x_t - a.sqrt() * latents.repeat_interleave(5, 0)) / (
-        1 - a
-    ).sqrt()  # x_t solved for its noise
-    assert torch.allclose(eps, target, atol=1e-3 / (1 - a).sqrt().min()) and torch.equal(
-        target[:, 0], target[:, 2]
-    )
-    assert (
-        abs(eps.mean()) < 0.02
-        and abs(eps.std() - 1) < 0.02
-        and not torch.allclose(eps[0], eps[1], atol=0.5)
-    )
+    # x_t solved for its noise.
+    eps = (x_t - a.sqrt() * latents.repeat_interleave(5, 0)) / (1 - a).sqrt()
+    assert torch.allclose(eps, target, atol=1e-3 / (1 - a).sqrt().min())
+    assert torch.equal(target[:, 0], target[:, 2])
+    assert abs(eps.mean()) < 0.02 and abs(eps.std() - 1) < 0.02
+    assert not torch.allclose(eps[0], eps[1], atol=0.5)
 
 
 def test_eps_0_is_the_frozen_models_prediction(model, latents):
-    targets = collect(model, latents)
+    targets, cond = collect(model, latents), model.condition(["a photo of a person"])
     with torch.no_grad():
         for i in (0, 35):
-            eps = model.unet(
-                targets.x_t[i : i + 1],
-                targets.t[i : i + 1],
-                *model.condition(["a photo of a person"]),
-            )[0]
+            (eps,) = model.unet(targets.x_t[i : i + 1], targets.t[i : i + 1], *cond)
             assert torch.allclose(eps, targets.eps_0[i], atol=1e-4)
 
 
@@ -72,9 +61,8 @@ def test_eps_0_is_the_frozen_models_prediction(model, latents):
 def test_the_shared_prediction_is_the_lines_value_at_scale_0(scales):
     eps_0 = torch.randn(3, len(scales), 2, 4, 4)
     ours = train_pairs.shared_prediction(eps_0, torch.tensor(scales))
-    line = np.polyfit(scales, eps_0.transpose(0, 1).flatten(1).double().numpy(), 1)[
-        1
-    ]  # numpy's least squares
+    # numpy's least squares: slope and value at 0.
+    _, line = np.polyfit(scales, eps_0.transpose(0, 1).flatten(1).double().numpy(), 1)
     assert np.allclose(ours.flatten().numpy(), line, atol=1e-5)
 
 
@@ -82,11 +70,8 @@ def test_both_targets_ask_for_the_same_slider(latents):
     """For a slider that adds s * D and scales that sum to 0, the D that minimises the paper's loss
     and the one that minimises ours are the same, whatever eps is: gradient descent on each, in
     float64."""
-    scales, eps_0, eps = (
-        torch.tensor([-2.0, 0.5, 1.5]).double(),
-        torch.randn(1, 3, 2, 4, 4).double(),
-        torch.randn(1, 1, 2, 4, 4).double(),
-    )
+    scales = torch.tensor([-2.0, 0.5, 1.5]).double()
+    eps_0, eps = torch.randn(1, 3, 2, 4, 4).double(), torch.randn(1, 1, 2, 4, 4).double()
     found = []
     for target in (eps, train_pairs.shared_prediction(eps_0, scales).double()):
         D = torch.zeros(1, 1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
@@ -102,35 +87,22 @@ def test_both_targets_ask_for_the_same_slider(latents):
 def test_the_student_learns_unseen_faces_in_the_direction_of_the_pairs(model):
     """The slider turned up must change the predicted picture towards bigger eyes: along z_B - z_A
     of a face it never saw."""
-    faces = [
-        world.sample(np.random.default_rng([8, i]), kind="face", malformed=0) for i in range(9)
-    ]
-    latents = torch.stack(
-        [model.encode([world.draw(f | {"eye_size": v}) for v in (0.6, 1.1, 1.6)]) for f in faces]
-    )[:, ::2]
-    train, held_out = (
-        collect(model, part, [-1.0, 1.0], noises=16, seed=i)
-        for i, part in enumerate((latents[1:], latents[:1]))
-    )
+    latents = torch.stack([encode(model, [8, i], (0.6, 1.6)) for i in range(9)])
+    train = collect(model, latents[1:], [-1.0, 1.0], noises=16, seed=0)
+    held_out = collect(model, latents[:1], [-1.0, 1.0], noises=16, seed=1)
     torch.manual_seed(0)
     slider = lora.Slider(lora.target_layers(model.unet)).attach(model.unet)
-    reading = training.fit_targets(
-        model.unet, slider, train, held_out, steps=80, batch=8, lr=1.3e-3
-    )
-    t = torch.tensor([500])
-    a = model.alpha_bar[500]
+    settings = dict(steps=80, batch=8, lr=1.3e-3)
+    reading = training.fit_targets(model.unet, slider, train, held_out, **settings)
+    t, a, uncond = torch.tensor([500]), model.alpha_bar[500], model.condition([""])
     x_t = sampler.add_noise(latents[0, :1], sampler.noise([99], (4, 16, 16)), t, model.alpha_bar)
-    with torch.no_grad():
-        x_0 = []
-        for scale in (-1.0, 1.0):
-            with slider.at(scale):
-                x_0.append(
-                    (x_t - (1 - a).sqrt() * model.unet(x_t, t, *model.condition([""]))) / a.sqrt()
-                )
+    x_0 = []
+    for scale in (-1.0, 1.0):
+        with torch.no_grad(), slider.at(scale):
+            x_0.append((x_t - (1 - a).sqrt() * model.unet(x_t, t, *uncond)) / a.sqrt())
     slider.detach()
-    along = torch.nn.functional.cosine_similarity(
-        (x_0[1] - x_0[0]).flatten(), (latents[0, 1] - latents[0, 0]).flatten(), dim=0
-    )
+    change, bigger_eyes = (x_0[1] - x_0[0]).flatten(), (latents[0, 1] - latents[0, 0]).flatten()
+    along = torch.nn.functional.cosine_similarity(change, bigger_eyes, dim=0)
     assert reading["share"] > 0.1 and reading["cosine"] > 0.25 and along > 0.5
 
 
@@ -138,17 +110,14 @@ def test_the_student_learns_unseen_faces_in_the_direction_of_the_pairs(model):
 
 
 def test_every_kind_of_picture_is_read_as_a_viewer_shows_it(tmp_path):
-    rgb = Image.fromarray(
-        (np.indices((20, 30)).sum(0) * 5)[..., None].repeat(3, -1).astype(np.uint8)
-    )
+    ramp = np.indices((20, 30)).sum(0) * 5
+    rgb = Image.fromarray(ramp[..., None].repeat(3, -1).astype(np.uint8))
     grey = rgb.convert("L")
     rgb.save(tmp_path / "rgb.png"), grey.save(tmp_path / "grey.png")
     rgb.quantize(64).save(tmp_path / "palette.png")
     Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(tmp_path / "deep.png")
-    clear = rgb.convert("RGBA")
-    clear.putalpha(
-        Image.fromarray(np.where(np.arange(30) < 15, 0, 255).astype(np.uint8)[None].repeat(20, 0))
-    )
+    clear, opaque = rgb.convert("RGBA"), np.where(np.arange(30) < 15, 0, 255).astype(np.uint8)
+    clear.putalpha(Image.fromarray(opaque[None].repeat(20, 0)))
     clear.save(tmp_path / "clear.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: a viewer turns the picture by 90 degrees
@@ -163,15 +132,11 @@ def test_every_kind_of_picture_is_read_as_a_viewer_shows_it(tmp_path):
 
 def test_a_pair_of_other_sizes_is_cropped_alike(tmp_path):
     big = world.draw(world.sample(np.random.default_rng(1), kind="face")).resize((300, 200))
-    (
-        big.save(tmp_path / "a.png"),
-        big.resize((150, 100), Image.Resampling.LANCZOS).save(tmp_path / "b.png"),
-    )
+    big.save(tmp_path / "a.png")
+    big.resize((150, 100), Image.Resampling.LANCZOS).save(tmp_path / "b.png")
     a, b = images.read_group([tmp_path / "a.png", tmp_path / "b.png"], 64)
-    assert (
-        a.size == b.size == (64, 64)
-        and np.abs(np.asarray(a).astype(int) - np.asarray(b)).mean() < 3
-    )
+    assert a.size == b.size == (64, 64)
+    assert np.abs(np.asarray(a).astype(int) - np.asarray(b)).mean() < 3
 
 
 def bad_folders(root):

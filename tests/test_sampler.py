@@ -27,13 +27,9 @@ def test_alpha_bar_is_the_product_of_one_minus_beta():
 @pytest.mark.parametrize("steps", [1, 4, 30, 50, 77])
 def test_schedule_and_steps_agree_with_diffusers(steps):
     diffusers = pytest.importorskip("diffusers")
-    theirs = diffusers.DDIMScheduler(
-        **CONFIG,
-        steps_offset=1,
-        timestep_spacing="leading",
-        set_alpha_to_one=False,
-        clip_sample=False,
-    )
+    spacing = dict(steps_offset=1, timestep_spacing="leading")
+    ends = dict(set_alpha_to_one=False, clip_sample=False)
+    theirs = diffusers.DDIMScheduler(**CONFIG, **spacing, **ends)
     theirs.set_timesteps(steps)
     ts = sampler.timesteps(steps)
     assert ts == theirs.timesteps.tolist()
@@ -62,9 +58,8 @@ def test_ddim_follows_the_closed_form_on_gaussian_data():
     x_T = torch.randn(4, 4, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     errors = []
     for steps in (50, 200, 1000):
-        x_0 = sampler.sample(
-            gaussian_unet(mean, std), x_T, COND, alpha_bar=ALPHA_BAR, steps=steps, guidance=1
-        )
+        settings = dict(alpha_bar=ALPHA_BAR, steps=steps, guidance=1)
+        x_0 = sampler.sample(gaussian_unet(mean, std), x_T, COND, **settings)
         first, last = ALPHA_BAR[sampler.timesteps(steps)[0]].double(), ALPHA_BAR[0].double()
         constant = (x_T - first.sqrt() * mean) / (first * std**2 + 1 - first).sqrt()
         exact = last.sqrt() * mean + constant * (last * std**2 + 1 - last).sqrt()
@@ -105,16 +100,8 @@ def test_the_slider_is_off_while_t_is_above_t_on(start, on_from):
         seen.append((int(t[0]), knob.scale))
         return x
 
-    sampler.sample(
-        unet,
-        torch.zeros(1, 4, 2, 2),
-        COND,
-        alpha_bar=ALPHA_BAR,
-        steps=20,
-        guidance=1,
-        sliders=[(knob, 2.0)],
-        start=start,
-    )
+    settings = dict(alpha_bar=ALPHA_BAR, steps=20, guidance=1, start=start)
+    sampler.sample(unet, torch.zeros(1, 4, 2, 2), COND, sliders=[(knob, 2.0)], **settings)
     assert [scale for _, scale in seen] == [2.0 if t <= on_from else 0.0 for t, _ in seen]
     assert knob.scale == 0.0 and len({scale for _, scale in seen}) == (2 if 0 < start < 1 else 1)
 
@@ -123,16 +110,10 @@ def test_stop_gives_the_x_t_on_the_way_and_noise_belongs_to_its_seed():
     x_T = sampler.noise([3, 4], (4, 5, 5))
     assert torch.equal(x_T[1], sampler.noise([4], (4, 5, 5))[0])
     unet, visited = gaussian_unet(0.1, 0.9), []
-    sampler.sample(
-        unet,
-        x_T,
-        COND,
-        alpha_bar=ALPHA_BAR,
-        steps=10,
-        guidance=1,
-        on_step=lambda i, t, x, eps: visited.append(x),
-    )
-    part = sampler.sample(unet, x_T, COND, alpha_bar=ALPHA_BAR, steps=10, guidance=1, stop=4)
+    on_step = lambda i, t, x, eps: visited.append(x)
+    settings = dict(alpha_bar=ALPHA_BAR, steps=10, guidance=1)
+    sampler.sample(unet, x_T, COND, on_step=on_step, **settings)
+    part = sampler.sample(unet, x_T, COND, stop=4, **settings)
     assert torch.equal(part, visited[4])
 
 
@@ -149,14 +130,10 @@ def test_impossible_steps_and_models_are_refused():
 def test_levels_of_ones_own(model):
     """The levels that a number of steps stands for, named one by one, are the same walk; levels
     that do not fall are refused."""
-    x_T, cond, uncond = (
-        sampler.noise([0], (4, 16, 16)),
-        model.condition(["a man"]),
-        model.condition([""]),
-    )
-    walk = lambda steps: sampler.sample(
-        model.unet, x_T, cond, uncond, alpha_bar=model.alpha_bar, steps=steps
-    )
+    prompts = model.condition(["a man"]), model.condition([""])
+    x_T = sampler.noise([0], (4, 16, 16))
+    settings = dict(alpha_bar=model.alpha_bar)
+    walk = lambda steps: sampler.sample(model.unet, x_T, *prompts, steps=steps, **settings)
     assert torch.equal(walk(3), walk(sampler.timesteps(3)))
     assert not torch.equal(walk(4), walk([999, 749, 499, 249]))
     for bad in ([], [1, 2], [5, 5], [1000, 3], [3, -1]):

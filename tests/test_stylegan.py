@@ -45,12 +45,10 @@ def test_equalised_learning_rate_and_sizes():
     assert Linear(400, 500)(torch.randn(64, 400)).std().item() == pytest.approx(1, rel=0.05)
     G = Generator()
     w = G.w(torch.randn(5, Z) * 7)
-    assert (
-        w.shape == (5, W) and G.w(torch.randn(5, Z), truncation=0.0).sub(G.w_mean).abs().max() == 0
-    )
-    assert torch.allclose(
-        G.w(torch.ones(1, Z)), G.w(3 * torch.ones(1, Z)), atol=1e-4
-    )  # z is brought to unit length
+    assert w.shape == (5, W)
+    assert G.w(torch.randn(5, Z), truncation=0.0).sub(G.w_mean).abs().max() == 0
+    # z is brought to unit length.
+    assert torch.allclose(G.w(torch.ones(1, Z)), G.w(3 * torch.ones(1, Z)), atol=1e-4)
     picture = G.synthesis(G.styles(w), G.noise(5))
     assert picture.shape == (5, 3, max(CHANNELS), max(CHANNELS))
 
@@ -58,21 +56,18 @@ def test_equalised_learning_rate_and_sizes():
 def test_its_faces_are_faces():
     drawn = train.drawn(train.load(), 64, seed=5)
     read = effect.attributes(drawn)
-    assert read["face"].mean() > 0.95 and all(
-        read[name].std() > 0.1 for name in ("skin", "hat", "glasses", "hair_length")
-    )
+    assert read["face"].mean() > 0.95
+    assert all(read[name].std() > 0.1 for name in ("skin", "hat", "glasses", "hair_length"))
 
 
 def test_a_channel_moves_what_it_is_said_to_move():
     """The best one of the committed list, on faces that chose neither it nor its figure."""
     found = json.loads(FOUND.read_text())
     best = found["best"][0]
-    here = summary(
-        moves(Faces(train.load(), 16, seed=77), best["layer"], best["channel"], found["by"])
-    )
-    assert here["attribute"] == best["attribute"] and here["moved"] == pytest.approx(
-        best["moved"], abs=0.15
-    )
+    faces = Faces(train.load(), 16, seed=77)
+    here = summary(moves(faces, best["layer"], best["channel"], found["by"]))
+    assert here["attribute"] == best["attribute"]
+    assert here["moved"] == pytest.approx(best["moved"], abs=0.15)
 
 
 def test_training_goes_on_where_it_was(tmp_path, monkeypatch):
@@ -84,7 +79,7 @@ def test_training_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(train.metrics, "fid", lambda *_: 0.0)
 
     @contextlib.contextmanager
-    def stoppable():
+    def deferred_interrupt():
         yield lambda: len(calls) == 6  # four steps of the whole training, and two
 
     def loss(*args):
@@ -95,25 +90,13 @@ def test_training_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "loss_of", loss)
     results = []
     for name in ("whole", "part"):
-        command = [
-            "train",
-            "--faces",
-            "16",
-            "--batch",
-            "4",
-            "--steps",
-            "4",
-            "--work",
-            str(tmp_path / name),
-            "--out",
-            str(tmp_path / f"{name}.safetensors"),
-        ]
-        monkeypatch.setattr(sys, "argv", command)
+        small = "train --faces 16 --batch 4 --steps 4"
+        command = f"{small} --work {tmp_path}/{name} --out {tmp_path}/{name}.safetensors"
+        monkeypatch.setattr(sys, "argv", command.split())
         if name == "part":
             with pytest.raises(KeyboardInterrupt, match="stopped after step 2"):
                 train.main()
         train.main()
         results.append(train.load(tmp_path / f"{name}.safetensors").state_dict())
-    assert len(calls) == 8 and all(
-        torch.equal(a, b) for a, b in zip(*(r.values() for r in results))
-    )
+    assert len(calls) == 8
+    assert all(torch.equal(a, b) for a, b in zip(*(r.values() for r in results)))
