@@ -77,8 +77,9 @@ def test_one_full_size_file_and_the_folder_are_the_same_model(tmp_path):
     renamed = single_file.rename({n: tuple(s) for n, s in shapes.items()})
     for part in PARTS:
         (base / part).mkdir()
-        transformed = lambda old, action: single_file.transform(tensors[old], action)
-        state = {new: transformed(*how).contiguous().clone() for new, *how in renamed[part]}
+        state = {}
+        for new, old, action in renamed[part]:
+            state[new] = single_file.transform(tensors[old], action).contiguous().clone()
         stem = "model" if "text" in part else "diffusion_pytorch_model"
         save_file(state, base / part / f"{stem}.safetensors")
         (base / part / "config.json").write_text(json.dumps(single_file.SDXL[part]))

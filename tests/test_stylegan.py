@@ -86,7 +86,7 @@ def test_training_goes_on_where_it_was(tmp_path, monkeypatch):
         calls.append(1)
         return real_loss(*args)
 
-    monkeypatch.setattr(train, "deferred_interrupt", stoppable)
+    monkeypatch.setattr(train, "deferred_interrupt", deferred_interrupt)
     monkeypatch.setattr(train, "loss_of", loss)
     results = []
     for name in ("whole", "part"):
