@@ -29,20 +29,10 @@ PAGES = [
     *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")),
     "miniature/README.md",
 ]
-LONG = (
-    "bench.",
-    "experiments.",
-    "miniature.measure",
-    "miniature.follow",
-    "miniature.compose",
-    "miniature.reference",
-    "miniature.effect",
-    "miniature.train",
-)
-LONG_SCRIPTS = (
-    "train_space.py",
-    "extras.live",
-)  # run by tests/test_space.py and tests/test_live.py
+MEASURES = ("measure", "follow", "compose", "reference", "effect", "train")
+LONG = ("bench.", "experiments.", *(f"miniature.{name}" for name in MEASURES))
+# Run by tests/test_cli.py and tests/test_live.py.
+LONG_SCRIPTS = ("train_space.py", "extras.live")
 PARSE = """
 import argparse, runpy, sys
 real = argparse.ArgumentParser.parse_args
@@ -65,35 +55,24 @@ def commands(text: str) -> list[tuple[str, bool]]:
     """(command, whether it stands on a line of its own) of a page, in order."""
     text = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
     found = []
-    for m in re.finditer(
-        r"^    (python (?:[^\n]*\\\n)*[^\n]*)$|`((?:python|torchrun)\s[^`]+)`", text, re.M
-    ):
+    own_line, in_text = r"^    (python (?:[^\n]*\\\n)*[^\n]*)$", r"`((?:python|torchrun)\s[^`]+)`"
+    for m in re.finditer(f"{own_line}|{in_text}", text, re.M):
         command = " ".join((m[1] or m[2]).replace("\\\n", " ").split())
         found.append((re.sub(r"\s+#\s.*$", "", command), bool(m[1])))
     return found
 
 
 def copy_to(folder: Path):
-    shutil.copytree(
-        ROOT,
-        folder,
-        ignore=shutil.ignore_patterns(
-            ".git", ".venv*", "out", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache"
-        ),
-    )
+    caches = ("__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache")
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", ".venv*", "out", *caches))
     for name in ("photo.jpg", "grace_hopper.jpg"):  # the reader's own
         shutil.copy(ROOT / "docs" / "photo.png", folder / name)
 
 
 def run(words: list[str], where: Path) -> tuple[int, str, float]:
     started = time.time()
-    done = subprocess.run(
-        [sys.executable, *words],
-        cwd=where,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run([sys.executable, *words], cwd=where, **output)
     return done.returncode, done.stdout, time.time() - started
 
 
@@ -111,18 +90,13 @@ def check_commands(folder: Path) -> int:
             if words[0] == "torchrun":
                 words = words[words.index(next(w for w in words if w.endswith(".py"))) :]
                 words = ["python", *words]
-            if (
-                "..." in command
-                or "FILE" in command
-                or words[1] == "-c"
-                or words[1:3] == ["-m", "pytest"]
-            ):
-                continue  # a part of a command
+            part_of_one = "..." in command or "FILE" in command
+            if part_of_one or words[1] == "-c" or words[1:3] == ["-m", "pytest"]:
+                continue
             words += ["--help"] * (len(words) == 2)
             target = words[2] if words[1] == "-m" else words[1]
-            takes_long = (
-                target.startswith(LONG) or target in LONG_SCRIPTS or "--slider space " in command
-            )  # the last needs what train_space.py makes
+            takes_long = target.startswith(LONG) or target in LONG_SCRIPTS
+            takes_long |= "--slider space " in command  # needs what train_space.py makes
             whole = page == "README.md" and alone and not takes_long
             code, output, seconds = run(words[1:] if whole else ["-c", PARSE, *words[1:]], folder)
             good = code == 0
@@ -139,9 +113,8 @@ def report(good: bool, how: str, seconds: float, what: str):
 
 def check_python(folder: Path) -> int:
     bad = 0
-    for block in re.findall(
-        r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S
-    ):
+    readme = (ROOT / "README.md").read_text()
+    for block in re.findall(r"^```python\n(.*?)^```$", readme, re.M | re.S):
         code, output, seconds = run(["-c", block], folder)
         bad += code != 0
         report(not code, "ran", seconds, f"README.md: {block.splitlines()[0]} ...")
@@ -162,16 +135,9 @@ def exercises(text: str) -> list[dict]:
             lines = body.splitlines()
             side = lambda signs: "\n".join(line[1:] for line in lines if line[:1] in signs)
             patches.append((file, side(" -"), side(" +")))
-        shows = re.search(r"<!-- shows: (.*?) -->", part)
-        if shows:
-            found.append(
-                {
-                    "name": part.splitlines()[0],
-                    "patches": patches,
-                    "commands": [c for c, alone in commands(part) if alone],
-                    "shows": shows[1],
-                }
-            )
+        if shows := re.search(r"<!-- shows: (.*?) -->", part):
+            exercise = {"name": part.splitlines()[0], "patches": patches, "shows": shows[1]}
+            found.append(exercise | {"commands": [c for c, alone in commands(part) if alone]})
     return found
 
 

@@ -46,6 +46,7 @@ LAYER = [
     ("mlp.fc2", "mlp.c_proj"),
     ("self_attn.out_proj", "attn.out_proj"),
 ]
+IN_LAYER = r"encoder\.layers\.(\d+)"
 TOPS = {
     "embeddings.token_embedding.weight": "token_embedding.weight",
     "embeddings.position_embedding.weight": "positional_embedding",
@@ -55,18 +56,14 @@ TOPS = {
 
 
 def unet(state: dict, layers: int = 2) -> dict:
-    with_attention = {
-        re.match(r"up_blocks\.\d+", n)[0]
-        for n in state
-        if re.match(r"up_blocks\.\d+\.attentions", n)
-    }
+    found = (re.match(r"(up_blocks\.\d+)\.attentions", name) for name in state)
+    with_attention = {m[1] for m in found if m}
 
     def name(module):
         if module in ENDS:
             return ENDS[module]
-        block, kind, i, rest = re.match(
-            r"(down_blocks\.\d+|up_blocks\.\d+|mid_block)\.(\w+)\.(\d+)\.(.*)", module
-        ).groups()
+        blocks = r"(down_blocks\.\d+|up_blocks\.\d+|mid_block)"
+        block, kind, i, rest = re.match(rf"{blocks}\.(\w+)\.(\d+)\.(.*)", module).groups()
         i, level = int(i), int(block[-1]) if block[-1].isdigit() else 0
         if block == "mid_block":
             place = "middle_block." + ("1" if kind == "attentions" else str(2 * i))
@@ -74,9 +71,8 @@ def unet(state: dict, layers: int = 2) -> dict:
             layer = layers if kind == "downsamplers" else i
             place = f"input_blocks.{1 + level * (layers + 1) + layer}"
         else:
-            place = (
-                f"output_blocks.{level * (layers + 1) + (layers if kind == 'upsamplers' else i)}"
-            )
+            layer = layers if kind == "upsamplers" else i
+            place = f"output_blocks.{level * (layers + 1) + layer}"
         if kind == "downsamplers":
             return place + ".0.op"
         if kind == "upsamplers":
@@ -84,10 +80,11 @@ def unet(state: dict, layers: int = 2) -> dict:
         slot = "" if block == "mid_block" else ".1" if kind == "attentions" else ".0"
         return f"{place}{slot}.{rest if kind == 'attentions' else RESNET[rest]}"
 
-    return {
-        "model.diffusion_model.{}.{}".format(name(k.rpartition(".")[0]), k.rpartition(".")[2]): v
-        for k, v in state.items()
-    }
+    out = {}
+    for released, tensor in state.items():
+        module, _, leaf = released.rpartition(".")
+        out[f"model.diffusion_model.{name(module)}.{leaf}"] = tensor
+    return out
 
 
 def vae(state: dict, levels: int) -> dict:
@@ -114,9 +111,7 @@ def text_encoder_2(state: dict) -> dict:
             out["text_projection"] = v.T
         elif short in TOPS:
             out[TOPS[short]] = v
-        elif m := re.match(
-            r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)", short
-        ):
+        elif m := re.match(rf"{IN_LAYER}\.self_attn\.([qkv])_proj\.(weight|bias)", short):
             thirds.setdefault(f"transformer.resblocks.{m[1]}.attn.in_proj_{m[3]}", {})[m[2]] = v
         else:
             short = short.replace("encoder.layers", "transformer.resblocks")

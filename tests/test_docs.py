@@ -28,9 +28,12 @@ def line_of(file: Path, name: str) -> int:
 
 def relinked(page: Path) -> str:
     """The page with every link to a function leading to the line where it is now."""
-    return TO_LINE.sub(
-        lambda m: f"[`{m[1]}`]({m[2]}#L{line_of(page.parent / m[2], m[1])})", page.read_text()
-    )
+
+    def link(m):
+        name, file = m[1], m[2]
+        return f"[`{name}`]({file}#L{line_of(page.parent / file, name)})"
+
+    return TO_LINE.sub(link, page.read_text())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -44,18 +47,15 @@ def test_links_lead_where_they_say(page):
         to = (page.parent / file).resolve() if file else page
         assert to.exists(), f"{page.name}: {target}"
         if anchor and not re.fullmatch(r"L\d+", anchor):
-            slugs = {
-                re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-")
-                for h in re.findall(r"^#+ (.*)$", to.read_text(), re.M)
-            }
-            assert anchor in slugs, f"{page.name}: {target}"
+            headings = re.findall(r"^#+ (.*)$", to.read_text(), re.M)
+            slug = lambda heading: re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+            assert anchor in map(slug, headings), f"{page.name}: {target}"
 
 
 def test_every_equation_has_its_line():
     """The map in README: each of the paper's equations leads to a line."""
-    table = (
-        (ROOT / "README.md").read_text().split("## Where each equation lives")[1].split("\n## ")[0]
-    )
+    text = (ROOT / "README.md").read_text()
+    table = text.split("## Where each equation lives")[1].split("\n## ")[0]
     rows = [row for row in table.splitlines() if row.startswith("| ")][1:]
     assert len(rows) >= 9 and all(TO_LINE.search(row) for row in rows)
 

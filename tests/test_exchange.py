@@ -57,9 +57,8 @@ def files(model, tmp_path_factory):
         tensors[name] = W.to(tensors[name].dtype)
     save_file(tensors, weights)
     with pytest.MonkeyPatch.context() as patch:
-        run_tools(
-            patch, "merge", paths["text"], f"{cross}:1.5", paths["pairs"], "--out", paths["merged"]
-        )
+        three = (paths["text"], f"{cross}:1.5", paths["pairs"])
+        run_tools(patch, "merge", *three, "--out", paths["merged"])
         run_tools(patch, "extract", tuned, "--rank", 5, "--out", paths["extracted"])
     return paths
 
@@ -112,12 +111,9 @@ def test_diffusers_applies_our_files_as_we_do(
 
 @pytest.mark.parametrize("naming", slider_files.NAMINGS)
 def test_every_layer_of_a_file_has_one_alpha_and_the_change_it_had(model, files, tmp_path, naming):
-    mixed = {
-        stem: slider_files.Delta(delta.down, delta.up, delta.alpha * (1 + i % 3))
-        for i, (stem, delta) in enumerate(
-            slider_files.read(files["text"], model.unet).deltas.items()
-        )
-    }
+    mixed = slider_files.read(files["text"], model.unet).deltas
+    for i, (stem, delta) in enumerate(mixed.items()):
+        mixed[stem] = slider_files.Delta(delta.down, delta.up, delta.alpha * (1 + i % 3))
     path = tmp_path / "mixed.safetensors"
     slider_files.write(path, mixed, {}, naming, model.unet, torch.float32)
     alphas = {float(v) for k, v in load_file(path).items() if k.endswith(".alpha")}

@@ -36,16 +36,18 @@ def test_what_is_done_is_not_done_again(lab, tmp_path):
     assert (tmp_path / "results" / "name_seed1.json").exists()
 
 
-@pytest.mark.slow
-def test_sliders_are_trained_once_and_full_fine_tuning_has_a_scale(lab, monkeypatch):
-    here = lab()
-    one = here.text_slider("smile", steps=2, trajectories=2)
-    monkeypatch.setattr(
-        common.training, "fit_targets", lambda *_, **__: pytest.fail("trained again")
-    )
-    again = here.text_slider("smile", steps=2, trajectories=2)
+def test_sliders_are_trained_once(lab, monkeypatch):
+    here, settings = lab(), dict(steps=1, trajectories=1)
+    one = here.text_slider("smile", **settings)
+    trained_again = lambda *_, **__: pytest.fail("trained again")
+    monkeypatch.setattr(common.training, "fit_targets", trained_again)
+    again = here.text_slider("smile", **settings)
     assert all((a == b).all() for a, b in zip(one.parameters(), again.parameters()))
-    monkeypatch.undo()
+
+
+@pytest.mark.slow
+def test_full_fine_tuning_has_a_scale(lab):
+    here = lab()
     full = here.text_slider("smile", full=True, lr=here.recipe["lr"] / 400, steps=2, trajectories=2)
     names = {lora.kohya_name(name) for name in lora.target_layers(here.model.unet)}
     assert {name for name, _ in full.named_children()} == names

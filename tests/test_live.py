@@ -55,29 +55,31 @@ def test_dragging_draws(model, served, tmp_path):
     """In a real browser: the slider dragged to 2 by its keys or the mouse, the picture that is
     then shown is the slider's at 2."""
     script = """
-        const say = document.getElementById("say"), picture = document.getElementById("picture"),
-          range = document.querySelector("input[type=range]");
+        const say = document.getElementById("say"), picture = document.getElementById("picture");
+        const range = document.querySelector("input[type=range]");
         const drawn = async () => {
-          const busy = () => say.textContent.startsWith("drawing") || !picture.naturalWidth;
-          while (busy()) await new Promise(r => setTimeout(r, 20));
-          await picture.decode() };
+            while (say.textContent.startsWith("drawing") || !picture.naturalWidth)
+                await new Promise(r => setTimeout(r, 20));
+            await picture.decode();
+        };
         await drawn();
         const before = say.textContent;
-        for (const value of [0.5, 1, 2]) { range.value = value;
-          range.dispatchEvent(new Event("input", {bubbles: true})) }
+        for (const value of [0.5, 1, 2]) {
+            range.value = value;
+            range.dispatchEvent(new Event("input", {bubbles: true}));
+        }
         await drawn();
         const c = document.createElement("canvas"), x = c.getContext("2d");
-        c.width = picture.naturalWidth; c.height = picture.naturalHeight;
-          x.drawImage(picture, 0, 0);
-        out = JSON.stringify({before, after: say.textContent,
-          label: range.closest("label").textContent, pixels: [...x.getImageData(0, 0, c.width,
-          c.height).data]})"""
+        c.width = picture.naturalWidth;
+        c.height = picture.naturalHeight;
+        x.drawImage(picture, 0, 0);
+        const pixels = [...x.getImageData(0, 0, c.width, c.height).data];
+        const label = range.closest("label").textContent;
+        out = JSON.stringify({before, after: say.textContent, label, pixels})"""
     seen = json.loads(after(served[0], script, tmp_path))
-    expected = np.asarray(
-        slider.generate(model, "a person", [0], [(served[1], 2.0)], steps=2, guidance=1.0)[
-            0
-        ].convert("RGBA")
-    )
+    settings = dict(steps=2, guidance=1.0)
+    (picture,) = slider.generate(model, "a person", [0], [(served[1], 2.0)], **settings)
+    expected = np.asarray(picture.convert("RGBA"))
     assert (seen["before"], seen["after"], seen["label"]) == ("one 0", "one 2", "one")
     assert np.array_equal(np.reshape(seen["pixels"], expected.shape), expected)
 

@@ -9,13 +9,15 @@ from PIL import Image
 from support import page
 
 COLOUR = """
+    const $$ = id => document.getElementById(id);
     const colour = async () => {
-      const image = document.getElementById('picture');
-      await image.decode();
-      const c = document.createElement('canvas'), x = c.getContext('2d');
-      x.drawImage(image, 0, 0, 1, 1);
-      return [...x.getImageData(0, 0, 1, 1).data].slice(0, 3) };
-    const $$ = id => document.getElementById(id);"""
+        const image = $$('picture');
+        await image.decode();
+        const c = document.createElement('canvas'), x = c.getContext('2d');
+        x.drawImage(image, 0, 0, 1, 1);
+        return [...x.getImageData(0, 0, 1, 1).data].slice(0, 3);
+    };
+"""
 
 
 def frames(rows, second, first):
@@ -34,20 +36,21 @@ def test_one_slider(tmp_path):
         [[["young", "plain", "older", "old"]]] * 2,
     )
     assert "Age &lt;of> a person" in text and "http" not in text
-    script = (
-        COLOUR
-        + """
+    script = """
         const seen = [[await colour(), $$('say').textContent]];
         const range = $$('range0');
-        for (const value of [3, 0]) { range.value = value;
-          range.dispatchEvent(new Event('input', {bubbles: true}));
-          seen.push([await colour(), $$('say').textContent]) }
-        const second = document.querySelectorAll('#seeds input')[1]; second.click();
+        for (const value of [3, 0]) {
+            range.value = value;
+            range.dispatchEvent(new Event('input', {bubbles: true}));
+            seen.push([await colour(), $$('say').textContent]);
+        }
+        const second = document.querySelectorAll('#seeds input')[1];
+        second.click();
         seen.push([await colour(), $$('picture').alt]);
-        out = JSON.stringify({seen, label: document.querySelector('label[for=range0]').textContent,
-          text: range.getAttribute('aria-valuetext'), plane: $$('plane').hidden})"""
-    )
-    found = json.loads(after(text, script, tmp_path))
+        const label = document.querySelector('label[for=range0]').textContent;
+        const text = range.getAttribute('aria-valuetext');
+        out = JSON.stringify({seen, label, text, plane: $$('plane').hidden})"""
+    found = json.loads(after(text, COLOUR + script, tmp_path))
     assert found["seen"] == [
         [[10, 0, 0], "age 0: plain"],
         [[30, 0, 0], "age +2: old"],
@@ -64,22 +67,24 @@ def test_two_sliders_are_a_plane(tmp_path):
         ["seed 0"],
         frames(1, 4, 3),
     )
-    script = (
-        COLOUR
-        + """
+    script = """
         const plane = $$('plane'), box = plane.getBoundingClientRect(), seen = [await colour()];
-        const at = (kind, x, y) => plane.dispatchEvent(new PointerEvent(kind,
-          {clientX: box.left + x * box.width, clientY: box.top + y * box.height, buttons: 1,
-          pointerId: 1, bubbles: true, pointerType: 'touch'}));
+        const touch = {buttons: 1, pointerId: 1, bubbles: true, pointerType: 'touch'};
+        const at = (kind, x, y) => {
+            const clientX = box.left + x * box.width, clientY = box.top + y * box.height;
+            plane.dispatchEvent(new PointerEvent(kind, {...touch, clientX, clientY}));
+        };
         plane.setPointerCapture = undefined;
-        at('pointerdown', 0.98, 0.02); seen.push(await colour());
-        at('pointermove', -0.5, 0.66); seen.push(await colour());
-        $$('range1').value = 0; $$('range1').dispatchEvent(new Event('input'));
-          seen.push(await colour());
-        out = JSON.stringify({seen, say: $$('say').textContent, left: $$('knob').style.left,
-          alone: $$('seeds').hidden})"""
-    )
-    found = json.loads(after(text, script, tmp_path))
+        at('pointerdown', 0.98, 0.02);
+        seen.push(await colour());
+        at('pointermove', -0.5, 0.66);
+        seen.push(await colour());
+        $$('range1').value = 0;
+        $$('range1').dispatchEvent(new Event('input'));
+        seen.push(await colour());
+        const say = $$('say').textContent, left = $$('knob').style.left;
+        out = JSON.stringify({seen, say, left, alone: $$('seeds').hidden})"""
+    found = json.loads(after(text, COLOUR + script, tmp_path))
     assert found["seen"] == [[10, 20, 0], [20, 60, 0], [0, 20, 0], [0, 0, 0]]
     assert found["say"] == "age -1, smile -2" and found["left"] == "0%" and found["alone"]
 

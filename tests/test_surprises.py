@@ -3,15 +3,15 @@ output folder, no code from files."""
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from commands import ROOT
 
 from bench import fuzz
-
-ROOT = Path(__file__).parent.parent
 
 # Run before the command, in the same process: every way to the network fails, and says so in a
 # file.
@@ -29,13 +29,9 @@ runpy.run_path({root!r} + "/" + sys.argv[0], run_name="__main__")
 
 
 def tree(folder):
-    return {
-        f: f.stat().st_mtime_ns
-        for f in folder.rglob("*")
-        if f.is_file()
-        and "__pycache__" not in f.parts
-        and not {".git", "out", ".venv", ".pytest_cache"} & set(f.parts)
-    }
+    left_out = {".git", "out", ".venv", ".pytest_cache", "__pycache__"}
+    files = [f for f in folder.rglob("*") if f.is_file() and not left_out & set(f.parts)]
+    return {f: f.stat().st_mtime_ns for f in files}
 
 
 @pytest.mark.slow
@@ -45,89 +41,45 @@ def test_no_network_and_no_file_outside_the_output_folder(tmp_path):
     home, out = tmp_path / "home", tmp_path / "out"
     home.mkdir()
     program, before = NO_NETWORK.format(log=str(tmp_path / "network"), root=str(ROOT)), tree(ROOT)
-    environment = {
-        k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_", "TRANSFORMERS_"))
-    } | {"HOME": str(home), "TMPDIR": str(home)}
+    caches = ("HF_", "XDG_", "TRANSFORMERS_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(caches)}
+    environment |= {"HOME": str(home), "TMPDIR": str(home)}
+    small = "--steps 1 --trajectories 1 --per-trajectory 1 --denoising-steps 2 --probe 0"
+    ends, slider = "--pos 'a person, smiling' --neg 'a person, frowning'", out / "s.safetensors"
+    scales = "--scales 0,1 --seeds 0 --steps 2"
     for command in (
-        [
-            "train_text.py",
-            "--pos",
-            "a person, smiling",
-            "--neg",
-            "a person, frowning",
-            "--steps",
-            "1",
-            "--trajectories",
-            "1",
-            "--per-trajectory",
-            "1",
-            "--denoising-steps",
-            "2",
-            "--probe",
-            "0",
-            "--out",
-            str(out / "s.safetensors"),
-        ],
-        [
-            "slider.py",
-            "--prompt",
-            "a person",
-            "--slider",
-            str(out / "s.safetensors"),
-            "--scales",
-            "0,1",
-            "--seeds",
-            "0",
-            "--steps",
-            "2",
-            "--out",
-            str(out),
-        ],
+        f"train_text.py {ends} {small} --out {slider}",
+        f"slider.py --prompt 'a person' --slider {slider} {scales} --out {out}",
     ):
-        done = subprocess.run(
-            [sys.executable, "-c", program, *command],
-            cwd=home,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
+        words = [sys.executable, "-c", program, *shlex.split(command)]
+        options = dict(cwd=home, env=environment, capture_output=True, text=True)
+        done = subprocess.run(words, **options)
         assert done.returncode == 0, done.stderr
     assert not (tmp_path / "network").exists(), (tmp_path / "network").read_text()
     assert tree(home) == {} and tree(ROOT) == before
-    assert {f.name for f in out.iterdir()} == {
-        "s.safetensors",
-        "seed0_scale0.png",
-        "seed0_scale+1.png",
-        "strip.png",
-        "sweep.gif",
-    }
+    pictures = {"seed0_scale0.png", "seed0_scale+1.png", "strip.png", "sweep.gif"}
+    assert {f.name for f in out.iterdir()} == pictures | {"s.safetensors"}
 
 
 def test_no_code_from_elsewhere_is_ever_trusted():
     """trust_remote_code nowhere, and no unpickling without weights_only=True."""
     for file in ROOT.rglob("*.py"):
-        if (
-            any(part.startswith(".venv") for part in file.parts)
-            or file == Path(__file__)
-            or "tests" in file.parts
-        ):
+        parts = file.relative_to(ROOT).parts
+        if "tests" in parts or any(part.startswith(".venv") for part in parts):
             continue
         text = file.read_text()
         assert "trust_remote_code" not in text, file
-        assert all(
-            "weights_only=True" in call for call in re.findall(r"torch\.load\([^\n]*", text)
-        ), file
-        assert (
-            not re.search(r"pickle\.load|yaml\.load\(|\beval\(|joblib", text.replace(".eval(", ""))
-            or file.name == "fuzz.py"
-        ), file
+        for call in re.findall(r"torch\.load\([^\n]*", text):
+            assert "weights_only=True" in call, file
+        if file.name != "fuzz.py":
+            trusting = r"pickle\.load|yaml\.load\(|\beval\(|joblib"
+            assert not re.search(trusting, text.replace(".eval(", "")), file
 
 
 def test_broken_and_hostile_files_in_small():
     """150 cases of bench/fuzz.py: each is read or refused in one line, in time, and nothing in it
     runs."""
-    outcomes, findings = fuzz.run(
-        150, 1, slow=3.0, memory=900
-    )  # slower here: other tests may run beside it
+    # Slower here: other tests may run beside it.
+    outcomes, findings = fuzz.run(150, 1, slow=3.0, memory=900)
     assert not findings, "\n".join(findings)
     assert outcomes["refused"] > 80

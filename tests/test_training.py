@@ -10,9 +10,8 @@ from miniature import train
 @pytest.mark.slow
 def test_a_killed_vae_training_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "PICTURES", 24)
-    monkeypatch.setattr(
-        train, "VAE_CONFIG", train.VAE_CONFIG | {"block_out_channels": [16, 16, 16, 16]}
-    )
+    narrow = train.VAE_CONFIG | {"block_out_channels": [16, 16, 16, 16]}
+    monkeypatch.setattr(train, "VAE_CONFIG", narrow)
     results = []
     for killed in (False, True):
         monkeypatch.setattr(train, "WORK", tmp_path / str(killed))
@@ -42,9 +41,7 @@ def test_muon_moves_along_the_nearest_orthogonal_matrix():
     p.grad = torch.randn(24, 40)
     train.Muon([p], lr=1.0).step()
     u, _, v = torch.linalg.svd(p.grad, full_matrices=False)
-    assert (
-        torch.nn.functional.cosine_similarity(-p.detach().flatten(), (u @ v).flatten(), dim=0)
-        > 0.97
-    )
+    step, nearest = -p.detach().flatten(), (u @ v).flatten()
+    assert torch.nn.functional.cosine_similarity(step, nearest, dim=0) > 0.97
     singular = torch.linalg.svdvals(p.detach())
     assert 0.6 < singular.min() and singular.max() < 1.3
