@@ -36,6 +36,7 @@ def run(command: str, cwd=ROOT):
             contextlib.redirect_stderr(err),
         ):
             warnings.simplefilter("default")
+            warnings.filterwarnings("ignore", ".* found in sys.modules", RuntimeWarning)
             if module:
                 runpy.run_module(words[1], run_name="__main__", alter_sys=True)
             else:

@@ -26,10 +26,10 @@ def metadata_of(file) -> dict[str, str]:
 def trained(tmp_path_factory):
     """A quickly trained slider, and what its training printed."""
     path = tmp_path_factory.mktemp("cli") / "smile.safetensors"
-    small = "--steps 4 --trajectories 2 --per-trajectory 3 --denoising-steps 6 --probe 1"
+    small = "--trajectories 2 --per-trajectory 3 --denoising-steps 6 --steps 4 --size 64"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probe, "SCALES", (-1.0, 0.0, 1.0))  # most of the time goes into the probe
-        done = run(f"{TRAIN} --preserve 'man, woman' {small} --out {path}")
+        done = run(f"{TRAIN} --preserve 'man, woman' {small} --probe 1 --out {path}")
     assert done.returncode == 0, done.stderr
     return path, done
 
@@ -148,12 +148,11 @@ def test_a_folder_of_sliders_each_and_at_random(trained, tmp_path):
 @pytest.mark.parametrize("drawn", ["little", pytest.param("all", marks=pytest.mark.slow)])
 def test_pairs_train_and_preview(drawn, tmp_path, monkeypatch):
     if drawn == "little":
-        monkeypatch.setattr(probe, "SCALES", (-1.0, 0.0, 1.0))
         monkeypatch.setattr(probe, "PREVIEW_SEEDS", [0])
     done = run(f"-m miniature.pairs --count 3 --values 0.6,1.1,1.6 --out {tmp_path}")
     assert done.returncode == 0, done.stderr
     folders = f"--neg {tmp_path}/0.6 --at 0.2 {tmp_path}/1.1 --pos {tmp_path}/1.6"
-    small = "--steps 4 --batch 4 --noises 2 --preview 4 --probe 1"
+    small = f"--steps 4 --batch 4 --noises 2 --preview 4 --probe {int(drawn == 'all')}"
     done = run(f"train_pairs.py {folders} {small} --out {tmp_path}/eyes.safetensors")
     assert done.returncode == 0, done.stderr
     assert "3 groups of 3" in done.stdout and "teacher's change on unseen x_t" in done.stdout
@@ -281,7 +280,7 @@ def test_a_space_of_sliders(option, tmp_path):
     --resume, and used as a folder."""
     space = tmp_path / "space"
     small = "--sliders 2 --samples 12 --train-samples 10 --per-sample 2 --denoising-steps 4"
-    small = f"{small} --steps 2 {option}"
+    small = f"{small} --steps 2 --batch 2 {option}"
     train = f"train_space.py --prompt 'a photo of a person' {small} --out {space}"
     done = run(train)
     assert done.returncode == 0, done.stderr

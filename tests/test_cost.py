@@ -19,10 +19,12 @@ import train_pairs
 import train_text
 from bench.recipe import counted
 from formats import slider_files
+from sdxl import SDXL
 from support import checkpoint, cli, cost, distributed, training
 
 SMALL = "--trajectories 3 --per-trajectory 3 --denoising-steps 6 --steps 5 --batch 3"
 TEXT = f"{TRAIN} {SMALL}"
+TINY = "--size 64"  # pixels: for what does not look at the slider
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +63,6 @@ THREE = "train_pairs.py --at -1 {0}/a --at 1 {0}/b --at 2 {0}/c"
 def test_the_cost_model_is_what_passes_through_the_unet(
     script, command, pairs, tmp_path, monkeypatch
 ):
-    from sdxl import SDXL
-
     model, plans, estimate = SDXL.load(device="cpu", dtype=torch.float32), [], cost.estimate
 
     def remember(*args, **options):
@@ -71,7 +71,7 @@ def test_the_cost_model_is_what_passes_through_the_unet(
 
     monkeypatch.setattr(cli, "load_model", lambda *_, **__: model)
     monkeypatch.setattr(cost, "estimate", remember)
-    words = shlex.split(command.format(pairs))
+    words = shlex.split(f"{command.format(pairs)} {TINY}")
     monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "slider.safetensors")])
     with counted(model.unet) as n:
         script.main()
@@ -79,7 +79,9 @@ def test_the_cost_model_is_what_passes_through_the_unet(
     assert estimated == [n["frozen"], n["trained"]] and n["frozen"] and n["trained"]
 
 
-@pytest.mark.parametrize("command", [TEXT, f"{PAIRS} --steps 5"], ids=["text", "pairs"])
+@pytest.mark.parametrize(
+    "command", [f"{TEXT} {TINY}", f"{PAIRS} --steps 5 --batch 3 {TINY}"], ids=["text", "pairs"]
+)
 def test_a_dry_run_trains_nothing(command, pairs, tmp_path):
     done = run(f"{command.format(pairs)} --dry-run --out {tmp_path / 'slider.safetensors'}")
     assert done.returncode == 0, done.stderr
@@ -140,6 +142,7 @@ open({folder!r} + f"/threads{{rank}}", "w").write(f"{{before}} {{gloo_threads()}
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted in /proc")
 def test_no_thread_of_the_group_outlives_it(tmp_path):
     """One that does aborts the process now and then as it ends, after everything is written.

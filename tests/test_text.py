@@ -80,6 +80,7 @@ def test_x_t_lie_on_the_frozen_models_own_way(model, targets):
 def test_meter_reads_what_is_there(model, targets):
     """A slider whose effect is taken as the target reads share 1 and cosine 1; twice that target,
     a half; its negative, -1. With twice the target at one end only, that end reads a half."""
+    targets = targets[torch.tensor([0, 3, 5, 11, 12, 15, 17, 23])]  # four x_t, at both ends
     torch.manual_seed(0)
     slider = lora.Slider(lora.target_layers(model.unet, "noxattn")).requires_grad_(False)
     for name, p in slider.named_parameters():

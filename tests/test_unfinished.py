@@ -20,7 +20,7 @@ from support.checkpoint import NO_CHECKPOINT, Checkpoint, open_checkpoint
 
 
 def collect(model, checkpoint=NO_CHECKPOINT, **changes):
-    target, size = "a photo of a person", (128, 128)
+    target, size = "a photo of a person", (64, 64)
     ends = (f"{target}, smiling", f"{target}, frowning")
     prompts = train_text.encode(model, [target], *ends, [], size)
     settings = dict(eta=1.0, trajectories=5, per_trajectory=2, denoising_steps=4)
