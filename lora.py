@@ -5,8 +5,8 @@ A slider adds a low-rank change to each chosen layer W of the frozen UNet. One n
     y = W x  +  scale * (alpha / r) * B A x         A: (r, in), B: (out, r), B = 0 at the start
 
 `scale` is the knob that is turned at inference (the paper's alpha); `alpha` is LoRA's constant, set
-in training. A forward hook adds the term, so the UNet's modules and weights are never touched: a
-detached UNet is the untouched UNet, bit for bit, and any number of sliders can be attached to it.
+in training. A forward hook adds the term, so the UNet's own weights are never touched: detached, it
+is bit for bit what it was, and any number of sliders can be attached to it.
 """
 
 import re
@@ -18,6 +18,7 @@ from torch import nn
 
 from formats import slider_files
 from formats.slider_files import Layer, kohya_name, layers_by_kohya_name
+from support import graphs
 
 # The layers that a slider changes, by what their names contain. As in the paper's code, all sets
 # stay within attention (attn1: self-, attn2: cross-attention), resnets and up/downsamplers.
@@ -40,7 +41,7 @@ def target_layers(unet: nn.Module, layers: str = "noxattn", conv: bool = True) -
 
 
 class LowRank(nn.Module):
-    """(alpha / r) B A for one layer. A convolution's A has its kernel and stride; B is 1x1."""
+    """A, B and alpha of one layer. A convolution's A has its kernel and stride; B is 1x1."""
 
     def __init__(self, layer: Layer, rank: int, alpha: float):
         super().__init__()
@@ -56,28 +57,35 @@ class LowRank(nn.Module):
         self.register_buffer("alpha", torch.tensor(float(alpha)))
         self.multiplier = float(alpha) / rank  # alpha / r, as a number: no tensor is read per call
 
-    def forward(self, x, rank_scale=None):
-        """(alpha / r) B A x; with rank_scale (batch, r), (alpha / r) B diag(rank_scale) A x.
-
-        In x's dtype. A and B themselves are float32 in training, which keeps small steps."""
-        A, B = self.lora_down.weight.to(x.dtype), self.lora_up.weight.to(x.dtype)
-        return self.multiplier * low_rank(x, A, B, self.lora_down, rank_scale)
+    @property
+    def A_B(self):
+        return self.lora_down.weight, self.lora_up.weight
 
     def delta(self) -> slider_files.Delta:
         """What a slider file holds of it: A, B, alpha."""
-        A, B = self.lora_down.weight.detach(), self.lora_up.weight.detach()
+        A, B = (weight.detach() for weight in self.A_B)
         return slider_files.Delta(A, B, self.multiplier * len(A))
 
 
-def low_rank(x, A, B, layer, rank_scale=None):
-    """B A x: (b, ..., in) -> (b, ..., r) -> (b, ..., out). Of a convolution, with `layer`'s stride
-    and padding: (b, in, h, w) -> (b, r, h', w') -> (b, out, h', w'). rank_scale: (b, r) or None."""
-    conv = A.ndim == 4
-    h = F.conv2d(x, A, None, layer.stride, layer.padding) if conv else F.linear(x, A)
-    if rank_scale is not None:
-        shape = (*rank_scale.shape, 1, 1) if conv else (len(h), *[1] * (h.ndim - 2), -1)
-        h = h * rank_scale.to(h.dtype).view(shape)
-    return F.conv2d(h, B) if conv else F.linear(h, B)
+def down(x, A, layer):
+    """A x: (b, ..., in) -> (b, ..., r); of a convolution (b, in, h, w) -> (b, r, h', w')."""
+    return F.conv2d(x, A, None, layer.stride, layer.padding) if A.ndim == 4 else F.linear(x, A)
+
+
+def add_up(y, h, B):
+    """y + B h: (b, ..., out); of a convolution (b, out, h', w')."""
+    if B.ndim == 4:
+        return y + F.conv2d(h, B)
+    return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.T).view_as(y)  # the sum comes free
+
+
+def same_input(names) -> list[list[str]]:
+    """Layers in groups that see the same x: self-attention's q, k, v; cross-attention's k, v."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        shared = re.sub(r"(?<=attn1_to_)[qkv]$|(?<=attn2_to_)[kv]$", "", name)
+        groups.setdefault(shared, []).append(name)
+    return list(groups.values())
 
 
 class Slider(nn.Module):
@@ -102,6 +110,15 @@ class Slider(nn.Module):
         self.handles: list = []
         self.metadata: dict[str, str] = {}  # of the file that it was loaded from
 
+    @property
+    def scale(self):
+        return self._scale
+
+    @scale.setter
+    def scale(self, value):
+        self._scale = value
+        self._weights, self._h = {}, {}  # as they were cast; A x of layers that are still to come
+
     def layers_of(self, unet: nn.Module) -> list[tuple[LowRank, Layer]]:
         """Each LowRank with the layer of `unet` that it changes. ValueError if one is missing."""
         layers = layers_by_kohya_name(unet)
@@ -111,21 +128,66 @@ class Slider(nn.Module):
 
     def attach(self, unet: nn.Module) -> "Slider":
         """Add the change to `unet`'s layers, at `scale`. ValueError if one is missing."""
-        for part, layer in self.layers_of(unet):
-            self.handles.append(layer.register_forward_hook(self._hook(part)))
+        layers = dict(zip(dict(self.named_children()), self.layers_of(unet)))
+        self.groups, self.handles = same_input(layers), [graphs.note_attached(unet, self)]
+        for group in self.groups:
+            for name in group:
+                self.handles.append(layers[name][1].register_forward_hook(self._hook(name, group)))
         self.attached = True
         return self
 
-    def _hook(self, part: LowRank):
+    def _hook(self, name: str, group: list[str]):
         def add(layer, inputs, y):  # y = W x
-            scale, (x,) = self.scale, inputs
-            if not torch.is_tensor(scale):
-                return y + scale * part(x) if scale else None  # None: y stays as it is
-            if scale.ndim == 2:  # (batch, r)
-                return y + part(x, scale)
-            return y + scale.to(y.dtype).view(-1, *[1] * (y.ndim - 1)) * part(x)  # (batch,)
+            if not torch.is_tensor(self.scale) and not self.scale:
+                return None
+            A, B = self.weights(name, y.dtype)
+            if name not in self._h:
+                self._h = self._down(group, inputs[0], A, layer)
+            return add_up(y, self._h.pop(name), B)
 
         return add
+
+    def _down(self, group, x, A, layer) -> dict:
+        """A x of the layers of a group: {name: h (b, ..., r)}. A scale for each sample comes in
+        here, where there is least to multiply."""
+        h, conv = down(x, A, layer), A.ndim == 4  # (b, ..., sum of r) or (b, r, h', w')
+        if torch.is_tensor(self.scale):
+            scale = self.scale.to(h.dtype).view(len(h), -1)  # (b, 1) or (b, r)
+            scale = scale.repeat(1, len(group)) if scale.shape[1] > 1 else scale
+            h = h * scale.view(len(h), *([-1, 1, 1] if conv else [1] * (h.ndim - 2) + [-1]))
+        ranks = [len(getattr(self, name).A_B[0]) for name in group]
+        return dict(zip(group, h.split(ranks, -1))) if len(group) > 1 else {group[0]: h}
+
+    def weights(self, name: str, dtype):
+        """A of a layer and of those that see the same x, one below the other (sum of r, in), and
+        its own B (out, r), times alpha / r and a `scale` that is one number. In `dtype`; training
+        keeps A and B in float32, where small steps count.
+
+        A GPU takes longer to launch such an operation than to do it, and SDXL's UNet has 346 such
+        layers. So all are cast at once, whenever `scale` is set or a weight has changed."""
+
+        def state(name):  # of what was cast
+            return dtype, torch.is_grad_enabled(), *(p._version for p in getattr(self, name).A_B)
+
+        if name not in self._weights or self._weights[name][0] != state(name):
+            parts = {name: getattr(self, name) for group in self.groups for name in group}
+            As, Bs = zip(*(part.A_B for part in parts.values()))
+            number = 1.0 if torch.is_tensor(self.scale) else self.scale
+            k = [number * part.multiplier for part in parts.values()]
+            flat = lambda weights: torch.cat([p.flatten() for p in weights])
+            times = lambda B, k: torch.add(
+                B.new_zeros(()), B, alpha=k
+            )  # saves no tensor for backward
+            same = len(set(k)) == 1
+            scaled = times(flat(Bs), k[0]) if same else flat(map(times, Bs, k))
+            B_of = iter(scaled.to(dtype).split([B.numel() for B in Bs]))
+            sizes = [sum(parts[name].A_B[0].numel() for name in group) for group in self.groups]
+            for group, A in zip(self.groups, flat(As).to(dtype).split(sizes)):
+                A = A.view(-1, *parts[group[0]].A_B[0].shape[1:])
+                for other in group:
+                    B = next(B_of).view_as(parts[other].A_B[1])
+                    self._weights[other] = state(other), A, B
+        return self._weights[name][1:]
 
     def detach(self):
         """Remove the change; the UNet is as it was."""
@@ -141,61 +203,6 @@ class Slider(nn.Module):
             yield self
         finally:
             self.scale = before
-
-
-def by_layer(unet: nn.Module, pairs) -> dict[Layer, list]:
-    """pairs (slider, scale) -> {layer of `unet`: [(Delta, scale)]}. ValueError if one does not
-    fit."""
-    deltas: dict[Layer, list] = {}
-    for slider, scale in pairs:
-        for part, layer in slider.layers_of(unet):
-            deltas.setdefault(layer, []).append((part.delta(), scale))
-    return deltas
-
-
-class Composed:
-    """Several sliders at fixed scales as one change of `unet`: on at any scale but 0, off at 0.
-
-    In each layer in the cheaper of two forms: one low-rank change; or, where the ranks add up to
-    much and W's dtype keeps 99% of the change, W + sum_i scale_i (alpha_i / r_i) B_i A_i in W's
-    place. The latter costs no time however many sliders there are, but memory for a second W."""
-
-    attached = True  # from its construction on
-
-    def __init__(self, unet: nn.Module, pairs, only_low_rank: bool = False):
-        """pairs: (slider, scale), sliders not attached. only_low_rank: where another Composed is on
-        the same UNet, as only one W can stand in a layer. ValueError if a slider does not fit."""
-        self._scale, self.handles, self.replaced = 0.0, [], []
-        for layer, weighted in by_layer(unet, pairs).items():
-            A, B = slider_files.concatenate(weighted)
-            W, change = layer.weight, None
-            if not only_low_rank and 4 * len(A) > min(W.shape[:2]):
-                change = slider_files.delta_weight(A, B)
-                changed = (W.float() + change).to(W.dtype)
-                lost = (changed.float() - W.float() - change).norm()
-            if change is not None and lost <= 0.01 * change.norm():
-                self.replaced.append((layer, W, nn.Parameter(changed, requires_grad=False)))
-            else:
-                hook = self._hook(A.to(W.dtype), B.to(W.dtype))
-                self.handles.append(layer.register_forward_hook(hook))
-
-    def _hook(self, A, B):
-        return lambda layer, x, y: y + low_rank(x[0], A, B, layer) if self._scale else None
-
-    @property
-    def scale(self):
-        return self._scale
-
-    @scale.setter
-    def scale(self, value):
-        self._scale = value
-        for layer, W, changed in self.replaced:
-            layer.weight = changed if value else W
-
-    def detach(self):
-        self.scale = 0.0
-        for handle in self.handles:
-            handle.remove()
 
 
 def save(path, slider: Slider, metadata: dict, **options):

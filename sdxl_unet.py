@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from support import graphs
+
 
 def sinusoids(values, width: int):
     """values (B,) -> (B, width): cosines, then sines, of geometrically spaced frequencies (Vaswani
@@ -33,14 +35,15 @@ class Embedding(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    """A module whose activations are not kept for the backward pass where `checkpointing` is set,
-    but computed again there: less memory, more time (gradient checkpointing, Chen et al. 2016)."""
+    """Where `checkpointing` is set, activations are not kept for the backward pass but computed
+    again there: less memory, more time (gradient checkpointing, Chen et al. 2016)."""
 
     checkpointing = False
 
     def __call__(self, *args):
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(super().__call__, *args, use_reentrant=False)
+            how = dict(use_reentrant=False, preserve_rng_state=False)  # there is no dropout
+            return checkpoint(super().__call__, *args, **how)
         return super().__call__(*args)
 
 
@@ -59,7 +62,7 @@ class Resnet(Checkpointed):
     def forward(self, x, time=None):
         h = self.conv1(F.silu(self.norm1(x)))  # (B, c_out, h, w)
         if self.time_emb_proj is not None:
-            h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]  # the same at every place
+            h = h + self.time_emb_proj(time)[:, :, None, None]  # the same at every place
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
@@ -161,8 +164,7 @@ class Transformer(nn.Module):
 
 
 class Level(nn.Module):
-    """What a level of the U is made of: resnets, each followed by a transformer where it has
-    them."""
+    """A level of the U: resnets, each followed by a transformer where it has them."""
 
     def __init__(self, channels, c_time, groups, eps, transformer=None):
         """channels: (c_in, c_out) of each resnet. transformer: function c -> Transformer, or
@@ -223,9 +225,7 @@ class Up(Level):
 
 class UNet(nn.Module):
     """UNet(config): config is the dict in unet/config.json. ValueError if it is not of SDXL's kind.
-
-    factor: latents' height and width must be multiples of it.
-    """
+    factor: latents' height and width must be multiples of it."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -268,6 +268,7 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, widths[0], config["norm_eps"])
         self.conv_out = nn.Conv2d(widths[0], config["out_channels"], 3, padding=1)
 
+    @graphs.replayed  # on a GPU: launched as one operation where there are no gradients
     def forward(self, latents, t, context, pooled, time_ids):
         """The predicted noise eps, (B, 4, h, w).
 
@@ -281,7 +282,7 @@ class UNet(nn.Module):
         time = self.time_embedding(time)  # (B, c_time)
         sizes = sinusoids(time_ids.flatten(), self.config["addition_time_embed_dim"])  # (6 B, 256)
         sizes = sizes.view(len(time_ids), -1).to(pooled.dtype)  # (B, 6 * 256)
-        time = time + self.add_embedding(torch.cat([pooled, sizes], -1))  # (B, c_time)
+        time = F.silu(time + self.add_embedding(torch.cat([pooled, sizes], -1)))  # (B, c_time)
 
         x = self.conv_in(latents)  # (B, c0, h, w)
         skips = [x]

@@ -35,15 +35,13 @@ class Targets:
         return Targets(*samples, self.cond)  # type: ignore[call-arg]
 
     @property
-    def delta(self):
-        """The change of prediction that is asked for, (n, 4, h, w)."""
+    def delta(self):  # the change of prediction that is asked for, (n, 4, h, w)
         return self.target.float() - self.eps_0.float()
 
 
 def predict(unet, slider, batch: Targets):
     """eps_{theta, s}(x_t, c_t, t) with the attached slider at each sample's scale: (b, 4, h, w).
-
-    The scale stays set: with gradient checkpointing, backward() runs the UNet's parts again."""
+    It stays set: with gradient checkpointing, the way back runs the UNet's parts again."""
     slider.scale = batch.scale  # (b,)
     return unet(batch.x_t, batch.t, *(c[batch.prompt] for c in batch.cond))
 
@@ -55,9 +53,8 @@ def distance(error):
 
 def make_loss(unet, slider, targets: Targets):
     """The loss of a text or a visual slider: a function rows (b,) -> (b,), each sample's distance
-    from its target, divided by the mean distance of all samples with no slider (one constant). 1
-    is an untrained slider, 0 a copy of the teacher. ValueError if the teacher's two ends are the
-    same."""
+    from its target, divided by the mean distance of all samples with no slider. 1 is an untrained
+    slider, 0 a copy of the teacher. ValueError if the teacher's two ends are the same."""
     no_slider = distance(targets.delta).mean()
     if not no_slider > 0:
         raise ValueError("the model sees no difference between the two ends: nothing to learn")
@@ -104,20 +101,25 @@ class TrainingState:
             p.copy_(value)
 
 
-def fit(state: TrainingState, loss, n: int, *, steps: int, batch: int):
+def fit(state: TrainingState, loss, n: int, *, steps: int, batch: int, capture=lambda f: f):
     """Fit a slider: a generator that yields the loss, a number on the device, after each step.
 
-    loss: function of rows (batch,) of the n samples -> (batch,), such as make_loss's. The caller's
-    loop does the logging, the meter, the saving and the stopping (support/training.train)."""
-    while state.step < steps:
-        rows = state.draw(n, batch)
-        state.optimizer.zero_grad()
+    loss: function of rows (batch,) of the n samples -> (batch,), such as make_loss's. capture:
+    makes a CUDA graph of a function (support/graphs.py). The rest is support/training.train's."""
+
+    def gradients(rows):
         total = loss(rows).sum() / batch
-        total.backward()
+        return total.detach(), *torch.autograd.grad(total, state.parameters)
+
+    gradients = capture(gradients)
+    while state.step < steps:
+        total, *found = gradients(state.draw(n, batch))
+        for p, gradient in zip(state.parameters, found):
+            p.grad = gradient
         state.optimizer.param_groups[0]["lr"] = learning_rate(state.step, steps, state.lr)
         state.optimizer.step()
         state.step += 1
-        yield total.detach()
+        yield total
 
 
 def learning_rate(step: int, steps: int, lr: float) -> float:
@@ -129,7 +131,6 @@ def learning_rate(step: int, steps: int, lr: float) -> float:
 @torch.no_grad()
 def meter(unet, slider, held_out: Targets, batch: int) -> dict[str, float]:
     """How much of the teacher's change the slider makes, on x_t that it was not trained on.
-
     share:  projection of eps_s - eps_0 onto target - eps_0, in units of the latter; 1 is all of it;
             plus, minus: at the positive and at the negative scales (0 where there are none).
     cosine: between the two; near 0 the slider does something else."""

@@ -151,6 +151,7 @@ class Space:
         self.k, self.m = len(v), samples.x_t.shape[1]
         self.x_t, self.t = samples.x_t.flatten(0, 1), samples.t.flatten(0, 1)  # (N, 4, h, w), (N,)
         self.prompt = samples.prompt.repeat_interleave(self.m)
+        self.alpha_bar = model.alpha_bar.to(self.x_t.device)
         self.n = len(self.x_t) - HELD_OUT * self.m  # x_t to train on
         with torch.no_grad():
             f_0 = lambda rows: {"f": clip.features(model, encoder, self.predict_x_0(rows))}
@@ -165,19 +166,19 @@ class Space:
         c = tuple(part[self.prompt[rows]] for part in self.cond)
         u = sampler.expand(self.uncond, len(x_t))
         eps, _ = sampler.guided_eps(self.model.unet, x_t, t, c, u, self.guidance)
-        a_t = self.model.alpha_bar.to(x_t.device)[t].view(-1, 1, 1, 1)
+        a_t = self.alpha_bar[t].view(-1, 1, 1, 1)
         x_t, eps = sampler.at_least_float32(x_t), sampler.at_least_float32(eps)
         return sampler.implied_x_0(x_t, eps, a_t)
 
     def change(self, bank, x, i, sign):
         """What slider i (b,), at scale sign (b,), changes in the features of x_t number x (b,):
         (b, d); and where it should go: (b, d)."""
-        scale = torch.zeros(len(x), self.k, device=self.x_t.device)
-        scale[torch.arange(len(x)), i] = sign.to(scale)
+        i, sign = i.to(self.v.device), sign.to(self.v)
+        scale = (i[:, None] == torch.arange(self.k, device=i.device)) * sign[:, None]  # (b, k)
         scale = scale.repeat_interleave(self.rank, 1)  # (b, k r): one for each rank
         bank.scale = scale if self.guidance == 1 else torch.cat([scale, scale])
         f = clip.features(self.model, self.encoder, self.predict_x_0(x))
-        return f - self.f_0[x], sign.to(f)[:, None] * self.v[i]
+        return f - self.f_0[x], sign[:, None] * self.v[i]
 
     def loss(self, bank, rows):
         """1 - cos(f - f_0, v_i) for each of rows (b,): (b,)."""

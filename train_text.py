@@ -22,7 +22,7 @@ from tqdm import tqdm
 import sampler
 from student import Targets
 from support import cli, cost, options, training
-from support.batches import in_batches
+from support.batches import in_batches, samples_at_once
 from support.checkpoint import RESUME_HINT, open_checkpoint
 
 
@@ -154,7 +154,8 @@ def main():
     names = ("eta", "trajectories", "per_trajectory", "guidance", "denoising_steps", "seed")
     settings = {name: getattr(args, name) for name in names}
     # Without a backward pass four times as many fit into memory.
-    settings |= dict(size=size, batch=4 * args.batch, remember=checkpoint.remember)
+    at_once = samples_at_once(model.unet, model.latent_shape(size), 4 * args.batch)
+    settings |= dict(size=size, batch=at_once, remember=checkpoint.remember)
     train, held_out = teach(model, prompts, **settings)
     if args.positive_only:
         train = train[train.scale > 0]

@@ -42,14 +42,14 @@ BATCH = {"miniature": (8, 8), "full": (2, 1)}  # without gradients, in training
 GIB = 2**30
 
 
-def empty(kind, dtype=torch.bfloat16, config=SDXL["unet"]):
+def empty(kind, dtype=torch.bfloat16, config=SDXL["unet"], device="cpu"):
     """kind(config) with random weights, made in place in `dtype`."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
             unet = kind(config)
-        unet = unet.to_empty(device="cpu")
+        unet = unet.to_empty(device=device)
     finally:
         torch.set_default_dtype(default)
     torch.manual_seed(0)
@@ -92,29 +92,42 @@ def ours(config, dtype):
 def theirs(config, dtype):
     """The same of diffusers and peft."""
     import diffusers
-    import peft
 
     unet = empty(lambda c: diffusers.UNet2DConditionModel(**c), dtype, config)
 
-    def predict(x, t, context, pooled, time_ids):
-        added = {"text_embeds": pooled, "time_ids": time_ids}
-        return unet(x, t, context, added_cond_kwargs=added).sample
-
     def add_slider(checkpointing):
-        kinds, pattern = (torch.nn.Linear, torch.nn.Conv2d), lora.LAYERS["noxattn"]
-        layers = [n for n, m in unet.named_modules() if isinstance(m, kinds)]
-        names = [n for n in layers if re.search(pattern, n)]
-        unet.add_adapter(peft.LoraConfig(r=4, lora_alpha=1, target_modules=names))
-        trained = [p for n, p in unet.named_parameters() if "lora_" in n]
-        for p in trained:
-            p.data = p.data.float()
-            p.requires_grad_(True)
+        trained = add_peft(unet)
         if checkpointing:
             unet.enable_gradient_checkpointing()
             unet.train()
         return trained
 
-    return predict, add_slider
+    return call_diffusers(unet), add_slider
+
+
+def call_diffusers(unet):
+    """diffusers' UNet, called as ours is."""
+
+    def predict(x_t, t, context, pooled, time_ids):
+        added = {"text_embeds": pooled, "time_ids": time_ids}
+        return unet(x_t, t, context, added_cond_kwargs=added).sample
+
+    return predict
+
+
+def add_peft(unet):
+    """A rank-4 adapter of peft on the layers that train_text.py changes; what is to be trained."""
+    import peft
+
+    kinds, pattern = (torch.nn.Linear, torch.nn.Conv2d), lora.LAYERS["noxattn"]
+    layers = [n for n, m in unet.named_modules() if isinstance(m, kinds)]
+    names = [n for n in layers if re.search(pattern, n)]
+    unet.add_adapter(peft.LoraConfig(r=4, lora_alpha=1, target_modules=names))
+    trained = [p for n, p in unet.named_parameters() if "lora_" in n]
+    for p in trained:
+        p.data = p.data.float()
+        p.requires_grad_(True)
+    return trained
 
 
 def measure(who, what, size, dtype, steps):

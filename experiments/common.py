@@ -251,3 +251,11 @@ class Full(lora.Slider):
         super().__init__({}, {}, {})
         for name, layer in layers.items():
             self.add_module(lora.kohya_name(name), FullRank(layer))
+
+    def _hook(self, name, group):
+        part = getattr(self, name)
+        return lambda layer, x, y: y + self.scale_of(y) * part(x[0])
+
+    def scale_of(self, y):
+        scale = torch.as_tensor(self.scale, dtype=y.dtype, device=y.device)
+        return scale.view(-1, *[1] * (y.ndim - 1))

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 import lora
 from formats import slider_files, write_atomically
 from sdxl import MINIATURE, SDXL, best_device
-from support import distributed
+from support import distributed, graphs
 from support.merge import merge
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -60,6 +60,8 @@ def model_parser(description: str) -> argparse.ArgumentParser:
     p.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere")
     text_on_cpu = "keep the text encoders off the GPU: 1.5 GiB less for SDXL"
     p.add_argument("--text-on-cpu", action="store_true", help=text_on_cpu)
+    no_graphs = "launch every operation of a GPU by itself: slower, a little less memory"
+    p.add_argument("--no-cuda-graphs", action="store_true", help=no_graphs)
     return p
 
 
@@ -104,6 +106,7 @@ def load_model(args, vae: bool = True) -> SDXL:
     if args.dtype == "bfloat16" and (args.device or best_device()) == "cpu" and not fast_dtype():
         slow = "this processor is slow at bfloat16: without --dtype it is many times faster"
         warnings.warn(slow, stacklevel=2)
+    graphs.enabled = not args.no_cuda_graphs
     options = dict(device=args.device, dtype=DTYPES.get(args.dtype), base=args.base)
     model = SDXL.load(args.model, vae=vae, text_on_cpu=args.text_on_cpu, **options)
     loras = [(lora.load(path, model.unet), 1.0 if w is None else w) for path, w in args.merge]

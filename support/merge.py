@@ -9,8 +9,10 @@ from collections import defaultdict
 import torch
 from torch import nn
 
-import lora
 from formats import slider_files
+from formats.slider_files import Layer
+from lora import add_up, down
+from support import graphs
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -54,12 +56,68 @@ class Rounding:
         )
 
 
+def by_layer(unet: nn.Module, pairs) -> dict[Layer, list]:
+    """pairs (slider, scale) -> {layer of `unet`: [(Delta, scale)]}. ValueError if one does not
+    fit."""
+    deltas: dict[Layer, list] = {}
+    for slider, scale in pairs:
+        for part, layer in slider.layers_of(unet):
+            deltas.setdefault(layer, []).append((part.delta(), scale))
+    return deltas
+
+
 @torch.no_grad()
 def merge(unet: nn.Module, pairs) -> Rounding:
     """W <- W + sum_i scale_i (alpha_i / r_i) B_i A_i for good, in float32 and rounded once. pairs:
-    (lora.Slider, scale). Returns what each dtype keeps of the change."""
+    (Slider, scale). Returns what each dtype keeps of the change."""
     rounding = Rounding()
-    for layer, weighted in lora.by_layer(unet, pairs).items():
+    for layer, weighted in by_layer(unet, pairs).items():
         change = slider_files.delta_weight(*slider_files.concatenate(weighted))
         layer.weight = nn.Parameter(rounding.add(layer.weight, change), requires_grad=False)
     return rounding
+
+
+class Composed:
+    """Several sliders at fixed scales as one change of `unet`: on at any scale but 0, off at 0.
+
+    In each layer in the cheaper of two forms: one low-rank change; or, where the ranks add up to
+    much and W's dtype keeps 99% of the change, W + sum_i scale_i (alpha_i / r_i) B_i A_i in W's
+    place. The latter costs no time however many sliders there are, but memory for a second W."""
+
+    attached = True  # from its construction on
+
+    def __init__(self, unet: nn.Module, pairs, only_low_rank: bool = False):
+        """pairs: (slider, scale), sliders not attached. only_low_rank: where another Composed is on
+        the same UNet, as only one W can stand in a layer. ValueError if a slider does not fit."""
+        self._scale, self.replaced = 0.0, []
+        self.handles = [graphs.note_attached(unet, self)]
+        for layer, weighted in by_layer(unet, pairs).items():
+            A, B = slider_files.concatenate(weighted)
+            W, change = layer.weight, None
+            if not only_low_rank and 4 * len(A) > min(W.shape[:2]):
+                change = slider_files.delta_weight(A, B)
+                changed = (W.float() + change).to(W.dtype)
+                lost = (changed.float() - W.float() - change).norm()
+            if change is not None and lost <= 0.01 * change.norm():
+                self.replaced.append((layer, W, nn.Parameter(changed, requires_grad=False)))
+            else:
+                hook = self._hook(A.to(W.dtype), B.to(W.dtype))
+                self.handles.append(layer.register_forward_hook(hook))
+
+    def _hook(self, A, B):
+        return lambda layer, x, y: add_up(y, down(x[0], A, layer), B) if self._scale else None
+
+    @property
+    def scale(self):
+        return self._scale
+
+    @scale.setter
+    def scale(self, value):
+        self._scale = value
+        for layer, W, changed in self.replaced:
+            layer.weight = changed if value else W
+
+    def detach(self):
+        self.scale = 0.0
+        for handle in self.handles:
+            handle.remove()

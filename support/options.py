@@ -8,7 +8,7 @@ import lora
 from formats import slider_files
 from invert import METHODS
 from support import cli, distributed
-from support.training import LARGE, SMALL
+from support.training import ETA, LARGE, PUBLISHED, SMALL
 
 
 def default_help(what: str) -> str:
@@ -54,6 +54,10 @@ def add_watching_options(p):
     p.add_argument("--preview", type=int, default=0, metavar="STEPS", help=preview)
     probe = default_help("pictures to find the useful range of scales with; 0: none")
     p.add_argument("--probe", type=int, default=4, metavar="SEEDS", help=probe)
+    recipe = (
+        "defaults of --steps, --batch, --lr and --eta: as measured here, or the published code's"
+    )
+    p.add_argument("--recipe", choices=["measured", "published"], default="measured", help=recipe)
     dry_run = "train nothing: say how many network evaluations, how long and how much memory"
     p.add_argument("--dry-run", action="store_true", help=dry_run)
 
@@ -85,7 +89,7 @@ def text_slider(doc: str):
     )
     p.add_argument("--prompt", action="append", help=prompt)
     add_preserve(p, "concepts P that must stay")
-    eta = "strength of the teacher's change (default: 0.5; for a UNet of SDXL's size 4)"
+    eta = f"strength of the teacher's change (default: {ETA}; published: {PUBLISHED['eta']:g})"
     p.add_argument("--eta", type=cli.number, help=eta)
     positive_only = "eq. (8) as printed: train scale +1 alone, not both ends"
     p.add_argument("--positive-only", action="store_true", help=positive_only)

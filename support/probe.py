@@ -6,6 +6,7 @@ from tqdm import tqdm
 
 import sampler
 from support import images
+from support.batches import samples_at_once
 from support.sweep import sweep
 
 SCALES = (-8.0, -4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 8.0)  # that a new slider is tried at
@@ -32,7 +33,8 @@ def probe(model, slider, cond, uncond, shape, seeds: int, steps: int = STEPS) ->
     x_T = sampler.noise(range(seeds), shape, model.device, model.dtype)
     eps = sampler.noise(range(seeds, 2 * seeds), shape, model.device, model.dtype)
     columns = [[(slider, scale)] for scale in SCALES]
-    settings = dict(alpha_bar=model.alpha_bar, steps=steps, batch=seeds)
+    at_once = max(seeds, samples_at_once(model.unet, shape, seeds))
+    settings = dict(alpha_bar=model.alpha_bar, steps=steps, batch=at_once)
     drawn = sweep(model.unet, x_T, cond, uncond, columns, **settings)
     x_0, surprise = {}, {}
     for i, x in tqdm(drawn, total=len(SCALES), unit="scale", desc="probe"):

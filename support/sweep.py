@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 
 import sampler
-from lora import Composed
+from support.merge import Composed
 
 
 def sweep(
@@ -79,7 +79,7 @@ def composed(unet, sliders):
     """with composed(unet, sliders) as switches: sampler.sample(..., sliders=switches)
 
     sliders: triples (slider, scale, start). Inside they are attached to `unet` at scale 0, those
-    with a number as scale and the same start as one lora.Composed. Yields triples (slider, scale,
+    with a number as scale and the same start as one merge.Composed. Yields triples (slider, scale,
     start). ValueError if one slider is given twice."""
     if len({id(slider) for slider, _, _ in sliders}) < len(sliders):
         raise ValueError("the same slider is given twice: load its file once for each")

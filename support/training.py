@@ -11,15 +11,17 @@ import lora
 import student
 from sdxl import MINIATURE
 from sdxl_unet import Checkpointed
-from support import cli, distributed, images, probe
+from support import batches, cli, distributed, graphs, images, probe
 from support.checkpoint import NO_CHECKPOINT, Checkpoint, deferred_interrupt
 
 VERSION = "0.2"
 METER_EVERY = 25  # optimizer steps
 
-# Defaults. For a small UNet what was measured to work on the miniature, for one of SDXL's size the
-# published recipe's.
-SMALL, LARGE = dict(lr=4e-3, batch=8, steps=60), dict(lr=2e-4, batch=2, steps=500)
+# Defaults, as measured: for a small UNet on the miniature, for one of SDXL's size by
+# experiments/full_width.py. PUBLISHED are the paper's code's (--recipe published).
+SMALL, LARGE = dict(lr=4e-3, batch=8, steps=60), dict(lr=1e-3, batch=8, steps=60)
+ETA = 0.5  # of eq. (8): -3 ... 3 is then a useful range of scales
+PUBLISHED = dict(lr=2e-4, batch=2, steps=500, eta=4.0)
 
 
 def is_small(unet) -> bool:
@@ -33,7 +35,7 @@ def recipe(unet, small=SMALL, large=LARGE) -> dict:
 
 def text_recipe(unet) -> dict:
     """train_text.py's, eta included."""
-    return recipe(unet) | {"eta": 0.5 if is_small(unet) else 4.0}
+    return recipe(unet) | {"eta": ETA}
 
 
 def split_trajectories(trajectories: int) -> tuple[int, int]:
@@ -45,12 +47,24 @@ def prepare(args, model, recipe: dict) -> tuple[int, int]:
     """Fill in the defaults of `recipe`; returns the size in pixels (height, width). ValueError for
     a size that the model cannot make."""
     args.size = args.size or min(model.size, 512)
-    model.latent_shape((args.size,) * 2)
+    shape = model.latent_shape((args.size,) * 2)
+    if getattr(args, "recipe", "") == "published":
+        recipe = {name: PUBLISHED[name] for name in recipe}
     for name, value in recipe.items():
         least = distributed.world_size() if name == "batch" else value
         setattr(args, name, getattr(args, name) or max(value, least))
+    if not args.checkpointing and not fits(args.batch, model.unet, shape):
+        print("--checkpointing is on: without it this batch does not fit into the GPU's memory")
+        args.checkpointing = True
     set_checkpointing(model.unet, args.checkpointing)
     return (args.size,) * 2
+
+
+def fits(batch: int, unet, shape) -> bool:
+    """Whether this process's share of `batch` can be trained on without gradient checkpointing."""
+    device, share = next(unet.parameters()).device, -(-batch // distributed.world_size())
+    needed = share * batches.sample_bytes(unet, shape, batches.TRAINED)
+    return device.type != "cuda" or needed < 0.9 * batches.free_memory(device)
 
 
 def set_checkpointing(network, on: bool = True):
@@ -69,7 +83,7 @@ def new_slider(args, model) -> lora.Slider:
 
 def settings(args) -> dict:
     """What a slider file says it was trained with."""
-    leave_out = {"out", "like", "dry_run", "resume", "overwrite"}
+    leave_out = {"out", "like", "dry_run", "resume", "overwrite", "no_cuda_graphs"}
     leave_out |= {"model"} if args.model == str(MINIATURE) else set()
     return {k: v for k, v in vars(args).items() if k not in leave_out}
 
@@ -106,7 +120,8 @@ def train(
     save = lambda: checkpoint.save(state.state_dict() | {"average": average, "reading": reading})
     share_gradients(state)
     shared_loss = lambda rows: loss(distributed.shard(rows))
-    steps_of_fit = student.fit(state, shared_loss, n, steps=steps, batch=batch)
+    capture = lambda step: graphs.captured(step, state.parameters[0].device)
+    steps_of_fit = student.fit(state, shared_loss, n, steps=steps, batch=batch, capture=capture)
     progress = tqdm(total=steps, initial=state.step, unit="step", desc="train")
     # The loss sets the slider's scale; `at` restores it afterwards.
     with slider.at(0.0), deferred_interrupt() as stop, progress as bar:
@@ -167,7 +182,8 @@ def fit_targets(
     except ValueError:
         checkpoint.remove()  # of no use to a corrected command
         raise
-    read_meter = lambda: student.meter(unet, slider, held_out, batch)
+    at_once = batches.samples_at_once(unet, held_out.x_t.shape[1:], batch)
+    read_meter = lambda: student.meter(unet, slider, held_out, at_once)
     settings |= dict(batch=batch, checkpoint=checkpoint)
     return train(slider, loss, len(targets), read_meter, **settings)
 

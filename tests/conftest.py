@@ -2,9 +2,15 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+# Tests mean the CPU, whatever else there is, unless TEST_DEVICE names a GPU (make test-gpu).
+if (DEVICE := os.environ.setdefault("TEST_DEVICE", "cpu")) == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported; also for other processes
 
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+if DEVICE == "cpu":
+    torch.backends.mps.is_available = lambda: False
 sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 

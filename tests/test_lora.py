@@ -22,27 +22,88 @@ def trained_slider(unet, seed=0, **options):
     return slider.requires_grad_(False)
 
 
-LAYERS = [
-    (nn.Linear(6, 5), torch.randn(2, 7, 6)),
-    (nn.Conv2d(6, 5, 3, padding=1), torch.randn(2, 6, 8, 8)),
-    (nn.Conv2d(6, 5, 3, stride=2, padding=1), torch.randn(2, 6, 8, 8)),
-    (nn.Conv2d(6, 5, 1), torch.randn(2, 6, 4, 4)),
-]
+class Block(nn.Module):
+    """A few layers with the names and kinds of the UNet's; q, k, v see the same x."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn1_to_q, self.attn1_to_k, self.attn1_to_v = (nn.Linear(6, 5) for _ in range(3))
+        self.attn2_to_k = nn.Linear(5, 4, bias=False)
+        self.conv1 = nn.Conv2d(4, 5, 3, padding=1)
+        self.conv2 = nn.Conv2d(5, 5, 3, stride=2, padding=1)
+
+    def forward(self, x):  # (b, 16, 6)
+        q, k, v = self.attn1_to_q(x), self.attn1_to_k(x).sigmoid(), self.attn1_to_v(x)
+        image = self.attn2_to_k(q * k + v).mT.unflatten(-1, (4, 4))  # (b, 4, 4, 4)
+        return self.conv2(self.conv1(image).tanh())
 
 
-@pytest.mark.parametrize("layer, x", LAYERS)
-def test_it_adds_alpha_over_r_B_A_x(layer, x):
-    """Against the same change folded into the dense weight, in float64."""
-    layer, x = layer.double(), x.double()
-    part = lora.LowRank(layer, rank=3, alpha=2.0).double()
-    nn.init.normal_(part.lora_up.weight)
-    down, up = part.lora_down.weight.flatten(1), part.lora_up.weight.flatten(1)  # (r, in), (out, r)
-    dense = layer.weight + 1.7 * (2.0 / 3) * (up @ down).view_as(layer.weight)
-    if x.ndim == 3:
-        expected = nn.functional.linear(x, dense, layer.bias)
-    else:
-        expected = nn.functional.conv2d(x, dense, layer.bias, layer.stride, layer.padding)
-    assert torch.allclose(layer(x) + 1.7 * part(x), expected, atol=1e-12)
+@pytest.fixture
+def block():
+    torch.manual_seed(0)
+    return Block().double()
+
+
+def random_slider(block, **options):
+    layers = dict(block.named_children())
+    slider = lora.Slider(layers, **options).double()
+    for p in slider.parameters():
+        nn.init.normal_(p, std=0.5)
+    return slider
+
+
+@pytest.mark.parametrize("rank", [2, dict(zip(dict(Block().named_children()), (1, 3, 2, 2, 4, 1)))])
+def test_it_adds_alpha_over_r_B_A_x(block, rank):
+    """Against the same change folded into the dense weights, in float64; one scale for all, and one
+    for each sample. Layers may differ in rank, so in alpha / r."""
+    slider, x = random_slider(block, rank=rank, alpha=2.0), torch.randn(3, 16, 6).double()
+
+    def folded(scale):
+        dense = copy.deepcopy(block)
+        for name, layer in dense.named_children():
+            A, B = getattr(slider, lora.kohya_name(name)).A_B
+            change = 2.0 / len(A) * (B.flatten(1) @ A.flatten(1))
+            layer.weight.data += scale * change.view_as(layer.weight)
+        return dense(x)
+
+    expected = [folded(scale) for scale in (1.7, -0.4, 0.0)]
+    slider.attach(block)
+    with slider.at(1.7):
+        assert torch.allclose(block(x), expected[0], atol=1e-12)
+    with slider.at(torch.tensor([1.7, -0.4, 0.0]).double()):
+        each = block(x)
+    assert all(torch.allclose(each[i], expected[i][i], atol=1e-12) for i in range(3))
+
+
+@pytest.mark.parametrize(
+    "scale", [0.7, torch.tensor([0.7, -1.3]), torch.tensor([[0.7, 2], [1, 0]])]
+)
+def test_its_gradients_are_those_of_finite_differences(block, scale):
+    """With a scale for all, for each sample, and for each sample and rank; in float64."""
+    slider = random_slider(block, rank=2, alpha=3.0).attach(block)
+    x = torch.randn(2, 16, 6, dtype=torch.float64, requires_grad=True)
+
+    def run(x, *_):  # gradcheck moves the slider's weights themselves
+        slider.scale = scale
+        return block(x)
+
+    assert torch.autograd.gradcheck(run, (x, *slider.parameters()))
+
+
+def test_weights_that_change_are_cast_anew(block):
+    """A step of an optimizer, without the scale being set again; gradients twice over."""
+    slider = random_slider(block).attach(block)
+    slider.scale, x = 1.0, torch.randn(2, 16, 6).double()
+    optimizer = torch.optim.SGD(slider.parameters(), 0.1)
+    before = [block(x).square().mean() for _ in range(2)]
+    for loss in before:
+        loss.backward()
+    optimizer.step()
+    after = block(x).square().mean()
+    slider.scale = 1.0
+    assert before[0] == before[1] != after and torch.equal(block(x).square().mean(), after)
+    with torch.no_grad():
+        assert torch.equal(block(x).square().mean(), after)
 
 
 def test_scale_zero_untrained_and_detached_are_bit_identical(model, inputs):
@@ -64,11 +125,10 @@ def test_scale_zero_untrained_and_detached_are_bit_identical(model, inputs):
     assert all(torch.equal(state[k], v) for k, v in weights.items())
 
 
-def test_scale_zero_costs_nothing(model, inputs):
+def test_scale_zero_costs_nothing(model, inputs, monkeypatch):
     slider = trained_slider(model.unet).attach(model.unet)
-    calls = []
-    for part in slider.children():
-        part.register_forward_hook(lambda *_: calls.append(1))
+    calls, add_up = [], lora.add_up
+    monkeypatch.setattr(lora, "add_up", lambda *args: calls.append(1) or add_up(*args))
     with torch.no_grad():
         model.unet(*inputs)
         assert not calls
