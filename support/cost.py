@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 import sampler
-from support import distributed, probe
+from support import distributed, graphs, probe
+from support.batches import samples_at_once
 from support.training import METER_EVERY, split_trajectories
 
 
@@ -50,30 +51,36 @@ def drawn(seeds: int, columns: int, steps: int) -> int:
 
 
 def dry_run(args, model, slider, cond, plan: dict):
-    """Time a few evaluations without gradients and a few optimizer steps, and print what `plan`
-    (from `estimate`) will take: evaluations, seconds, memory."""
+    """Time a few evaluations without gradients and a few with, and print what `plan` (from
+    `estimate`) will take: evaluations, seconds, memory."""
     slider.attach(model.unet)
-    n = 4 * args.batch
     shape = model.latent_shape((args.size,) * 2)
-    x_t = sampler.noise(range(n), shape, model.device, model.dtype)
-    t = torch.full((n,), 500, device=model.device)
-    cond = tuple(c[:1] for c in cond)
+    at_once = samples_at_once(model.unet, shape, 4 * args.batch)
+    x_t = sampler.noise(range(max(at_once, args.batch)), shape, model.device, model.dtype)
+    t = torch.full((len(x_t),), 500, device=model.device)
 
-    def seconds(samples, scale, gradients):
+    def loss(x_t, t):
+        one = tuple(c[:1] for c in cond)
+        return model.unet(x_t, t, *sampler.expand(one, len(x_t))).float().square().mean()
+
+    def gradients(x_t, t):
+        slider.scale = 1.0
+        return torch.autograd.grad(loss(x_t, t), list(slider.parameters()))
+
+    def seconds(function, samples):
         """Of one sample, the median of three after a warm-up."""
         taken = []
         for _ in range(4):
             started = time.time()
-            with torch.set_grad_enabled(gradients), slider.at(scale):
-                eps = model.unet(x_t[:samples], t[:samples], *sampler.expand(cond, samples))
-                loss = eps.float().square().mean()
-                if gradients:
-                    loss.backward()
-            loss.item()  # on a GPU: waits until it is done
+            function(x_t[:samples], t[:samples])
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
             taken.append((time.time() - started) / samples)
         return statistics.median(taken[1:])
 
-    without, with_gradients = seconds(n, 0.0, False), seconds(args.batch, 1.0, True)
+    without = seconds(torch.no_grad()(loss), at_once)
+    with_gradients = seconds(graphs.captured(gradients, model.device), args.batch)
+    slider.scale = 0.0
     slider.detach()
     processes = distributed.world_size()
     rows = [

@@ -26,6 +26,10 @@ MOST_PLACES = 8 * 64 * 64
 MOST_GRAPHS = 4  # of one UNet, kept at a time
 
 
+def usable(device) -> bool:
+    return enabled and torch.device(device).type == "cuda"
+
+
 def record(function, inputs, pool=None):
     """(replay, outputs): replay() runs function(*inputs) on what the inputs then hold, and leaves
     the results in `outputs`. pool: memory to share with other graphs. RuntimeError if it cannot be
@@ -45,7 +49,7 @@ def captured(function, device, pool=None):
     """function(*tensors) -> a tensor or a tuple of them, as one CUDA graph for each combination of
     shapes. Its outputs are overwritten by the next call. Where it cannot be recorded, one warning
     says so, and it runs as it is."""
-    if not enabled or torch.device(device).type != "cuda":
+    if not usable(device):
         return function
     recorded: dict = {}
 
@@ -91,7 +95,7 @@ def replayed(forward):
     @functools.wraps(forward)
     def call(unet, x_t, *inputs):
         small = x_t[:, 0].numel() <= MOST_PLACES
-        if not (enabled and small and x_t.is_cuda) or torch.is_grad_enabled():
+        if not small or torch.is_grad_enabled() or not usable(x_t.device):
             return forward(unet, x_t, *inputs)
         return from_graph(forward, unet, (x_t, *inputs))
 
