@@ -50,7 +50,7 @@ class Bench:
         return [x.to(self.device) for x in inputs(side=side, n=n, config=self.config)]
 
     def row(self, name, functions: dict, difference):
-        """Times the functions in turns, and prints a row."""
+        """Times the functions in turns, and prints a row. difference: called after three calls."""
         seconds, memory = {who: [] for who in functions}, {}
         for who, function in functions.items():
             gc.collect()
@@ -62,6 +62,7 @@ class Bench:
                 function()
             self.synchronize()
             memory[who] = (self.weights + self.allocated(peak=True) - before) / GIB
+        difference = difference()
         for _ in range(self.rounds):
             for who, function in functions.items():
                 self.synchronize()
@@ -83,7 +84,7 @@ class Bench:
         a, b = (ours[on]().float() for on in (True, False))
         theirs = call_diffusers(self.theirs)
         functions = dict(zip(COLUMNS, (ours[True], ours[False], lambda: theirs(*x))))
-        self.row(f"forward, {8 * side} px, batch {n}", functions, relative(a, b))
+        self.row(f"forward, {8 * side} px, batch {n}", functions, lambda: relative(a, b))
         self.unet.__dict__.pop("graphs", None)
 
     def step(self, side, n, checkpointing):
@@ -93,11 +94,8 @@ class Bench:
             self.theirs.train()
         pairs = {who: self.fit(side, n, who == "graph") for who in COLUMNS[:2]}
         functions = {who: lambda steps=steps: next(steps) for who, (steps, _) in pairs.items()}
-        for function in functions.values():
-            for _ in range(3):
-                function()
         flat = lambda s: torch.cat([p.detach().flatten() for p in s.parameters()])
-        difference = relative(*(flat(slider) for _, slider in pairs.values()))
+        difference = lambda: relative(*(flat(slider) for _, slider in pairs.values()))
         functions["diffusers"] = self.their_step(side, n)
         name = f"training step, {8 * side} px, batch {n}{', checkpointed' * checkpointing}"
         self.row(name, functions, difference)
@@ -112,9 +110,7 @@ class Bench:
         rows = torch.arange(2 * n, device=self.device)
         targets = student.Targets(x_t, t, torch.cat([one, -one]), rows, noise(), noise(), cond)
 
-        def loss(rows):
-            return student.make_loss(self.unet, slider, targets)(rows)
-
+        loss = student.make_loss(self.unet, slider, targets)
         capture = (lambda f: graphs.captured(f, self.device)) if graph else lambda f: f
         state = student.TrainingState(slider, 1e-4)
         steps = student.fit(state, loss, 2 * n, steps=10**6, batch=n, capture=capture)
@@ -144,7 +140,10 @@ class Bench:
 
 def with_graphs(on: bool, unet, *x):
     graphs.enabled = on
-    return unet(*x)
+    try:
+        return unet(*x)
+    finally:
+        graphs.enabled = True
 
 
 def relative(a, b) -> float:
@@ -154,6 +153,7 @@ def relative(a, b) -> float:
 def main():
     p = cli.plain_parser(__doc__)
     p.add_argument("--rounds", type=int, default=7)
+    p.add_argument("--what", choices=["forward", "step"], help="default: both")
     p.add_argument("--small", action="store_true", help="the miniature's UNet, on a CPU")
     args = p.parse_args()
     if not args.small and not torch.cuda.is_available():
@@ -165,10 +165,11 @@ def main():
     times = ["graph, ms", "no graph", "diffusers", "no graph / graph", "diffusers / graph"]
     memory = [f"GiB, {who}" for who in COLUMNS]
     print(f"| | {' | '.join([*times, *memory, 'difference'])} |\n" + "|---" * 10 + "|")
-    for side, n in FORWARD[:2] if args.small else FORWARD:
-        bench.forward(side // (4 if args.small else 1), n)
-    for side, n, checkpointing in STEPS:
-        bench.step(side // (4 if args.small else 1), n, checkpointing)
+    smaller = 4 if args.small else 1
+    for side, n in FORWARD if args.what != "step" else []:
+        bench.forward(side // smaller, n)
+    for side, n, checkpointing in STEPS if args.what != "forward" else []:
+        bench.step(side // smaller, n, checkpointing)
     shape = (4, 64, 64)
     kinds = (batches.FROZEN, batches.TRAINED, batches.CHECKPOINTED)
     sizes = [batches.sample_bytes(bench.unet, shape, kind) / GIB for kind in kinds]

@@ -39,9 +39,15 @@ def record(function, inputs, pool=None):
     with torch.cuda.stream(stream):
         function(*inputs)  # libraries load and choose their kernels, which cannot be recorded
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        outputs = function(*inputs)
+    graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[stream.device_index]
+    state = generator.graphsafe_get_state()
+    # A recording that fails leaves the random generator's state unusable: so it gets a copy.
+    generator.graphsafe_set_state(generator.clone_state())
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            outputs = function(*inputs)
+    finally:
+        generator.graphsafe_set_state(state)
     return graph.replay, outputs
 
 
