@@ -57,14 +57,15 @@ class LowRank(nn.Module):
         self.register_buffer("alpha", torch.tensor(float(alpha)))
         self.multiplier = float(alpha) / rank  # alpha / r, as a number: no tensor is read per call
 
-    @property
-    def A_B(self):
-        return self.lora_down.weight, self.lora_up.weight
+    A, B = property(lambda self: self.lora_down.weight), property(lambda self: self.lora_up.weight)
 
     def delta(self) -> slider_files.Delta:
         """What a slider file holds of it: A, B, alpha."""
-        A, B = (weight.detach() for weight in self.A_B)
-        return slider_files.Delta(A, B, self.multiplier * len(A))
+        return slider_files.Delta(self.A.detach(), self.B.detach(), self.multiplier * len(self.A))
+
+    def state(self, dtype):
+        """What a copy of A and B in `dtype` depends on."""
+        return dtype, torch.is_grad_enabled(), self.A._version, self.B._version
 
 
 def down(x, A, layer):
@@ -79,12 +80,13 @@ def add_up(y, h, B):
     return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.T).view_as(y)  # the sum comes free
 
 
-def same_input(names) -> list[list[str]]:
-    """Layers in groups that see the same x: self-attention's q, k, v; cross-attention's k, v."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
+def same_input(parts) -> list[list]:
+    """The values of pairs (layer's name, value) in groups whose layers see the same x:
+    self-attention's q, k, v; cross-attention's k, v; each other layer by itself."""
+    groups: dict[str, list] = {}
+    for name, part in parts:
         shared = re.sub(r"(?<=attn1_to_)[qkv]$|(?<=attn2_to_)[kv]$", "", name)
-        groups.setdefault(shared, []).append(name)
+        groups.setdefault(shared, []).append(part)
     return list(groups.values())
 
 
@@ -117,7 +119,7 @@ class Slider(nn.Module):
     @scale.setter
     def scale(self, value):
         self._scale = value
-        self._weights, self._h = {}, {}  # as they were cast; A x of layers that are still to come
+        self._weights, self._h = {}, {}  # what _cast made; A x of layers that are still to come
 
     def layers_of(self, unet: nn.Module) -> list[tuple[LowRank, Layer]]:
         """Each LowRank with the layer of `unet` that it changes. ValueError if one is missing."""
@@ -128,66 +130,57 @@ class Slider(nn.Module):
 
     def attach(self, unet: nn.Module) -> "Slider":
         """Add the change to `unet`'s layers, at `scale`. ValueError if one is missing."""
-        layers = dict(zip(dict(self.named_children()), self.layers_of(unet)))
-        self.groups, self.handles = same_input(layers), [graphs.note_attached(unet, self)]
+        layers = dict(self.layers_of(unet))
+        self.groups, self.handles = same_input(self.named_children()), []
+        self.handles.append(graphs.note_attached(unet, self))
         for group in self.groups:
-            for name in group:
-                self.handles.append(layers[name][1].register_forward_hook(self._hook(name, group)))
+            for part in group:
+                self.handles.append(layers[part].register_forward_hook(self._hook(part, group)))
         self.attached = True
         return self
 
-    def _hook(self, name: str, group: list[str]):
+    def _hook(self, part: LowRank, group: list[LowRank]):
         def add(layer, inputs, y):  # y = W x
             if not torch.is_tensor(self.scale) and not self.scale:
                 return None
-            A, B = self.weights(name, y.dtype)
-            if name not in self._h:
-                self._h = self._down(group, inputs[0], A, layer)
-            return add_up(y, self._h.pop(name), B)
+            if part not in self._weights or self._weights[part][0] != part.state(y.dtype):
+                self._cast(y.dtype)
+            _, A, B = self._weights[part]
+            if part not in self._h:  # the first of its group
+                self._h = dict(zip(group, self._down(inputs[0], A, layer, group)))
+            return add_up(y, self._h.pop(part), B)
 
         return add
 
-    def _down(self, group, x, A, layer) -> dict:
-        """A x of the layers of a group: {name: h (b, ..., r)}. A scale for each sample comes in
+    def _cast(self, dtype):
+        """Copies of all A and B in `dtype`, to compute with: A of layers that see the same x one
+        below the other (sum of r, in), B times alpha / r and a scale that is one number. Training
+        keeps A and B themselves in float32, where small steps count.
+
+        All at once, as a GPU takes longer to launch such an operation than to do it, and SDXL's
+        UNet has 346 such layers. It is done again when `scale` is set or a weight has changed."""
+        parts = [part for group in self.groups for part in group]
+        flat = lambda weights: torch.cat([w.flatten() for w in weights])
+        k = [p.multiplier * (1.0 if torch.is_tensor(self.scale) else self.scale) for p in parts]
+        times = lambda w, k: torch.add(w.new_zeros(()), w, alpha=k)  # autograd keeps w for w * k
+        A, B = flat(p.A for p in parts), [p.B for p in parts]
+        B_k = times(flat(B), k[0]) if len(set(k)) == 1 else flat(map(times, B, k))
+        each_B = iter(B_k.to(dtype).split([w.numel() for w in B]))
+        rows = A.to(dtype).split([sum(p.A.numel() for p in group) for group in self.groups])
+        for group, A in zip(self.groups, rows):
+            for p in group:
+                p_A, p_B = A.view(-1, *p.A.shape[1:]), next(each_B).view(p.B.shape)
+                self._weights[p] = p.state(dtype), p_A, p_B
+
+    def _down(self, x, A, layer, group):
+        """A x for each layer of the group: h (b, ..., r). Where each sample has a scale it comes in
         here, where there is least to multiply."""
         h, conv = down(x, A, layer), A.ndim == 4  # (b, ..., sum of r) or (b, r, h', w')
         if torch.is_tensor(self.scale):
             scale = self.scale.to(h.dtype).view(len(h), -1)  # (b, 1) or (b, r)
             scale = scale.repeat(1, len(group)) if scale.shape[1] > 1 else scale
             h = h * scale.view(len(h), *([-1, 1, 1] if conv else [1] * (h.ndim - 2) + [-1]))
-        ranks = [len(getattr(self, name).A_B[0]) for name in group]
-        return dict(zip(group, h.split(ranks, -1))) if len(group) > 1 else {group[0]: h}
-
-    def weights(self, name: str, dtype):
-        """A of a layer and of those that see the same x, one below the other (sum of r, in), and
-        its own B (out, r), times alpha / r and a `scale` that is one number. In `dtype`; training
-        keeps A and B in float32, where small steps count.
-
-        A GPU takes longer to launch such an operation than to do it, and SDXL's UNet has 346 such
-        layers. So all are cast at once, whenever `scale` is set or a weight has changed."""
-
-        def state(name):  # of what was cast
-            return dtype, torch.is_grad_enabled(), *(p._version for p in getattr(self, name).A_B)
-
-        if name not in self._weights or self._weights[name][0] != state(name):
-            parts = {name: getattr(self, name) for group in self.groups for name in group}
-            As, Bs = zip(*(part.A_B for part in parts.values()))
-            number = 1.0 if torch.is_tensor(self.scale) else self.scale
-            k = [number * part.multiplier for part in parts.values()]
-            flat = lambda weights: torch.cat([p.flatten() for p in weights])
-            times = lambda B, k: torch.add(
-                B.new_zeros(()), B, alpha=k
-            )  # saves no tensor for backward
-            same = len(set(k)) == 1
-            scaled = times(flat(Bs), k[0]) if same else flat(map(times, Bs, k))
-            B_of = iter(scaled.to(dtype).split([B.numel() for B in Bs]))
-            sizes = [sum(parts[name].A_B[0].numel() for name in group) for group in self.groups]
-            for group, A in zip(self.groups, flat(As).to(dtype).split(sizes)):
-                A = A.view(-1, *parts[group[0]].A_B[0].shape[1:])
-                for other in group:
-                    B = next(B_of).view_as(parts[other].A_B[1])
-                    self._weights[other] = state(other), A, B
-        return self._weights[name][1:]
+        return h.split([len(part.A) for part in group], -1) if len(group) > 1 else [h]
 
     def detach(self):
         """Remove the change; the UNet is as it was."""

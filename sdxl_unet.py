@@ -167,8 +167,7 @@ class Level(nn.Module):
     """A level of the U: resnets, each followed by a transformer where it has them."""
 
     def __init__(self, channels, c_time, groups, eps, transformer=None):
-        """channels: (c_in, c_out) of each resnet. transformer: function c -> Transformer, or
-        None."""
+        """channels: (c_in, c_out) of each resnet. transformer: function c -> Transformer."""
         super().__init__()
         self.resnets = nn.ModuleList(Resnet(*pair, c_time, groups, eps) for pair in channels)
         transformers = [transformer(c_out) for _, c_out in channels] if transformer else None

@@ -124,8 +124,7 @@ def fit(state: TrainingState, loss, n: int, *, steps: int, batch: int, capture=l
 
 def learning_rate(step: int, steps: int, lr: float) -> float:
     """Up over the first twentieth, then level, and down to 0 over the second half."""
-    warmup = max(1, steps // 20)
-    return lr * min(1.0, (step + 1) / warmup) * min(1.0, 2 * (steps - step) / steps)
+    return lr * min(1.0, (step + 1) / max(1, steps // 20)) * min(1.0, 2 * (steps - step) / steps)
 
 
 @torch.no_grad()

@@ -252,8 +252,7 @@ class Full(lora.Slider):
         for name, layer in layers.items():
             self.add_module(lora.kohya_name(name), FullRank(layer))
 
-    def _hook(self, name, group):
-        part = getattr(self, name)
+    def _hook(self, part, group):
         return lambda layer, x, y: y + self.scale_of(y) * part(x[0])
 
     def scale_of(self, y):

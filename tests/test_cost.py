@@ -192,7 +192,7 @@ def fitted(**options):
     torch.manual_seed(0)
     slider = lora.Slider({"layer": torch.nn.Linear(3, 2)}, rank=2)
     (part,), x, y = slider.children(), torch.randn(12, 3), torch.randn(12, 2)
-    A, B = part.A_B
+    A, B = part.A, part.B
     loss = lambda rows: (x[rows] @ A.T @ B.T / 2 - y[rows]).square().mean(1)
     reading = lambda: {"share": 0.0, "cosine": 0.0}
     settings = dict(steps=9, batch=5, lr=0.1, meter_every=3) | options

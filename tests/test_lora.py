@@ -61,7 +61,8 @@ def test_it_adds_alpha_over_r_B_A_x(block, rank):
     def folded(scale):
         dense = copy.deepcopy(block)
         for name, layer in dense.named_children():
-            A, B = getattr(slider, lora.kohya_name(name)).A_B
+            part = getattr(slider, lora.kohya_name(name))
+            A, B = part.A, part.B
             change = 2.0 / len(A) * (B.flatten(1) @ A.flatten(1))
             layer.weight.data += scale * change.view_as(layer.weight)
         return dense(x)
