@@ -10,7 +10,11 @@ import torch
 import sampler
 from support import distributed, graphs, probe
 from support.batches import samples_at_once
-from support.training import METER_EVERY, split_trajectories
+from support.training import METER_EVERY, is_small, split_trajectories
+
+# Seconds of a sample of 512 pixels through SDXL's UNet, in large batches: without and with
+# gradients, as --dry-run measured them there (docs/speed.md).
+H200 = (0.0038, 0.0129)
 
 
 def estimate(args, teacher: int, held_out: int) -> dict[str, tuple[int, int]]:
@@ -96,6 +100,10 @@ def dry_run(args, model, slider, cond, plan: dict):
         f"One sample takes {without:.3g} s without, {with_gradients:.3g} s with gradients; "
         f"peak memory so far {memory:.1f} GiB. Nothing was trained."
     )
+    if model.device.type == "cpu" and not is_small(model.unet):
+        on_h200 = sum(n * s for n, s in zip(rows[-1][1:], H200)) * shape[1] * shape[2] / 64**2
+        slower = "another GPU takes longer by as much as its TFLOP/s in bfloat16 are fewer"
+        print(f"An NVIDIA H200 (800 TFLOP/s) takes about {on_h200:.0f} s for that; {slower}.")
 
 
 def peak_memory(device="cpu") -> float:
