@@ -106,3 +106,29 @@ def test_one_full_size_file_and_the_folder_are_the_same_model(tmp_path):
         assert loaded < 1.1 and 0.7 < used < 1.1  # the token tables are read a row at a time
         outputs.append(torch.load(tmp_path / "out.pt", weights_only=True))
     assert all(a.isfinite().all() and torch.equal(a, b) for a, b in zip(*outputs))
+
+
+def test_the_defaults_train_and_say_what_they_take(tmp_path):
+    """A text slider on a folder of random weights, as the command line trains it on a CPU: two
+    steps of a few samples. The defaults' own cost, as --dry-run prints it: at most 2,500
+    evaluations without gradients and 480 with, the probe included."""
+    run = lambda *words: subprocess.run(
+        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True
+    )
+    done = run("-m", "bench.full_size", tmp_path / "model")
+    assert done.returncode == 0, done.stderr
+    ends = ("--pos", "a photo of a person, very old", "--neg", "a photo of a person, very young")
+    model = ("--model", tmp_path / "model", "--device", "cpu", "--size", 64)
+    train = ("train_text.py", *ends, *model, "--out", tmp_path / "age.safetensors")
+    groups = ("with glasses, without glasses", "with a hat, without a hat")
+    preserve = [word for group in groups for word in ("--preserve", group)]
+    done = run(*train, *preserve, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    assert "H200" in done.stdout
+    together = done.stdout.split("together")[1].split()
+    assert int(together[0].replace(",", "")) <= 2500 and int(together[1]) <= 480
+    few = "--trajectories 1 --per-trajectory 2 --denoising-steps 2 --steps 2 --batch 2 --probe 0"
+    done = run(*train, *few.split())
+    assert done.returncode == 0, done.stderr
+    assert "2/2" in done.stderr and (tmp_path / "age.safetensors").exists()
