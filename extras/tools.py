@@ -11,6 +11,7 @@ extract finds what a fine-tune changed in --model; bake writes --model with the 
 weights."""
 
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -247,6 +248,8 @@ def main():
         raise ValueError(f"--rank must be at least 1, not {args.rank}")
     args.rank = args.rank or (16 if args.what == "extract" else None)
     do = {"info": info, "convert": convert, "merge": merge, "extract": extract, "bake": bake}
+    if args.strict:
+        warnings.simplefilter("error", slider_files.LeftOut)
     with torch.no_grad():
         do[args.what](args, unet_for(args))
 
