@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from formats import single_file, weights, write_atomically
+from formats import hashes, single_file, weights, write_atomically
 
 NAMINGS = ("kohya", "ldm", "peft")
 ENDINGS = {  # of a tensor's name; peft's may hold the name of an adapter
@@ -243,7 +243,7 @@ def parts_of(path, tensors: dict, with_text: bool) -> dict[str, tuple[str, str]]
         else:
             parts[name] = part
     if left_out and parts:
-        what = ", ".join(f"{len(names)} {kind}" for kind, names in left_out.items())
+        what = ", ".join(f"{kind} ({len(names)})" for kind, names in left_out.items())
         why = "only low-rank changes are applied"
         if "changes of the text encoders" in left_out:
             why = "sliders change the UNet alone, --merge the text encoders too"
@@ -449,7 +449,11 @@ def write(
         tensors[f"{name}.{down}.weight"] = A.to(dtype).contiguous()
         tensors[f"{name}.{up}.weight"] = B.to(dtype).contiguous()
     metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
-    save_tensors(path, tensors, tool_metadata(deltas, metadata) | metadata)
+    metadata = tool_metadata(deltas, metadata) | metadata
+    for of_another_file in ("sshs_legacy_hash", "modelspec.hash_sha256"):  # of what is converted
+        metadata.pop(of_another_file, None)
+    metadata["sshs_model_hash"] = hashes.tensors_hash(tensors)
+    save_tensors(path, tensors, metadata)
 
 
 def save_tensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None):
@@ -478,7 +482,12 @@ def tool_metadata(deltas: dict[str, Delta], metadata: dict[str, str]) -> dict[st
     out |= {key: str(settings[name]) for key, name in keys.items() if settings.get(name)}
     if size := settings.get("size"):
         out["modelspec.resolution"] = f"{size}x{size}"
+    prompts = settings.get("prompt") or []
+    words = [prompts] if isinstance(prompts, str) else [str(prompt) for prompt in prompts]
     if settings.get("pos"):
-        ends = f"+ {settings['pos']} - {settings.get('neg')}"
-        out["modelspec.description"] = f"concept slider: {ends}"
+        words.insert(0, f"+ {settings['pos']} - {settings.get('neg')}")
+    if words:
+        out["modelspec.description"] = f"concept slider: {'; '.join(words)}"
+    if useful := useful_range(metadata):
+        out["modelspec.usage_hint"] = "useful at most from scale {:+g} to {:+g}".format(*useful)
     return out
