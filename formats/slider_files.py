@@ -160,6 +160,8 @@ def split_name(name: str) -> tuple[str, str] | None:
     if old := re.match(r"(.*)\.processor\.to_(q|k|v|out)_lora\.(down|up)\.weight$", name):
         layer = "out.0" if old[2] == "out" else old[2]
         name = f"{old[1]}.to_{layer}.lora.{old[3]}.weight"
+    if old := re.match(r"(.*\.self_attn)\.to_(q|k|v|out)_lora\.(down|up)\.weight$", name):
+        name = f"{old[1]}.{old[2]}_proj.lora.{old[3]}.weight"
     if name.startswith("lycoris_"):  # LyCORIS on its own, as SimpleTuner uses it
         name = "lora_unet_" + name.removeprefix("lycoris_")
     for ending, which in ENDINGS.items():

@@ -82,15 +82,15 @@ def parse_args(p: argparse.ArgumentParser):
     if "settings" not in metadata:
         raise ValueError(f"{args.like}: does not say how it was trained")
     settings = slider_files.parse_json_object(metadata["settings"], args.like)
+    if unknown := settings.keys() - {action.dest for action in actions}:
+        names = ", ".join(sorted(unknown))
+        raise ValueError(f"{args.like}: was trained by another script: {names} mean nothing here")
     # Of files and folders it holds the names alone. A stranger's file names them: none is opened.
     folders = [action.dest for action in actions if "DIR" in (action.metavar or "")]
     for name in ("model", "base", "merge", *folders):
         if settings.pop(name, None) and getattr(args, name) is None:
             remedy = "name it here too"
             raise ValueError(f"{args.like}: was trained with a --{name} of its own: {remedy}")
-    if unknown := settings.keys() - {action.dest for action in actions}:
-        names = ", ".join(sorted(unknown))
-        raise ValueError(f"{args.like}: was trained by another script: {names} mean nothing here")
     settings.pop("device", None)
     for action in actions:
         if getattr(args, action.dest) is None:

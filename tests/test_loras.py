@@ -115,6 +115,13 @@ def test_the_names_of_both_text_encoders_layers(model, tmp_path):
             assert slider_files.text_layers(model.text_encoders)[name][1] is layer
             change = slider_files.delta_weight(*slider_files.concatenate([(delta, 1.0)]))
             torch.testing.assert_close(change, B @ A)
+    old = {  # diffusers before peft
+        f"text_encoder_2.text_model.encoder.layers.0.self_attn.to_q_lora.{kind}.weight": tensor
+        for kind, tensor in (("down", A), ("up", B))
+    }
+    save_file(old, tmp_path / "x.safetensors")
+    found = slider_files.read(tmp_path / "x.safetensors", model.unet, model.text_encoders)
+    assert list(found.deltas) == [name]
 
 
 def test_text_encoders_of_another_model_are_refused(model, tmp_path):
@@ -221,13 +228,8 @@ def test_what_is_left_out_is_counted_in_one_line_and_strict_refuses(plain, tmp_p
         assert strict.stderr.strip().splitlines()[-1] == lines[0].replace("warning", "error", 1)
     save_file(plain, path)
     assert run(f"-m extras.tools info {path} --strict").returncode == 0
-
-
-def test_whole_weights_stay_refused(model, plain, tmp_path):
-    path = tmp_path / "x.safetensors"
     save_file(plain | {"lora_unet_conv_in.diff": torch.ones(4, 4, 3, 3)}, path)
-    with pytest.raises(ValueError, match="whole weights"):
-        lora.load(path, model.unet)
+    assert "a whole weights file" in run(f"-m extras.tools info {path}").stderr
 
 
 # --------------------------------------------------------------------------------------- metadata
