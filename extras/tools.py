@@ -11,6 +11,7 @@ extract finds what a fine-tune changed in --model; bake writes --model with the 
 weights."""
 
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -36,7 +37,9 @@ def unet_for(args) -> UNet:
     unet = without_weights(weights.find_weights(args.model, args.base).configs["unet"])
     if args.model == str(MINIATURE) and args.what in ("info", "convert", "merge"):
         try:
-            slider_files.read(cli.file_and_scale(args.files[0])[0], unet)
+            with warnings.catch_warnings():  # as for what is left out
+                warnings.simplefilter("ignore")
+                slider_files.read(cli.file_and_scale(args.files[0])[0], unet)
         except ValueError as error:  # what else may be wrong is said when the file is used
             if "another model" in str(error):
                 return without_weights(single_file.SDXL["unet"])
@@ -129,7 +132,7 @@ def merge(args, unet):
         first, _ = pairs[0]
         A, B = A.view(-1, *first.down.shape[1:]), B.view(*B.shape[:2], *first.up.shape[2:])
         merged[name] = Delta(A, B, float(len(A)))
-    about = {"kind": "merged sliders", "of": args.files}
+    about = {"kind": "merged sliders", "of": [Path(file).name for file in args.files]}
     slider_files.write(args.out, merged, about, dtype=cli.DTYPES[args.store])
     print(f"{args.out}: written, rank {max(len(delta.down) for delta in merged.values())}")
 
@@ -247,6 +250,8 @@ def main():
         raise ValueError(f"--rank must be at least 1, not {args.rank}")
     args.rank = args.rank or (16 if args.what == "extract" else None)
     do = {"info": info, "convert": convert, "merge": merge, "extract": extract, "bake": bake}
+    if args.strict:
+        warnings.simplefilter("error", slider_files.LeftOut)
     with torch.no_grad():
         do[args.what](args, unet_for(args))
 

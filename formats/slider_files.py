@@ -25,22 +25,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from formats import single_file, weights, write_atomically
+from formats import hashes, single_file, weights, write_atomically
 
 NAMINGS = ("kohya", "ldm", "peft")
-ENDINGS = {
-    "lora_down.weight": "down",
-    "lora_up.weight": "up",
-    "lora_A.weight": "down",
-    "lora_B.weight": "up",
-    "lora.down.weight": "down",
-    "lora.up.weight": "up",
-    "lora_A.default.weight": "down",
-    "lora_B.default.weight": "up",
-    "lora_linear_layer.down.weight": "down",
-    "lora_linear_layer.up.weight": "up",
-    "lora_mid.weight": "mid",
-    "alpha": "alpha",
+ENDINGS = {  # of a tensor's name; peft's may hold the name of an adapter
+    r"\.(lora_down|lora\.down|lora_linear_layer\.down|lora_A(\..+)?)\.weight": "down",
+    r"\.(lora_up|lora\.up|lora_linear_layer\.up|lora_B(\..+)?)\.weight": "up",
+    r"\.lora_mid\.weight": "mid",
+    r"\.alpha": "alpha",
 }
 OTHER_KINDS = {  # what their tensors' names contain
     "hada_w": "LoHa",
@@ -52,8 +44,15 @@ OTHER_KINDS = {  # what their tensors' names contain
     "on_input": "IA3",
     "ia3_": "IA3",
     "glora": "GLoRA",
-    r"\.diff(_b)?$": "whole weights",
+    r"\.diff$": "whole weights",
 }
+# What other trainers keep beside a LoRA, in the same file: OneTrainer's and A1111's embeddings,
+# peft's of the token table; what LyCORIS and ComfyUI add to norms and biases.
+EMBEDDING = re.compile(
+    r"bundle_emb\.|(clip_[lg]|emb_params)$|.*(\.string_to_param\.|\.lora_embedding_[AB]|"
+    r"text_model[._]embeddings[._])"
+)
+NORM_OR_BIAS = re.compile(r".*\.(w_norm|b_norm|diff_b)$")
 ADAPTER = "lora_adapter_metadata"  # diffusers' name for peft's settings
 # Ways of peft's to start a LoRA that change the base weights: A and B alone mean nothing then.
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -62,8 +61,17 @@ UNET_NAME = re.compile(
     r"lora_unet_|unet\.((down|up)_blocks|mid_block|(input|output)_blocks|middle_block|conv_|"
     r"time_embed|add_embedding|label_emb|out\.)"
 )
-TEXT_ENCODER = re.compile(r"(lora_te\d?_|text_encoder(_2)?\.|te\d?\.)")
+# What programs put before the names of layers: peft, DDP, torch.compile, diffusers, ComfyUI.
+WRAPPERS = re.compile(r"^((base_model|model|module|_orig_mod|unet|diffusion_model)\.)+")
+TEXT_ENCODER = re.compile(  # the first one or the second
+    r"((lora_te1?_|te1?\.|text_encoder\.|clip_l\.)|lora_te2_|te2\.|text_encoder_2\.|clip_g\.)"
+    r"(transformer\.)?(text_model[._])?"
+)
 LARGEST = 4 * 2**30  # bytes: no LoRA is larger, and a pickle of that size is not read
+
+
+class LeftOut(UserWarning, ValueError):
+    """A file holds more than is applied: a warning, or with --strict an error."""
 
 
 Layer = nn.Linear | nn.Conv2d  # what a slider can change
@@ -98,7 +106,6 @@ class SliderFile:
     deltas: dict[str, Delta]  # by the layer's name in kohya's naming
     naming: str
     metadata: dict[str, str] = field(default_factory=dict)
-    text_encoder: list[str] = field(default_factory=list)  # names of tensors that are not applied
 
 
 # ---------------------------------------------------------------------------------------- names
@@ -113,6 +120,23 @@ def kohya_name(layer: str) -> str:
 def layers_by_kohya_name(unet: nn.Module) -> dict[str, tuple[str, Layer]]:
     """{kohya name: (name in the UNet, layer)} of every layer that a slider could change."""
     return {kohya_name(name): (name, m) for name, m in unet.named_modules() if isinstance(m, Layer)}
+
+
+def text_layers(text_encoders) -> dict[str, tuple[str, Layer]]:
+    """{"lora_te1_encoder_layers_0_...": (its name, layer)} of the layers of both text encoders.
+
+    kohya's names without the text_model in them: transformers 5 has none in the first encoder, and
+    one in the second."""
+    names = {
+        (i, name.removeprefix("text_model.")): module
+        for i, encoder in enumerate(text_encoders, 1)
+        for name, module in encoder.named_modules()
+        if isinstance(module, Layer)
+    }
+    return {
+        f"lora_te{i}_{name.replace('.', '_')}": (f"text_model.{name}", module)
+        for (i, name), module in names.items()
+    }
 
 
 def layer_names(unet) -> dict[str, dict[str, str]]:
@@ -130,74 +154,116 @@ def layer_names(unet) -> dict[str, dict[str, str]]:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """'...to_q.lora_down.weight' -> ('...to_q', 'down'); None for no LoRA's name. Prefixes of
-    peft's names are made one."""
+    """'...to_q.lora_down.weight' -> ('...to_q', 'down'); None for no LoRA's name. Whatever stands
+    before a layer's name becomes "unet.", and of text encoders' names kohya's (text_layers)."""
     # diffusers before peft.
     if old := re.match(r"(.*)\.processor\.to_(q|k|v|out)_lora\.(down|up)\.weight$", name):
         layer = "out.0" if old[2] == "out" else old[2]
         name = f"{old[1]}.to_{layer}.lora.{old[3]}.weight"
+    if old := re.match(r"(.*\.self_attn)\.to_(q|k|v|out)_lora\.(down|up)\.weight$", name):
+        name = f"{old[1]}.{old[2]}_proj.lora.{old[3]}.weight"
     if name.startswith("lycoris_"):  # LyCORIS on its own, as SimpleTuner uses it
         name = "lora_unet_" + name.removeprefix("lycoris_")
-    if not name.startswith("lora_"):
-        name = re.sub(r"^(base_model\.model\.)?(unet\.|diffusion_model\.)?", "unet.", name)
-    ending = next((e for e in ENDINGS if name.endswith("." + e)), None)
-    return (name.removesuffix("." + ending), ENDINGS[ending]) if ending else None
+    for ending, which in ENDINGS.items():
+        if found := re.fullmatch(f"(.+?){ending}", name):
+            layer = WRAPPERS.sub("", found[1])
+            if prefix := TEXT_ENCODER.match(layer):
+                in_encoder = layer[prefix.end() :].replace(".", "_")
+                return f"lora_te{1 if prefix[2] else 2}_{in_encoder}", which
+            return layer if layer.startswith("lora_") else f"unet.{layer}", which
+    return None
 
 
 # ------------------------------------------------------------------------------------------ in
 
 
-def read(path, unet) -> SliderFile:
-    """Read any LoRA file for `unet`, or a folder that peft wrote. ValueError, one line that names
-    the file, if it is not a plain low-rank one, damaged, or made for another model. Warns of parts
-    for the text encoders, which are left out."""
+def read(path, unet, text_encoders=()) -> SliderFile:
+    """Read any LoRA file for `unet`, or a folder that peft wrote, and with `text_encoders`, both
+    of them, what it changes there. ValueError, one line that names the file, if it is not a plain
+    low-rank one, damaged, or made for another model. LeftOut is warned of, once, if it holds more
+    than is read."""
     path = Path(path)
     if path.is_dir() and (path / "adapter_config.json").exists():
         (path,) = map(Path, list_files(path))
     tensors, metadata = load_tensors(path)
     adapter = adapter_config(path, metadata)
-    for name in tensors:
-        for pattern, kind in OTHER_KINDS.items():
-            if re.search(pattern, name):
-                only = "only plain low-rank ones (LoRA, LoCon) can be used"
-                raise ValueError(f"{path}: a {kind} file ({name}); {only}")
-        if re.search(r"lora_B\.(\w+\.)?bias$", name):
-            remedy = "train without lora_bias, or merge it into the model with peft"
-            raise ValueError(f"{path}: {name} is a bias of peft's, which no slider has: {remedy}")
+    parts = parts_of(path, tensors, bool(text_encoders))
     stems = {
         theirs: (stem, naming)
         for naming, table in layer_names(unet).items()
         for stem, theirs in table.items()
     }
-    layers = layers_by_kohya_name(unet)
+    in_text = text_layers(text_encoders)
+    layers = layers_by_kohya_name(unet) | in_text
     found: dict[str, dict] = {}
-    naming, text_encoder = "kohya", []
-    for name, tensor in tensors.items():
-        if TEXT_ENCODER.match(name):
-            text_encoder.append(name)
-            continue
-        layer, which = split_name(name) or (None, None)
-        if layer is None or which is None:
-            raise ValueError(f"{path}: not a slider or LoRA file: {name} is no part of one")
-        if layer not in stems:
-            if not UNET_NAME.match(layer):
-                raise ValueError(f"{path}: its layers are named in a way that is not known: {name}")
+    naming = "kohya"
+    for name, (layer, which) in parts.items():
+        if layer in stems:
+            stem, naming = stems[layer]
+        elif layer in in_text:
+            stem = layer
+        elif UNET_NAME.match(layer) or TEXT_ENCODER.match(layer):
             lacks = f"it changes {layer}, which this one does not have"
             raise ValueError(f"{path}: was made for another model: {lacks}")
-        stem, naming = stems[layer]
-        found.setdefault(stem, {})[which] = tensor
+        else:
+            raise ValueError(f"{path}: its layers are named in a way that is not known: {name}")
+        if which in found.setdefault(stem, {}):
+            remedy = "keep one adapter in a file"
+            raise ValueError(f"{path}: changes {layer} twice, again by {name}: {remedy}")
+        found[stem][which] = tensors[name]
     if not found:
         raise ValueError(f"{path}: not a slider or LoRA file: it holds nothing for a UNet")
-    if text_encoder:
-        n = len({(split_name(name) or (name,))[0] for name in text_encoder})
-        left_out = "are left out: sliders change the UNet alone"
-        warnings.warn(f"{path}: its {n} changes of the text encoders {left_out}", stacklevel=2)
     deltas = {}
-    for stem, parts in found.items():
-        name_in_unet, module = layers[stem]
-        deltas[stem] = check_delta(path, stem, module, parts)
-        deltas[stem].alpha = adapter_alpha(adapter, name_in_unet, deltas[stem])
-    return SliderFile(deltas, naming, metadata, text_encoder)
+    for stem, of_layer in found.items():
+        name_in_model, module = layers[stem]
+        deltas[stem] = check_delta(path, stem, module, of_layer)
+        settings = adapter[stem.split("_")[1]]
+        deltas[stem].alpha = adapter_alpha(settings, name_in_model, deltas[stem])
+    return SliderFile(deltas, naming, metadata)
+
+
+def parts_of(path, tensors: dict, with_text: bool) -> dict[str, tuple[str, str]]:
+    """{tensor's name: split_name of it} of those that are read, with_text: the text encoders' too.
+    LeftOut is warned of for embeddings, and what is added to norms and biases. ValueError for what
+    is no part of a LoRA."""
+    parts: dict[str, tuple[str, str]] = {}
+    left_out: dict[str, set] = {}
+    for name, tensor in tensors.items():
+        kind = ""
+        if EMBEDDING.match(name):
+            kind = "embeddings"
+        elif NORM_OR_BIAS.match(name) or (name.endswith(".diff") and tensor.ndim == 1):
+            kind = "norm or bias differences"
+        if kind:
+            left_out.setdefault(kind, set()).add(name.rpartition(".")[0] or name)
+            continue
+        part = split_name(name)
+        if part is None:
+            refuse(path, name)
+        elif TEXT_ENCODER.match(part[0]) and not with_text:
+            left_out.setdefault("changes of the text encoders", set()).add(part[0])
+        else:
+            parts[name] = part
+    if left_out and parts:
+        what = ", ".join(f"{kind} ({len(names)})" for kind, names in left_out.items())
+        why = "only low-rank changes are applied"
+        if "changes of the text encoders" in left_out:
+            why = "sliders change the UNet alone, --merge the text encoders too"
+        line = f"{path}: its {what} are left out: {why} (--strict refuses such a file)"
+        warnings.warn(LeftOut(line), stacklevel=3)
+    return parts
+
+
+def refuse(path, name: str):
+    """ValueError that says what else a file is that holds a tensor of this name."""
+    for pattern, kind in OTHER_KINDS.items():
+        if re.search(pattern, name):
+            only = "only plain low-rank ones (LoRA, LoCon) can be used"
+            raise ValueError(f"{path}: a {kind} file ({name}); {only}")
+    if re.search(r"lora_B\.(.+\.)?bias$", name):
+        remedy = "train without lora_bias, or merge it into the model with peft"
+        raise ValueError(f"{path}: {name} is a bias of peft's, which no slider has: {remedy}")
+    raise ValueError(f"{path}: not a slider or LoRA file: {name} is no part of one")
 
 
 def list_files(path) -> list[str]:
@@ -242,23 +308,28 @@ def useful_range(metadata: dict[str, str], path="the slider file") -> tuple[floa
     return found[0], found[1]
 
 
-def adapter_config(path: Path, metadata: dict[str, str]) -> dict:
-    """peft's settings of a file, {} where there are none: from the adapter_config.json that peft
-    writes beside adapter_model.safetensors, or from diffusers' metadata, which it removes there.
-    ValueError for an adapter of another kind, and for one whose A and B alone mean nothing."""
+def adapter_config(path: Path, metadata: dict[str, str]) -> dict[str, dict]:
+    """peft's settings of "unet" and of "te1" and "te2", the text encoders; {} where there are none.
+    From the adapter_config.json that peft writes beside adapter_model.safetensors, or from
+    diffusers' metadata, which it removes there. ValueError for an adapter of another kind, and for
+    one whose A and B alone mean nothing."""
     config = parse_json_object(metadata.pop(ADAPTER, "{}"), path)
-    config = {name.removeprefix("unet."): value for name, value in config.items()}
     beside = path.with_name("adapter_config.json")
     if path.stem == "adapter_model" and beside.exists():
         config, path = parse_json_object(beside.read_text(), beside), beside
-    kind, init = config.get("peft_type", "LORA"), config.get("init_lora_weights")
-    if kind != "LORA":
-        raise ValueError(f"{path}: a {kind} adapter; only plain low-rank ones (LORA) can be used")
-    if str(init).lower().startswith(CHANGES_THE_BASE):
-        remedy = "convert it with peft's path_initial_model_for_weight_conversion"
-        why = f"was begun with {init}, which changes the model's own weights too"
-        raise ValueError(f"{path}: {why}: {remedy}")
-    return config
+    parts = {}
+    for part, prefix in (("unet", "unet."), ("te1", "text_encoder."), ("te2", "text_encoder_2.")):
+        own = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
+        parts[part] = own or config
+        kind, init = parts[part].get("peft_type", "LORA"), parts[part].get("init_lora_weights")
+        if kind != "LORA":
+            only = "only plain low-rank ones (LORA) can be used"
+            raise ValueError(f"{path}: a {kind} adapter; {only}")
+        if str(init).lower().startswith(CHANGES_THE_BASE):
+            remedy = "convert it with peft's path_initial_model_for_weight_conversion"
+            why = f"was begun with {init}, which changes the model's own weights too"
+            raise ValueError(f"{path}: {why}: {remedy}")
+    return parts
 
 
 def adapter_alpha(adapter: dict, layer: str, delta: Delta) -> float:
@@ -380,7 +451,11 @@ def write(
         tensors[f"{name}.{down}.weight"] = A.to(dtype).contiguous()
         tensors[f"{name}.{up}.weight"] = B.to(dtype).contiguous()
     metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
-    save_tensors(path, tensors, tool_metadata(deltas, metadata) | metadata)
+    metadata = tool_metadata(deltas, metadata) | metadata
+    for of_another_file in ("sshs_legacy_hash", "modelspec.hash_sha256"):  # of what is converted
+        metadata.pop(of_another_file, None)
+    metadata["sshs_model_hash"] = hashes.tensors_hash(tensors)
+    save_tensors(path, tensors, metadata)
 
 
 def save_tensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None):
@@ -409,7 +484,12 @@ def tool_metadata(deltas: dict[str, Delta], metadata: dict[str, str]) -> dict[st
     out |= {key: str(settings[name]) for key, name in keys.items() if settings.get(name)}
     if size := settings.get("size"):
         out["modelspec.resolution"] = f"{size}x{size}"
+    prompts = settings.get("prompt") or []
+    words = [prompts] if isinstance(prompts, str) else [str(prompt) for prompt in prompts]
     if settings.get("pos"):
-        ends = f"+ {settings['pos']} - {settings.get('neg')}"
-        out["modelspec.description"] = f"concept slider: {ends}"
+        words.insert(0, f"+ {settings['pos']} - {settings.get('neg')}")
+    if words:
+        out["modelspec.description"] = f"concept slider: {'; '.join(words)}"
+    if useful := useful_range(metadata):
+        out["modelspec.usage_hint"] = "useful at most from scale {:+g} to {:+g}".format(*useful)
     return out

@@ -19,7 +19,7 @@ from support import distributed
 
 # Options that may differ when a training is resumed.
 MAY_CHANGE = {"out", "resume", "overwrite", "dry_run", "preview", "probe", "device"}
-MAY_CHANGE |= {"checkpointing", "like", "lr", "no_cuda_graphs"}
+MAY_CHANGE |= {"checkpointing", "like", "lr", "strict", "no_cuda_graphs"}
 RESUME_HINT = "the same command with --resume goes on from the last checkpoint"
 
 

@@ -14,11 +14,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-import lora
 from formats import slider_files, write_atomically
 from sdxl import MINIATURE, SDXL, best_device
 from support import distributed, graphs
-from support.merge import merge
+from support.merge import merge_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -56,6 +55,8 @@ def model_parser(description: str) -> argparse.ArgumentParser:
     merge = "LoRA to merge into the model first (weight 1 if none is given); may be repeated"
     file = dict(type=file_and_scale, metavar="FILE[:WEIGHT]")
     p.add_argument("--merge", action="append", default=[], help=merge, **file)
+    strict = "refuse a LoRA file of which something would be left out, not warn of it"
+    p.add_argument("--strict", action="store_true", help=strict)
     p.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: the best there is")
     p.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere")
     text_on_cpu = "keep the text encoders off the GPU: 1.5 GiB less for SDXL"
@@ -81,13 +82,15 @@ def parse_args(p: argparse.ArgumentParser):
     if "settings" not in metadata:
         raise ValueError(f"{args.like}: does not say how it was trained")
     settings = slider_files.parse_json_object(metadata["settings"], args.like)
-    for name in ("model", "base", "merge"):  # a stranger's file names them: nothing is opened
-        if settings.pop(name, None) and getattr(args, name) is None:
-            remedy = "name it here too"
-            raise ValueError(f"{args.like}: was trained with a --{name} of its own: {remedy}")
     if unknown := settings.keys() - {action.dest for action in actions}:
         names = ", ".join(sorted(unknown))
         raise ValueError(f"{args.like}: was trained by another script: {names} mean nothing here")
+    # Of files and folders it holds the names alone. A stranger's file names them: none is opened.
+    folders = [action.dest for action in actions if "DIR" in (action.metavar or "")]
+    for name in ("model", "base", "merge", *folders):
+        if settings.pop(name, None) and getattr(args, name) is None:
+            remedy = "name it here too"
+            raise ValueError(f"{args.like}: was trained with a --{name} of its own: {remedy}")
     settings.pop("device", None)
     for action in actions:
         if getattr(args, action.dest) is None:
@@ -109,8 +112,10 @@ def load_model(args, vae: bool = True) -> SDXL:
     graphs.enabled = not args.no_cuda_graphs
     options = dict(device=args.device, dtype=DTYPES.get(args.dtype), base=args.base)
     model = SDXL.load(args.model, vae=vae, text_on_cpu=args.text_on_cpu, **options)
-    loras = [(lora.load(path, model.unet), 1.0 if w is None else w) for path, w in args.merge]
-    rounding = merge(model.unet, loras)  # all at once, rounded once
+    if args.strict:
+        warnings.simplefilter("error", slider_files.LeftOut)
+    files = [(path, 1.0 if weight is None else weight) for path, weight in args.merge]
+    rounding = merge_files(model, files)  # all at once, rounded once
     dtype = str(model.dtype).removeprefix("torch.")
     if warning := rounding.warning(dtype, "--dtype"):
         warnings.warn(f"--merge: {warning}", stacklevel=2)

@@ -38,7 +38,8 @@ def cached(path: Path, make) -> Inversion:
 def cache_key(model, x_0, *settings) -> str:
     """A name for the inversion of latents x_0 by just this model with just these settings."""
     digest = hashlib.sha256(repr(settings).encode())
-    for tensor in (x_0, *model.unet.parameters()):
+    networks = (model.unet, *model.text_encoders)
+    for tensor in (x_0, *(p for network in networks for p in network.parameters())):
         sample = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)]
         digest.update(sample.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

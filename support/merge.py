@@ -66,14 +66,33 @@ def by_layer(unet: nn.Module, pairs) -> dict[Layer, list]:
     return deltas
 
 
-@torch.no_grad()
 def merge(unet: nn.Module, pairs) -> Rounding:
     """W <- W + sum_i scale_i (alpha_i / r_i) B_i A_i for good, in float32 and rounded once. pairs:
     (Slider, scale). Returns what each dtype keeps of the change."""
+    return add_to_weights(by_layer(unet, pairs))
+
+
+def merge_files(model, files) -> Rounding:
+    """The same with LoRA files, (path, weight), in the UNet and in both text encoders of `model`.
+    ValueError, naming the file, for one that does not fit."""
+    unet, encoders = model.unet, model.text_encoders
+    layers = slider_files.layers_by_kohya_name(unet) | slider_files.text_layers(encoders)
+    deltas: dict[Layer, list] = {}
+    for path, weight in files:
+        for stem, delta in slider_files.read(path, unet, encoders).deltas.items():
+            deltas.setdefault(layers[stem][1], []).append((delta, weight))
+    return add_to_weights(deltas)
+
+
+@torch.no_grad()
+def add_to_weights(deltas: dict[Layer, list]) -> Rounding:
+    """deltas: {layer: [(Delta, scale)]}."""
     rounding = Rounding()
-    for layer, weighted in by_layer(unet, pairs).items():
-        change = slider_files.delta_weight(*slider_files.concatenate(weighted))
-        layer.weight = nn.Parameter(rounding.add(layer.weight, change), requires_grad=False)
+    for layer, weighted in deltas.items():
+        W = layer.weight
+        A, B = (x.to(W.device) for x in slider_files.concatenate(weighted))
+        changed = rounding.add(W, slider_files.delta_weight(A, B))
+        layer.weight = nn.Parameter(changed, requires_grad=False)
     return rounding
 
 

@@ -1,6 +1,7 @@
 """What the trainers share: their options and defaults, all that surrounds student.fit, and what is
 said and written at the end."""
 
+import os
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from tqdm import tqdm
 
 import lora
 import student
+from formats import hashes
 from sdxl import MINIATURE
 from sdxl_unet import Checkpointed
 from support import batches, cli, distributed, graphs, images, probe
@@ -83,9 +85,28 @@ def new_slider(args, model) -> lora.Slider:
 
 def settings(args) -> dict:
     """What a slider file says it was trained with."""
-    leave_out = {"out", "like", "dry_run", "resume", "overwrite", "no_cuda_graphs"}
+    leave_out = {"out", "like", "dry_run", "resume", "overwrite", "no_cuda_graphs", "strict"}
     leave_out |= {"model"} if args.model == str(MINIATURE) else set()
-    return {k: v for k, v in vars(args).items() if k not in leave_out}
+    return {k: without_folders(v) for k, v in vars(args).items() if k not in leave_out}
+
+
+def without_folders(value):
+    """The value of an option, where it names a file or folder that is there its name alone: whom a
+    slider is given to learns nothing of the machine."""
+    if isinstance(value, list | tuple):
+        return [without_folders(v) for v in value]
+    is_path = isinstance(value, str) and os.path.exists(value)
+    return os.path.basename(os.path.abspath(value)) if is_path else value
+
+
+def provenance(args) -> dict:
+    """What every slider file says of its training: the settings and, in kohya's keys, the model. A
+    folder or a Hub id is no file, and has no hash."""
+    name = "miniature" if args.model == str(MINIATURE) else without_folders(args.model)
+    about = {"settings": settings(args), "ss_sd_model_name": name}
+    if os.path.isfile(args.model):
+        about["ss_sd_model_hash"] = hashes.model_hash(args.model)
+    return about
 
 
 # ----------------------------------------------------------------------- what surrounds student.fit
@@ -229,7 +250,7 @@ def finish(
     if not distributed.is_main_process():
         return
     path = Path(args.out)
-    about = about | {"settings": settings(args), "meter": reading, "version": VERSION}
+    about = about | provenance(args) | {"meter": reading, "version": VERSION}
     save = lambda: lora.save(path, slider, about | {"seconds": round(time.time() - started, 1)})
     save()  # the probe may take a while
     lines = verdict(reading, about["difference"], enough, model.unknown_words)

@@ -158,8 +158,10 @@ def test_pairs_train_and_preview(drawn, tmp_path, monkeypatch):
     assert "3 groups of 3" in done.stdout and "teacher's change on unseen x_t" in done.stdout
     assert Image.open(tmp_path / "eyes.png").width > 3 * 128
     metadata = metadata_of(tmp_path / "eyes.safetensors")
-    assert json.loads(metadata["settings"])["at"] == [["0.2", str(tmp_path / "1.1")]]
-    assert metadata["kind"] == "visual slider"
+    assert json.loads(metadata["settings"])["at"] == [["0.2", "1.1"]]
+    assert metadata["kind"] == "visual slider" and str(tmp_path) not in json.dumps(metadata)
+    done = run(f"train_pairs.py --like {tmp_path}/eyes.safetensors --out {tmp_path}/b.safetensors")
+    assert done.returncode == 2 and "--neg of its own: name it here too" in done.stderr
 
 
 def test_an_unknown_word_is_named(tmp_path):
