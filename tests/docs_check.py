@@ -10,7 +10,9 @@ docs/reading.md are made: each patch is applied to a copy, its command run, and 
 compared with what the page says is to be seen.
 
     python tests/docs_check.py --only exercises
-"""
+
+The notebook docs/tour.ipynb is run from a clean kernel. --only notebook --write keeps what it shows
+in it."""
 
 import argparse
 import re
@@ -165,21 +167,52 @@ def check_exercises(only: str = "") -> int:
     return bad
 
 
+# ----------------------------------------------------------------------------------------- notebook
+
+
+def check_notebook(write: bool) -> int:
+    """Runs docs/tour.ipynb, in TWICE what it says that it takes at most."""
+    import nbclient
+    import nbformat
+
+    path = ROOT / "docs" / "tour.ipynb"
+    notebook, started = nbformat.read(path, 4), time.time()
+    said = int(re.search(r"takes about (\d+) minutes", notebook.cells[0].source)[1])
+    where = {"metadata": {"path": str(path.parent)}}
+    client = nbclient.NotebookClient(notebook, kernel_name="python3", resources=where)
+    error = ""
+    try:
+        client.execute()
+    except nbclient.exceptions.CellExecutionError as stopped:
+        error = str(stopped)
+    seconds = time.time() - started
+    good = not error and seconds < 2 * 60 * said
+    report(good, "ran", seconds, f"docs/tour.ipynb {error}")
+    if write and not error:
+        for cell in notebook.cells:
+            cell.metadata.clear()  # when each cell ran
+        nbformat.write(notebook, path)
+    return not good
+
+
 def main():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--only", choices=["commands", "exercises"])
+    p.add_argument("--only", choices=["commands", "exercises", "notebook"])
+    p.add_argument("--write", action="store_true", help="keep the notebook's output in it")
     p.add_argument("--exercise", default="", help="only those whose name holds this")
     args = p.parse_args()
     bad = 0
-    if args.only != "exercises":
+    if args.only in ("commands", None):
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder) / "copy"
             copy_to(folder)
             bad += check_commands(folder) + check_python(folder)
-    if args.only != "commands":
+    if args.only in ("exercises", None):
         bad += check_exercises(args.exercise)
+    if args.only in ("notebook", None):
+        bad += check_notebook(args.write)
     print(f"{bad} bad" if bad else "all as the documentation says")
     sys.exit(bool(bad))
 
