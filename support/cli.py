@@ -58,6 +58,8 @@ def model_parser(description: str) -> argparse.ArgumentParser:
     p.add_argument("--merge", action="append", default=[], help=merge, **file)
     p.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: the best there is")
     p.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere")
+    prediction = "what the UNet predicts, noise (epsilon) or v (default: as the model says)"
+    p.add_argument("--prediction", choices=["epsilon", "v"], help=prediction)
     text_on_cpu = "keep the text encoders off the GPU: 1.5 GiB less for SDXL"
     p.add_argument("--text-on-cpu", action="store_true", help=text_on_cpu)
     return p
@@ -79,7 +81,12 @@ def parse_args(p: argparse.ArgumentParser):
     if "settings" not in metadata:
         raise ValueError(f"{args.like}: does not say how it was trained")
     settings = slider_files.parse_json_object(metadata["settings"], args.like)
-    for name in ("model", "base", "merge"):  # a stranger's file names them: nothing is opened
+    for name in (
+        "model",
+        "base",
+        "merge",
+        "prediction",
+    ):  # a stranger's file names them: nothing is opened
         if settings.pop(name, None) and getattr(args, name) is None:
             remedy = "name it here too"
             raise ValueError(f"{args.like}: was trained with a --{name} of its own: {remedy}")
@@ -105,6 +112,7 @@ def load_model(args, vae: bool = True) -> SDXL:
         slow = "this processor is slow at bfloat16: without --dtype it is many times faster"
         warnings.warn(slow, stacklevel=2)
     options = dict(device=args.device, dtype=DTYPES.get(args.dtype), base=args.base)
+    options["prediction"] = args.prediction
     model = SDXL.load(args.model, vae=vae, text_on_cpu=args.text_on_cpu, **options)
     loras = [(lora.load(path, model.unet), 1.0 if w is None else w) for path, w in args.merge]
     rounding = merge(model.unet, loras)  # all at once, rounded once
@@ -172,6 +180,7 @@ def model_options(args) -> str:
     """The options that name the model, as they were given: for a command that is suggested."""
     given = [("model", args.model)] if args.model != str(MINIATURE) else []
     given += [("base", args.base)] if args.base else []
+    given += [("prediction", args.prediction)] if args.prediction else []
     for path, weight in args.merge:
         given.append(("merge", path if weight is None else f"{path}:{weight:g}"))
     return "".join(f" --{name} {value}" for name, value in given)

@@ -37,8 +37,9 @@ def cached(path: Path, make) -> Inversion:
 
 def cache_key(model, x_0, *settings) -> str:
     """A name for the inversion of latents x_0 by just this model with just these settings."""
+    settings = (*settings, model.prediction, model.spacing)
     digest = hashlib.sha256(repr(settings).encode())
-    for tensor in (x_0, *model.unet.parameters()):
+    for tensor in (x_0, model.alpha_bar, *model.unet.parameters()):
         sample = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)]
         digest.update(sample.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
