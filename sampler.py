@@ -15,13 +15,13 @@ def make_alpha_bar(config: dict) -> torch.Tensor:
 
     SDXL's betas are `scaled_linear`: their square roots are linear. `rescale_betas_zero_snr` moves
     sqrt(alpha_bar) to end at 0, in pure noise (Lin et al. 2023, algorithm 1). At 0 eps is x_t and
-    tells nothing of x_0, so the end is 2^-23: there float32 still holds x_0 to 3e-4."""
+    tells nothing of x_0, so the end is 2^-28: there float32 still holds x_0 to 1e-3."""
     T, start, end = (config[k] for k in ("num_train_timesteps", "beta_start", "beta_end"))
     beta = torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64) ** 2  # (T,)
     alpha_bar = torch.cumprod(1 - beta, 0)
     if config.get("rescale_betas_zero_snr"):
         shifted = alpha_bar.sqrt() - alpha_bar[-1].sqrt()
-        alpha_bar = (alpha_bar[0] * (shifted / shifted[0]) ** 2).clamp(min=2**-23)
+        alpha_bar = (alpha_bar[0] * (shifted / shifted[0]) ** 2).clamp(min=2**-28)
     return alpha_bar.float()
 
 

@@ -4,6 +4,7 @@ and the miniature turned into a v-network."""
 import json
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import v_network
@@ -20,6 +21,7 @@ import train_pairs
 import train_space
 import train_text
 from formats import schedule, single_file, weights
+from miniature import world
 from sdxl import MINIATURE, SDXL
 from support import training
 
@@ -97,7 +99,7 @@ class Gaussian(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_eps_and_the_implied_x_0_are_those_of_the_closed_form(dtype):
-    """At every kind of level, the last included, where alpha_bar is 2^-23."""
+    """At every kind of level, the last included, where alpha_bar is 2^-28."""
     unet = Gaussian(ZERO_SNR, 0.7, 0.3, dtype)
     g = torch.Generator().manual_seed(0)
     t = torch.tensor([999, 998, 990, 700, 300, 10, 0])
@@ -113,7 +115,7 @@ def test_eps_and_the_implied_x_0_are_those_of_the_closed_form(dtype):
     # x_0 = sqrt(a) x_t - sqrt(1 - a) v, whatever eps was rounded to on the way.
     implied = sampler.implied_x_0(sampler.at_least_float32(x_t), predicted, a.to(predicted.dtype))
     exact = a.sqrt() * x_t.double() - (1 - a).sqrt() * v
-    assert (implied.double() - exact).abs().max() < 2e-3
+    assert (implied.double() - exact).abs().max() < 5e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -146,8 +148,8 @@ def test_a_plain_model_is_left_alone(model):
 def test_the_wrapped_miniature_draws_what_the_miniature_does(model, v_model):
     names = v_model.unet.state_dict().keys()
     assert names == model.unet.state_dict().keys() and v_model.prediction == "v"
-    x_T = sampler.noise([0, 1], (4, 16, 16))
-    prompts = model.condition(["a photo of a person"] * 2), model.condition([""])
+    x_T = sampler.noise([0, 1], (4, 8, 8))
+    prompts = model.condition([TARGET] * 2, (64, 64)), model.condition([""], (64, 64))
     settings = dict(alpha_bar=model.alpha_bar, steps=8, guidance=5.0)
     ours = sampler.sample(v_model.unet, x_T, *prompts, **settings)
     assert relative_error(ours, sampler.sample(model.unet, x_T, *prompts, **settings)) < 1e-3
@@ -160,8 +162,9 @@ def test_a_whole_picture_agrees_with_diffusers_ddim_scheduler(zero_snr, v_model,
     spacing = dict(timestep_spacing=ours.spacing, rescale_betas_zero_snr=zero_snr)
     theirs = their_scheduler(prediction_type="v_prediction", **spacing)
     assert ours.spacing == ("trailing" if zero_snr else "leading")
-    x_T = sampler.noise([3, 4], (4, 16, 16))
-    cond, uncond = (ours.condition([text] * 2) for text in ("a photo of an old man", ""))
+    x_T = sampler.noise([3, 4], (4, 8, 8))
+    prompts = ("a photo of an old man", "")
+    cond, uncond = (ours.condition([text] * 2, (64, 64)) for text in prompts)
     theirs.set_timesteps(10)
     x = x_T
     with torch.no_grad():
@@ -233,7 +236,7 @@ def fit(model, train, held_out, **settings):
 
 
 def test_a_few_steps_of_a_text_slider_are_the_plain_model_s(model, v_model):
-    settings = dict(steps=4, batch=8, lr=1.3e-3)
+    settings = dict(steps=3, batch=4, lr=1.3e-3)
     here = [
         (m, teach(m, trajectories=1), teach(m, trajectories=1, seed=6)) for m in (model, v_model)
     ]
@@ -303,8 +306,9 @@ def test_sliderspace_sees_minus_v_at_pure_noise(zero_snr_model):
     assert all(g.isfinite().all() for g in gradients) and any(g.norm() > 0 for g in gradients)
 
 
-def test_inversion_leads_back_to_the_picture(zero_snr_model):
-    """Up to pure noise and down again, on levels that the scheduler's config asks for."""
+def test_inversion_climbs_to_pure_noise_and_leads_back(zero_snr_model):
+    """On levels as the scheduler's config asks. A step up is only nearly a step down backwards; the
+    one onto pure noise, where eps is x_t, leads a little further astray."""
     m = zero_snr_model
     cond, uncond = m.condition([TARGET], (64, 64)), m.condition([""], (64, 64))
     steps = sampler.timesteps(20, spacing=m.spacing)
@@ -313,12 +317,54 @@ def test_inversion_leads_back_to_the_picture(zero_snr_model):
     way = sampler.ddim_inversion(m.unet, x_0, cond, **settings)
     assert way.isfinite().all()
     again = sampler.sample(m.unet, way[0], cond, guidance=1, **settings)
-    print("ddim", ((again - x_0).norm() / x_0.norm()).item())
-    few = dict(method="null-text", inner=3, guidance=3.0)
-    found = invert.invert(m.unet, x_0, cond, uncond, **few, **settings)
-    again = sampler.sample(m.unet, found.x_T, cond, found.uncond, guidance=3.0, **settings)
-    print("null", ((again - x_0).norm() / x_0.norm()).item())
-    assert 0
+    assert (again - x_0).norm() < 0.3 * x_0.norm()
+    settings = dict(alpha_bar=m.alpha_bar, guidance=3.0, inner=2)
+    null = invert.null_text(m.unet, way[[0, 1, -1]], steps[:2], cond, uncond, **settings)
+    assert all(part.isfinite().all() for parts in null.uncond for part in parts)
+    assert not torch.equal(null.uncond[0][0], uncond[0])  # the step from pure noise is fitted
+
+
+@pytest.mark.slow
+def test_null_text_inversion_of_a_picture_from_pure_noise(model, zero_snr_model):
+    """With guidance it comes back about as near as the plain model's does."""
+    rng = np.random.default_rng(5)
+    face = world.sample(rng, kind="face", malformed=0)
+    z = model.encode([world.draw(face)])
+    prompts, errors = (model.condition([world.caption(face, rng)]), model.condition([""])), []
+    for m in (model, zero_snr_model):
+        settings = dict(alpha_bar=m.alpha_bar, steps=sampler.timesteps(20, spacing=m.spacing))
+        found = invert.invert(m.unet, z, *prompts, guidance=5.0, **settings)
+        x_T, uncond = found.x_T, found.uncond
+        again = sampler.sample(m.unet, x_T, prompts[0], uncond, guidance=5.0, **settings)
+        errors.append(((again - z).norm() / z.norm()).item())
+    assert errors[0] < 0.03 and errors[1] < 1.6 * errors[0]
+
+
+def test_all_of_it_in_bfloat16(tmp_path):
+    """x_t and eps are float32 all the same: teachers, meter, inversion and edits take them so. What
+    is drawn is the float32 model's, as nearly as bfloat16's weights allow."""
+    said = dict(prediction_type="v_prediction", **v_network.ZERO_SNR)
+    path, drawn = v_network.folder(tmp_path / "m", **said), []
+    for dtype in (torch.float32, torch.bfloat16):
+        m = SDXL.load(path, device="cpu", dtype=dtype)
+        settings = dict(alpha_bar=m.alpha_bar, steps=sampler.timesteps(4, spacing=m.spacing))
+        cond, uncond = m.condition([TARGET], (64, 64)), m.condition([""], (64, 64))
+        x_T = sampler.noise([0], (4, 8, 8), dtype=dtype)
+        drawn.append(sampler.sample(m.unet, x_T, cond, uncond, guidance=1, **settings))
+    x_0 = drawn[1]
+    assert x_0.dtype == torch.float32 and relative_error(x_0, drawn[0]) < 0.1
+    targets = teach(m, trajectories=1, per_trajectory=2, denoising_steps=2)
+    assert targets.t.tolist() == [999, 499] * 2
+    assert {targets.x_t.dtype, targets.target.dtype} == {torch.float32}
+    made = lora.Slider(lora.target_layers(m.unet)).attach(m.unet)
+    student.make_loss(m.unet, made, targets)(torch.arange(2)).sum().backward()
+    assert all(p.grad.isfinite().all() for p in made.parameters())
+    made.detach()
+    few = dict(guidance=3.0, inner=1)
+    found = invert.invert(m.unet, m.encode([m.decode(x_0)[0]]), cond, uncond, **few, **settings)
+    assert found.x_T.dtype == torch.float32
+    assert {part.dtype for part in found.uncond[0]} == {torch.bfloat16}
+    slider.generate(m, TARGET, [0], steps=2, size=(64, 64))
 
 
 # -------------------------------------------------------------------------- what a model says of it
@@ -416,7 +462,7 @@ def test_command_lines(tmp_path):
     assert done.returncode == 0 and (tmp_path / "o" / "seed0.png").read_bytes() == picture
     path = v_network.folder(tmp_path / "sample", prediction_type="sample")
     for command in ("slider.py --prompt 'a man'", "train_text.py --pos 'a, b' --neg 'a, c'"):
-        done = run(f"{command} --model {path} --out {tmp_path}/no.safetensors")
+        done = run(f"{command} --model {path} --out {tmp_path}/{command[:3]}.safetensors")
         assert done.returncode == 2 and "Traceback" not in done.stderr
         line = done.stderr.strip().splitlines()[-1]
         assert line.startswith("error: scheduler: prediction_type 'sample' is not supported")

@@ -38,7 +38,7 @@ def wrap(unet, plain, alpha_bar):
     if torch.equal(plain, alpha_bar):
         levels = torch.arange(len(plain))
     else:
-        ratio = lambda a: np.log(a / (1 - a)).numpy()[::-1]  # log of the SNR, rising
+        ratio = lambda a: (a / (1 - a)).log().numpy()[::-1]  # log of the SNR, rising
         number = np.arange(len(plain), dtype=np.float64)[::-1]
         at = np.interp(ratio(alpha_bar.double()), ratio(plain.double()), number)
         levels = torch.tensor(at[::-1].copy())
