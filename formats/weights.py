@@ -171,9 +171,9 @@ def describe_file(file: Path) -> str:
 
 
 def from_single_file(path: Path, base=None) -> ModelFiles:
-    """A checkpoint in one file holds no tokenizers and no noise schedule: those come from `base`;
-    without it from the file's own folder, then from SDXL 1.0's folder where huggingface_hub has
-    cached it before."""
+    """A checkpoint in one file holds no tokenizers, and of its noise schedule at most marks
+    (schedule.of_single_file): those come from `base`; without it from the file's own folder, then
+    from SDXL 1.0's folder where huggingface_hub has cached it before."""
     shapes = read_header(path)
     with safe_open(path, "pt") as f:
         metadata = f.metadata() or {}

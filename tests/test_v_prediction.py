@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import v_network
-from commands import run
+from commands import TRAIN, run
 from test_weights import one_file
 from torch import nn
 
@@ -23,7 +23,7 @@ import train_text
 from formats import schedule, single_file, weights
 from miniature import world
 from sdxl import MINIATURE, SDXL
-from support import training
+from support import inversions, training
 
 CONFIG = {
     "num_train_timesteps": 1000,
@@ -469,3 +469,24 @@ def test_command_lines(tmp_path):
         assert "--prediction v" in line
     done = run("train_pairs.py --prediction x")
     assert done.returncode == 2 and "--prediction" in done.stderr
+
+
+def test_a_trainer_keeps_the_option_and_like_asks_for_it_again(tmp_path):
+    small = "--trajectories 1 --per-trajectory 1 --denoising-steps 2 --size 64"
+    small += " --steps 1 --batch 2 --probe 0"
+    file = tmp_path / "a.safetensors"
+    done = run(f"{TRAIN} --prediction v {small} --out {file}")
+    assert done.returncode == 0, done.stderr
+    assert "--out out/a --prediction v\n" in done.stdout  # the command that is suggested
+    done = run(f"train_text.py --like {file} --out {tmp_path}/b.safetensors")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "was trained with a --prediction of its own: name it here too" in done.stderr
+
+
+def test_an_inversion_kept_for_one_prediction_is_not_taken_for_another(tmp_path):
+    load = lambda **options: SDXL.load(device="cpu", vae=False, **options)
+    z, models = torch.zeros(1, 4, 8, 8), [load(), load(), load(prediction="v")]
+    a, again, b = (inversions.cache_key(m, z, "a man") for m in models)
+    assert a == again != b
+    zero = SDXL.load(v_network.folder(tmp_path / "z", **v_network.ZERO_SNR), device="cpu")
+    assert inversions.cache_key(zero, z, "a man") not in (a, b)
