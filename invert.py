@@ -83,11 +83,7 @@ def null_text(
     steps, B = len(ts), pivot.shape[1]
     lr = lr * cond[0].float().std().item()
     time_ids = uncond[2].expand(B, -1)
-    as_condition = lambda context, pooled: (
-        context.to(pivot.dtype),
-        pooled.to(pivot.dtype),
-        time_ids,
-    )
+    as_condition = lambda *null: (*(part.to(time_ids.dtype) for part in null), time_ids)
 
     def fit(i, x_t, null):
         """The embeddings that lead from x_t to the pivot's next latents, and where they do lead."""

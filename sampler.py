@@ -11,28 +11,23 @@ import torch
 
 
 def make_alpha_bar(config: dict) -> torch.Tensor:
-    """alpha_bar_t for t = 0 ... T-1, (T,), float32, from a model folder's scheduler_config.json.
+    """alpha_bar_t for t = 0 ... T-1, (T,), float32, from a scheduler config (formats/schedule.py).
 
-    SDXL's betas are `scaled_linear`: their square roots are linear. ValueError for another
-    schedule."""
-    if config.get("beta_schedule") != "scaled_linear":
-        kind = config.get("beta_schedule")
-        raise ValueError(f"scheduler: beta_schedule {kind!r} is not SDXL's 'scaled_linear'")
-    if config.get("prediction_type", "epsilon") != "epsilon":
-        kind = config["prediction_type"]
-        raise ValueError(
-            f"scheduler: prediction_type {kind!r}: only 'epsilon' models are supported"
-        )
-    try:
-        T, start, end = (config[k] for k in ("num_train_timesteps", "beta_start", "beta_end"))
-        beta = torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64) ** 2  # (T,)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"scheduler: missing or odd numbers ({error})") from None
-    return torch.cumprod(1 - beta, 0).float()
+    SDXL's betas are `scaled_linear`: their square roots are linear. `rescale_betas_zero_snr` moves
+    sqrt(alpha_bar) to end at 0, in pure noise (Lin et al. 2023, algorithm 1). At 0 eps is x_t and
+    tells nothing of x_0, so the end is 2^-28: there float32 still holds x_0 to 1e-3."""
+    T, start, end = (config[k] for k in ("num_train_timesteps", "beta_start", "beta_end"))
+    beta = torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64) ** 2  # (T,)
+    alpha_bar = torch.cumprod(1 - beta, 0)
+    if config.get("rescale_betas_zero_snr"):
+        shifted = alpha_bar.sqrt() - alpha_bar[-1].sqrt()
+        alpha_bar = (alpha_bar[0] * (shifted / shifted[0]) ** 2).clamp(min=2**-28)
+    return alpha_bar.float()
 
 
-def timesteps(steps: int | list[int], T: int = 1000) -> list[int]:
-    """The noise levels that DDIM visits, largest first: `leading` spacing with offset 1, as SDXL's.
+def timesteps(steps: int | list[int], T: int = 1000, spacing: str = "leading") -> list[int]:
+    """The noise levels that DDIM visits, largest first. spacing: `leading` with offset 1, as
+    SDXL's; `trailing`, which begins at T - 1; `linspace`, which has 0 as well.
 
     A list is taken as the levels themselves, for a model that was distilled to a few of them, such
     as [999, 749, 499, 249]. ValueError unless 1 <= steps <= T, or the levels fall and lie below T.
@@ -40,12 +35,14 @@ def timesteps(steps: int | list[int], T: int = 1000) -> list[int]:
     if isinstance(steps, list):
         if not steps or sorted(set(steps), reverse=True) != steps or steps[0] >= T or steps[-1] < 0:
             levels = ",".join(map(str, steps))
-            raise ValueError(
-                f"steps: noise levels must fall from at most {T - 1} to 0, not {levels}"
-            )
+            raise ValueError(f"steps: noise levels must fall from {T - 1} at most, not {levels}")
         return steps
     if not 1 <= steps <= T:
         raise ValueError(f"steps: {steps} is not between 1 and {T}")
+    if spacing == "trailing":
+        return [round(T - i * T / steps) - 1 for i in range(steps)]
+    if spacing == "linspace":
+        return [round((T - 1) * (1 - i / max(steps - 1, 1))) for i in range(steps)]
     return [min(i * (T // steps) + 1, T - 1) for i in reversed(range(steps))]
 
 
@@ -77,6 +74,21 @@ def ddim_step(x_t, eps, t: int, t_next: int, alpha_bar):
     false."""
     a_t, a_next = float(alpha_bar[max(t, 0)]), float(alpha_bar[max(t_next, 0)])
     return a_next**0.5 * implied_x_0(x_t, eps, a_t) + (1 - a_next) ** 0.5 * eps
+
+
+def predict_eps(unet, alpha_bar):
+    """From now on `unet`, which predicts v = sqrt(a_t) eps - sqrt(1 - a_t) x_0 (Salimans & Ho 2022,
+    appendix D), returns eps to every caller.
+
+    In float32 at least, and so is every x_t that follows from it: implied_x_0 divides by sqrt(a_t),
+    and with it what a half dtype would have rounded off eps or x_t."""
+
+    def hook(unet, inputs, v):
+        v, x_t = at_least_float32(v), at_least_float32(inputs[0])  # (B, 4, h, w) each
+        a_t = alpha_bar[inputs[1]].view(-1, 1, 1, 1)
+        return a_t.sqrt() * v + (1 - a_t).sqrt() * x_t
+
+    unet.register_forward_hook(hook)
 
 
 def guided_eps(unet, x_t, t, cond, uncond=None, guidance: float = 1.0):

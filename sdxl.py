@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import sampler
-from formats import weights
+from formats import schedule, weights
 from sdxl_unet import UNet
 from sdxl_vae import VAE
 
@@ -37,6 +37,8 @@ class SDXL:
     text_encoders: list  # of transformers' CLIP text models; None once released
     tokenizers: list
     alpha_bar: torch.Tensor  # (T,)
+    spacing: str  # of noise levels, as in sampler.timesteps
+    prediction: str  # of the network itself: "epsilon", or "v", which becomes eps on its way out
     device: torch.device
     dtype: torch.dtype  # of UNet and text encoders
     size: int  # pixels, the side of the pictures it was trained on
@@ -57,15 +59,16 @@ class SDXL:
         base=None,
         vae: bool = True,
         text_on_cpu: bool = False,
+        prediction: str | None = None,
     ) -> "SDXL":
         """Load a model folder, one .safetensors file, or a Hub id ("owner/name", downloaded once).
 
         device: "cpu", "cuda", "mps"; None: the best there is. dtype: of UNet and text encoders;
         None: float32 on a CPU, bfloat16 elsewhere. The VAE stays in float32 where its config says
         `force_upcast`, as SDXL's does: it overflows in half precision. base: the folder that lends
-        a single file its tokenizers (formats/weights.py). vae=False leaves the VAE out, for
-        training on words alone. text_on_cpu keeps the text encoders off the device: SDXL's take
-        1.5 GiB there. ValueError, one line, for what is missing, damaged or no SDXL."""
+        a single file its tokenizers (formats/weights.py). vae=False leaves the VAE out. text_on_cpu
+        keeps the text encoders off the device: SDXL's take 1.5 GiB there. prediction: "epsilon" or
+        "v", where the model says it wrong. ValueError for what is missing, damaged or no SDXL."""
         # Imported here, as it takes seconds, and a wrong option should not have to wait for it.
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
         from transformers.utils import logging
@@ -79,23 +82,24 @@ class SDXL:
             raise ValueError(f"device: there is no {device} here, or this PyTorch cannot use it")
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
         self.zeros_for_empty = configs["model_index"].get("force_zeros_for_empty_prompt", True)
-        self.alpha_bar = sampler.make_alpha_bar(configs["scheduler"])
+        scheduler = schedule.check(configs["scheduler"], prediction)
+        self.prediction, self.spacing = scheduler["prediction_type"], scheduler["timestep_spacing"]
+        self.alpha_bar = sampler.make_alpha_bar(scheduler)
         self.tokenizers = weights.load_tokenizers(path_or_id, files)
 
         def load(load_part, kind, part, device=self.device, dtype=self.dtype):
             return load_part(kind, configs[part], files.locations[part], device, dtype, part)
 
         text_device = torch.device("cpu" if text_on_cpu else self.device)
-        load_text = weights.load_text_encoder
-        self.text_encoders = [
-            load(load_text, CLIPTextModel, "text_encoder", text_device),
-            load(load_text, CLIPTextModelWithProjection, "text_encoder_2", text_device),
-        ]
-        upcast = configs["vae"].get("force_upcast", True)
-        vae_dtype = torch.float32 if upcast else self.dtype
+        load_text = lambda kind, part: load(weights.load_text_encoder, kind, part, text_device)
+        kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+        self.text_encoders = [load_text(kind, part) for part, kind in kinds.items()]
+        vae_dtype = torch.float32 if configs["vae"].get("force_upcast", True) else self.dtype
         make_vae = lambda: load(weights.load_module, VAE, "vae", dtype=vae_dtype)
         self.vae = make_vae() if vae else None  # type: ignore[assignment]
         self.unet = load(weights.load_module, UNet, "unet")
+        if self.prediction == "v":
+            sampler.predict_eps(self.unet, self.alpha_bar.to(self.device))
         self.factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
         self.channels = self.unet.config["in_channels"]
         self.size = self.unet.config["sample_size"] * self.factor
@@ -126,8 +130,7 @@ class SDXL:
         return context, pooled
 
     def condition(self, prompts: list[str], size: tuple[int, int] | None = None):
-        """prompts -> (context (B, 77, d), pooled (B, p), time_ids (B, 6)): unet(x_t, t,
-        *condition).
+        """prompts -> (context (B, 77, d), pooled (B, p), time_ids (B, 6)), for unet(x_t, t, *cond).
 
         size: (height, width) in pixels; None is the model's own. SDXL is also told the picture's
         original size, crop and target size (Podell et al. 2023, section 2.2): here an uncropped
@@ -147,8 +150,7 @@ class SDXL:
             warnings.warn(f"this model never saw {words}: it can only guess", stacklevel=2)
 
     def _warn_of_long_prompts(self, prompts):
-        """Once for each prompt of more than 77 tokens. What is beyond, such as preserved concepts,
-        is not seen."""
+        """Once for each prompt of over 77 tokens. What is beyond, as --preserve's, is not seen."""
         tokenizer = self.tokenizers[0]
         most = tokenizer.model_max_length
         for prompt in set(prompts) - self._too_long:
@@ -162,8 +164,7 @@ class SDXL:
     # ------------------------------------------------------------------------- latents and pictures
 
     def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
-        """(4, h, w) for `size` (height, width). ValueError for a size that the model cannot
-        make."""
+        """(4, h, w) for `size` (height, width). ValueError for one that the model cannot make."""
         h, w = size or (self.size, self.size)
         multiple = self.factor * self.unet.factor
         if h < multiple or w < multiple or h % multiple or w % multiple:
@@ -188,8 +189,7 @@ class SDXL:
         return self.vae.encode(x.to(weight.dtype)).to(self.dtype)
 
     def release(self, vae: bool = True):
-        """Free the text encoders' memory, and the VAE's: training on what is encoded needs
-        neither."""
+        """Free the text encoders' memory, and the VAE's: training on latents needs neither."""
         self.text_encoders = None  # type: ignore[assignment]
         if vae:
             self.vae = None  # type: ignore[assignment]

@@ -269,7 +269,7 @@ class UNet(nn.Module):
 
     @graphs.replayed  # on a GPU: launched as one operation where there are no gradients
     def forward(self, latents, t, context, pooled, time_ids):
-        """The predicted noise eps, (B, 4, h, w).
+        """The predicted noise eps, or v (sampler.predict_eps makes it eps), (B, 4, h, w).
 
         latents   (B, 4, h, w)   x_t
         t         (B,)           noise level, 0 ... 999
@@ -277,13 +277,13 @@ class UNet(nn.Module):
         pooled    (B, p)         the prompt as a whole
         time_ids  (B, 6)         original height, width, crop top, left, target height, width
         """
-        time = sinusoids(t, self.config["block_out_channels"][0]).to(latents.dtype)  # (B, c0)
+        time = sinusoids(t, self.config["block_out_channels"][0]).to(pooled.dtype)  # (B, c0)
         time = self.time_embedding(time)  # (B, c_time)
         sizes = sinusoids(time_ids.flatten(), self.config["addition_time_embed_dim"])  # (6 B, 256)
         sizes = sizes.view(len(time_ids), -1).to(pooled.dtype)  # (B, 6 * 256)
         time = F.silu(time + self.add_embedding(torch.cat([pooled, sizes], -1)))  # (B, c_time)
 
-        x = self.conv_in(latents)  # (B, c0, h, w)
+        x = self.conv_in(latents.to(self.conv_in.weight.dtype))  # (B, c0, h, w)
         skips = [x]
         for level in self.down_blocks:
             x, left = level(x, time, context)

@@ -56,6 +56,7 @@ def sweep(
     batch: int = 16,
     start_from=None,
     uncond=None,
+    steps=30,
     **settings,
 ) -> list[list[Image.Image]]:
     """The same seeds in several settings: for each of `columns` a list of pictures, one for each
@@ -67,7 +68,8 @@ def sweep(
     cond, uncond = model.condition([prompt], size), uncond or model.condition([negative], size)
     shape = model.latent_shape(size)
     noise = lambda seeds: sampler.noise(seeds, shape, model.device, model.dtype)
-    settings |= dict(alpha_bar=model.alpha_bar, batch=batch)
+    steps = sampler.timesteps(steps, spacing=model.spacing)
+    settings |= dict(alpha_bar=model.alpha_bar, batch=batch, steps=steps)
     mine, drawn = distributed.shard(seeds), [[] for _ in columns]
     for i in range(0, len(mine), batch):
         x_T = (start_from or noise)(mine[i : i + batch])
@@ -101,7 +103,7 @@ def sdedit(model, latents, strength: float, steps) -> dict:
     """SDEdit (Meng et al. 2022): the settings of `sweep` that draw pictures again which are noised
     to `strength`, 0 to 1, of the way. latents: function of a few seeds, their pictures' latents
     (b, 4, h, w), or (1, 4, h, w) of one for all."""
-    ts = sampler.timesteps(steps)
+    ts = sampler.timesteps(steps, spacing=model.spacing)
     skip = len(ts) - max(1, round(strength * len(ts)))
 
     def noised(seeds):
@@ -122,10 +124,11 @@ def edit_settings(model, args, picture, size) -> dict:
     path = Path(args.out) / f"inversion-{key}.safetensors"
 
     def make(remember):
-        n = invert.evaluations(args.invert, len(sampler.timesteps(args.steps)))
+        ts = sampler.timesteps(args.steps, spacing=model.spacing)
+        n = invert.evaluations(args.invert, len(ts))
         at_most = "at most " if args.invert == "null-text" else ""
         print(f"{args.invert} inversion: {at_most}{n} network evaluations")
-        settings.update(alpha_bar=model.alpha_bar)
+        settings.update(alpha_bar=model.alpha_bar, steps=ts)
         if at_most:
             settings.update(remember=remember)
         prompts = (model.condition([words], size) for words in (args.prompt, args.negative))
@@ -136,7 +139,7 @@ def edit_settings(model, args, picture, size) -> dict:
     found = inversions.cached(path, make)
     to = lambda x: x.to(model.device, model.dtype)
     uncond = [tuple(map(to, parts)) for parts in found.uncond]
-    return dict(start_from=lambda seeds: to(found.x_T), uncond=uncond)
+    return dict(start_from=lambda seeds: found.x_T.to(model.device), uncond=uncond)
 
 
 # ----------------------------------------------------------------------------------------- scales

@@ -238,10 +238,9 @@ def calibrate(model, encoder, slider, v, sigma: float, cond, uncond, *, size, se
     tried = [0.5, 1.0, 2.0, 4.0, 8.0, 16.0]
     x_T = sampler.noise(range(seeds), model.latent_shape(size), model.device, model.dtype)
     columns = [[(slider, sign * s)] for sign in (-1, 1) for s in tried]
-    settings |= dict(alpha_bar=model.alpha_bar)
-    drawn = dict(sweep(model.unet, x_T, cond, uncond, columns, **settings))
-    f = [clip.features(model, encoder, drawn[i]).mean(0) for i in range(len(columns))]
-    negative, positive = torch.stack(f).view(2, len(tried), -1)
+    drawn = sweep(model.unet, x_T, cond, uncond, columns, alpha_bar=model.alpha_bar, **settings)
+    f = {i: clip.features(model, encoder, x_0).mean(0) for i, x_0 in drawn}
+    negative, positive = torch.stack([f[i] for i in sorted(f)]).view(2, len(tried), -1)
     change = positive - negative  # (scales, d)
     along = F.cosine_similarity(change, v[None], dim=1) > 0.3  # beyond, pictures break down
     moved = [0.0, *torch.where(along, (change @ v) / 2, 0.0).tolist()]
@@ -271,10 +270,13 @@ def main():
     words = clip.words_of(model, args.words)
 
     # The samples outlive the training: other directions can be learned from them.
-    names = "model base merge dtype prompt per_sample denoising_steps guidance start size seed"
-    kept = resume_or_new(out / "samples", {name: getattr(args, name) for name in names.split()})
+    names = (
+        "model base merge prediction dtype prompt per_sample denoising_steps guidance start size"
+    )
+    kept = resume_or_new(out / "samples", {n: getattr(args, n) for n in [*names.split(), "seed"]})
     batch = 4 * args.batch
-    drawing = dict(steps=args.denoising_steps, guidance=args.guidance, start=args.start)
+    steps = sampler.timesteps(args.denoising_steps, spacing=model.spacing)
+    drawing = dict(steps=steps, guidance=args.guidance, start=args.start)
     settings = dict(samples=args.samples, per_sample=args.per_sample, seed=args.seed, batch=batch)
     samples = collect(model, cond, uncond, size=size, remember=kept.remember, **settings, **drawing)
     with torch.no_grad():

@@ -57,13 +57,13 @@ def denoise(model, seeds, cond, uncond, keep, *, size, denoising_steps, guidance
         visited.append((x_t, eps_c))
         bar.update()
 
-    settings = dict(alpha_bar=model.alpha_bar, steps=denoising_steps, guidance=guidance)
+    ts = sampler.timesteps(denoising_steps, spacing=model.spacing)
+    settings = dict(alpha_bar=model.alpha_bar, steps=ts, guidance=guidance)
     sampler.sample(model.unet, x_T, cond, uncond, on_step=on_step, **settings)
     bar.close()
     x_t, eps_0 = (torch.stack(part, 1) for part in zip(*visited))  # (b, denoising_steps, 4, h, w)
     rows = torch.arange(len(keep))[:, None]
-    t = torch.tensor(sampler.timesteps(denoising_steps))[keep]
-    return {"x_t": x_t[rows, keep], "t": t, "eps_0": eps_0[rows, keep]}
+    return {"x_t": x_t[rows, keep], "t": torch.tensor(ts)[keep], "eps_0": eps_0[rows, keep]}
 
 
 @torch.no_grad()

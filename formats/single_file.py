@@ -27,6 +27,7 @@ IGNORED = re.compile(
     r"|denoiser\.|model_ema\."
     r"|(betas|alphas_cumprod.*|sqrt_.*|log_one_.*|posterior_.*)$"
     r"|model\.diffusion_model\.(betas|alphas).*$"
+    r"|(v_pred|ztsnr)$"  # marks, read by schedule.of_single_file
 )
 
 RESNET = {
@@ -364,11 +365,10 @@ def configs(shapes: dict[str, tuple], base: dict[str, dict]) -> dict[str, dict]:
 # ----------------------------------------------------------------------------------- what a file is
 
 
-def identify(shapes: dict[str, tuple], metadata: dict[str, str]) -> str:
-    """ "sdxl", or in words what else a file with these tensors and this metadata is."""
+def identify(shapes: dict[str, tuple]) -> str:
+    """ "sdxl", or in words what else a file with these tensors is."""
     starts = lambda *prefixes: any(name.startswith(prefixes) for name in shapes)
     lora = r"lora_(up|down|[AB])\b|\.lora\.|lokr_|hada_|\.dora_scale|\.lora_"
-    prediction = metadata.get("modelspec.prediction_type", "epsilon")
     transformers = ("joint_blocks.", "double_blocks.")
     if any(re.search(lora, name) for name in shapes):
         use = "(--slider takes sliders, --merge other LoRAs)"
@@ -381,9 +381,6 @@ def identify(shapes: dict[str, tuple], metadata: dict[str, str]) -> str:
         return "a diffusion transformer (SD 3 or Flux); only SDXL is supported"
     if "conditioner.embedders.0.model.ln_final.weight" in shapes:
         return "the SDXL refiner, which has one text encoder; sliders need the base model"
-    if "v_pred" in shapes or prediction.lower().startswith("v"):
-        only = "only models that predict the noise (eps) are supported"
-        return f"a v-prediction SDXL checkpoint; {only}"
     missing = [part for prefix, part in PARTS.items() if not starts(prefix)]
     if len(missing) == len(PARTS):
         if "conv_in.weight" in shapes and "add_embedding.linear_1.weight" in shapes:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from formats import single_file
+from formats import schedule, single_file
 
 PARTS = ["unet", "vae", "text_encoder", "text_encoder_2"]
 SDXL_ID = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -171,12 +171,13 @@ def describe_file(file: Path) -> str:
 
 
 def from_single_file(path: Path, base=None) -> ModelFiles:
-    """A checkpoint in one file holds no tokenizers and no noise schedule: those come from `base`;
-    without it from the file's own folder, then from SDXL 1.0's folder where huggingface_hub has
-    cached it before."""
+    """A checkpoint in one file holds no tokenizers, and of its noise schedule at most marks
+    (schedule.of_single_file): those come from `base`; without it from the file's own folder, then
+    from SDXL 1.0's folder where huggingface_hub has cached it before."""
     shapes = read_header(path)
     with safe_open(path, "pt") as f:
-        kind = single_file.identify(shapes, f.metadata() or {})
+        metadata = f.metadata() or {}
+    kind = single_file.identify(shapes)
     if kind != "sdxl":
         raise ValueError(f"{path}: {kind}")
     root = base_folder(path, base)
@@ -193,7 +194,8 @@ def from_single_file(path: Path, base=None) -> ModelFiles:
     except (KeyError, IndexError) as error:
         raise ValueError(f"{path}: an incomplete SDXL checkpoint: it lacks {error}") from None
     configs["model_index"] = config_of("model_index", "model_index.json")
-    configs["scheduler"] = config_of("scheduler", "scheduler", "scheduler_config.json")
+    base_schedule = config_of("scheduler", "scheduler", "scheduler_config.json")
+    configs["scheduler"] = base_schedule | schedule.of_single_file(shapes, metadata)
     locations = {
         part: {new: (path, old, action) for new, old, action in entries}
         for part, entries in renamed.items()

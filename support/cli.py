@@ -59,6 +59,8 @@ def model_parser(description: str) -> argparse.ArgumentParser:
     p.add_argument("--strict", action="store_true", help=strict)
     p.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: the best there is")
     p.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere")
+    prediction = "what the UNet predicts, noise (epsilon) or v (default: as the model says)"
+    p.add_argument("--prediction", choices=["epsilon", "v"], help=prediction)
     text_on_cpu = "keep the text encoders off the GPU: 1.5 GiB less for SDXL"
     p.add_argument("--text-on-cpu", action="store_true", help=text_on_cpu)
     no_graphs = "launch every operation of a GPU by itself: slower, a little less memory"
@@ -87,7 +89,7 @@ def parse_args(p: argparse.ArgumentParser):
         raise ValueError(f"{args.like}: was trained by another script: {names} mean nothing here")
     # Of files and folders it holds the names alone. A stranger's file names them: none is opened.
     folders = [action.dest for action in actions if "DIR" in (action.metavar or "")]
-    for name in ("model", "base", "merge", *folders):
+    for name in ("model", "base", "merge", "prediction", *folders):
         if settings.pop(name, None) and getattr(args, name) is None:
             remedy = "name it here too"
             raise ValueError(f"{args.like}: was trained with a --{name} of its own: {remedy}")
@@ -111,6 +113,7 @@ def load_model(args, vae: bool = True) -> SDXL:
         warnings.warn(slow, stacklevel=2)
     graphs.enabled = not args.no_cuda_graphs
     options = dict(device=args.device, dtype=DTYPES.get(args.dtype), base=args.base)
+    options["prediction"] = args.prediction
     model = SDXL.load(args.model, vae=vae, text_on_cpu=args.text_on_cpu, **options)
     if args.strict:
         warnings.simplefilter("error", slider_files.LeftOut)
@@ -180,6 +183,7 @@ def model_options(args) -> str:
     """The options that name the model, as they were given: for a command that is suggested."""
     given = [("model", args.model)] if args.model != str(MINIATURE) else []
     given += [("base", args.base)] if args.base else []
+    given += [("prediction", args.prediction)] if args.prediction else []
     for path, weight in args.merge:
         given.append(("merge", path if weight is None else f"{path}:{weight:g}"))
     return "".join(f" --{name} {value}" for name, value in given)

@@ -37,9 +37,11 @@ def cached(path: Path, make) -> Inversion:
 
 def cache_key(model, x_0, *settings) -> str:
     """A name for the inversion of latents x_0 by just this model with just these settings."""
+    settings = (*settings, model.prediction, model.spacing)
     digest = hashlib.sha256(repr(settings).encode())
     networks = (model.unet, *model.text_encoders)
-    for tensor in (x_0, *(p for network in networks for p in network.parameters())):
+    weights = (p for network in networks for p in network.parameters())
+    for tensor in (x_0, model.alpha_bar, *weights):
         sample = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)]
         digest.update(sample.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

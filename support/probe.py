@@ -34,7 +34,8 @@ def probe(model, slider, cond, uncond, shape, seeds: int, steps: int = STEPS) ->
     eps = sampler.noise(range(seeds, 2 * seeds), shape, model.device, model.dtype)
     columns = [[(slider, scale)] for scale in SCALES]
     at_once = max(seeds, samples_at_once(model.unet, shape, seeds))
-    settings = dict(alpha_bar=model.alpha_bar, steps=steps, batch=at_once)
+    ts = sampler.timesteps(steps, spacing=model.spacing)
+    settings = dict(alpha_bar=model.alpha_bar, steps=ts, batch=at_once)
     drawn = sweep(model.unet, x_T, cond, uncond, columns, **settings)
     x_0, surprise = {}, {}
     for i, x in tqdm(drawn, total=len(SCALES), unit="scale", desc="probe"):
@@ -69,11 +70,12 @@ def useful_end(scales, surprise, change) -> float:
     return scales[-1]
 
 
-def draw_scales(model, slider, cond, uncond, x_T, scales, **settings) -> list[list]:
+def draw_scales(model, slider, cond, uncond, x_T, scales, steps=30, **settings) -> list[list]:
     """The noises x_T (n, 4, h, w) drawn with `slider` at each of `scales`: n pictures for each.
     cond, uncond: one row each. settings: support/sweep.py's."""
     columns = [[(slider, scale)] for scale in scales]
     settings |= dict(alpha_bar=model.alpha_bar)
+    settings["steps"] = sampler.timesteps(steps, spacing=model.spacing)
     latents = dict(sweep(model.unet, x_T, cond, uncond, columns, **settings))
     return [model.decode(latents[i]) for i in range(len(columns))]
 

@@ -35,12 +35,12 @@ def original_tensors(of_part) -> dict:
     }
 
 
-def one_file(path, change=lambda tensors: tensors):
+def one_file(path, change=lambda tensors: tensors, metadata=None):
     """The miniature as one file in the original naming."""
     tensors = original_tensors(folder_tensors)
     embeddings = "conditioner.embedders.0.transformer.text_model.embeddings"
     tensors[f"{embeddings}.position_ids"] = torch.arange(77)[None]
-    save_file({k: v.contiguous() for k, v in change(tensors).items()}, path)
+    save_file({k: v.contiguous() for k, v in change(tensors).items()}, path, metadata)
     return path
 
 
@@ -125,7 +125,7 @@ def test_full_size_names_all_find_their_place():
     for part in weights.PARTS:
         stated = {k: v for k, v in facts("configs")[part].items() if k in configs[part]}
         assert {k: configs[part][k] for k in stated} == stated, part
-    assert single_file.identify(shapes, {}) == "sdxl"
+    assert single_file.identify(shapes) == "sdxl"
 
 
 def test_the_test_helper_writes_the_released_names():
@@ -169,15 +169,7 @@ STRANGERS = {  # names of tensors, and what the file is said to be
     "unet": (["conv_in.weight", "add_embedding.linear_1.weight"], "one part"),
     "other": (["a"], "no SDXL checkpoint"),
     "half": ([OUT, "first_stage_model.quant_conv.bias"], "incomplete"),
-    "v": (["v_pred", OUT], "v-prediction"),
 }
-
-
-def test_v_prediction_is_read_in_the_metadata_too():
-    shapes = {name: tuple(shape) for name, shape in facts("single_file_keys").items()}
-    for prediction, kind in (("v", "v-prediction"), ("epsilon", "sdxl")):
-        metadata = {"modelspec.prediction_type": prediction}
-        assert kind in single_file.identify(shapes, metadata)
 
 
 def test_what_other_tools_leave_in_one_file_is_left_out(model, tmp_path):
@@ -266,7 +258,7 @@ def test_broken_folders_are_refused(tmp_path):
         (without("tokenizer_2"), "tokenizers cannot be read"),
         (pickles, "a pickle"),
         (escape, "names no files beside it"),
-        (edit(scheduler, prediction_type="v_prediction"), "v_prediction"),
+        (edit(scheduler, prediction_type="sample"), "'sample' is not supported"),
         (edit("model_index.json", text_encoder=[None, None]), "refiner"),
         (edit(unet, block_out_channels=[64, 128, 256]), "do not fit"),
         (edit(unet, in_channels=9), "9 channels in, 4 out: a model for inpainting"),
