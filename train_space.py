@@ -141,9 +141,8 @@ def independent_rotation(z, rounds: int = 200):
 
 
 class Space:
-    """k sliders of rank r as one lora.Slider of rank k r, the bank, and what they are trained on:
-    a row number stands for an x_t, a direction and a sign. The last HELD_OUT pictures are the
-    meter's."""
+    """k sliders of rank r as one lora.Slider of rank k r, the bank, and what they are trained on: a
+    row stands for an x_t, a direction and a sign. The last HELD_OUT pictures are the meter's."""
 
     def __init__(self, model, encoder, samples, cond, uncond, v, *, rank, guidance, batch):
         self.model, self.encoder, self.cond, self.uncond = model, encoder, cond, uncond
@@ -270,10 +269,9 @@ def main():
     words = clip.words_of(model, args.words)
 
     # The samples outlive the training: other directions can be learned from them.
-    names = (
-        "model base merge prediction dtype prompt per_sample denoising_steps guidance start size"
-    )
-    kept = resume_or_new(out / "samples", {n: getattr(args, n) for n in [*names.split(), "seed"]})
+    names = "model base merge prediction dtype prompt per_sample denoising_steps guidance start"
+    names = [*names.split(), "size", "seed"]
+    kept = resume_or_new(out / "samples", {name: getattr(args, name) for name in names})
     batch = 4 * args.batch
     steps = sampler.timesteps(args.denoising_steps, spacing=model.spacing)
     drawing = dict(steps=steps, guidance=args.guidance, start=args.start)

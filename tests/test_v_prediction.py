@@ -289,7 +289,7 @@ def test_sliderspace_sees_minus_v_at_pure_noise(zero_snr_model):
     """Its loss is of the predicted x_0, which is -v there, with a finite gradient."""
     m = zero_snr_model
     space = train_space.Space.__new__(train_space.Space)
-    space.model, space.guidance = m, 1.0
+    space.model, space.guidance, space.alpha_bar = m, 1.0, m.alpha_bar
     space.x_t, space.t = sampler.noise([0, 1], (4, 8, 8)), torch.tensor([999, 999])
     space.prompt = torch.zeros(2, dtype=torch.long)
     space.cond = space.uncond = m.condition([TARGET], (64, 64))
