@@ -165,10 +165,10 @@ class SDXL:
 
     def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
         """(4, h, w) for `size` (height, width). ValueError for one that the model cannot make."""
-        h, w = size or (self.size, self.size)
-        multiple = self.factor * self.unet.factor
+        (h, w), multiple = size or (self.size, self.size), self.factor * self.unet.factor
         if h < multiple or w < multiple or h % multiple or w % multiple:
-            raise ValueError(f"size: {h}x{w} is not made of multiples of {multiple}")
+            near = "x".join(str(max(1, round(side / multiple)) * multiple) for side in (w, h))
+            raise ValueError(f"size: {w}x{h} is not made of multiples of {multiple}: {near} is")
         return self.channels, h // self.factor, w // self.factor
 
     @torch.no_grad()

@@ -34,7 +34,7 @@ import invert
 import lora
 import sampler
 from formats import slider_files
-from support import cli, distributed, images, inversions, options, sheets, training
+from support import cli, distributed, images, inversions, options, sheets, sizes, training
 from support import sweep as latent_sweep
 from train_text import encode, ends_difference
 
@@ -81,20 +81,16 @@ def sweep(
 # ---------------------------------------------------------------------------------- real pictures
 
 
-def open_picture(model, path, side: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
-    """The picture in the file `path` as the model can take it, and its size (height, width).
-
-    The size has the proportions nearest to its own, in multiples of 64 and of about side x side
-    pixels, as SDXL was trained on (Podell et al. 2023, section 2.3). The miniature knows squares
-    only. What sticks out is cut off; nothing is distorted."""
-    picture, side = images.read_image(path), side or model.size
-    square = training.is_small(model.unet)
-    ratio = np.log(picture.width / picture.height)
-    sizes = [(h, side**2 // h // 64 * 64) for h in range(64, 4 * side, 64) if side**2 // h >= 64]
-    h, w = min(sizes, key=lambda hw: abs(np.log(hw[1] / hw[0]) - ratio))
-    h, w = (side, side) if square else (h, w)
+def open_picture(model, path, size: str | None = None) -> tuple[Image.Image, tuple[int, int]]:
+    """The picture in the file `path` as the model can take it, and its size (height, width): `size`
+    (as --size has it), or the one nearest to its proportions that SDXL was trained on. A small
+    model knows squares only. What sticks out is cut off; nothing is distorted."""
+    picture, square = images.read_image(path), training.is_small(model.unet)
+    if not size:
+        size = sizes.for_pictures(model, [picture.width / picture.height], model.size, square)
+    h, w = sizes.height_width(size)
     if picture.size != (w, h):
-        why = ", its middle square: this model knows nothing else" if square else ""
+        why = ", its middle square" if h == w else ""
         print(f"{path}: {picture.width}x{picture.height}, brought to {w}x{h}{why}")
     return images.crop_and_resize(picture, h, w), (h, w)
 
@@ -181,7 +177,7 @@ def main(captions=None):
     model = cli.load_model(args)
     model.vae.tile = args.vae_tile // model.factor
     training.set_checkpointing(model.unet, args.checkpointing)
-    size, picture = (args.size,) * 2 if args.size is not None else None, None
+    size, picture = sizes.height_width(args.size) if args.size else None, None
     rows = [f"seed{s}" for s in args.seeds]
     if args.image:
         picture, size = open_picture(model, args.image, args.size)

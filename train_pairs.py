@@ -100,13 +100,13 @@ def main():
     checkpoint = open_checkpoint(args, cli.output_file(args.out, ".safetensors"))
     started = time.time()
     model = cli.load_model(args)
+    args.size = args.size or training.size_of_pairs(model, groups)
     size = training.prepare(args, model, training.recipe(model.unet))
     slider = training.new_slider(args, model)  # not attached yet: the teacher is the bare UNet
 
     kind = "pairs" if len(scales) == 2 else f"groups of {len(scales)}"
     print(f"{len(groups)} {kind}:", ", ".join(f"{f} at {s:+g}" for s, f in zip(scales, folders)))
-    latents = [model.encode(images.read_group(files, size[0])) for files in groups]
-    latents = torch.stack(latents)  # (n, k, 4, h, w)
+    latents = torch.stack([model.encode(images.read_group(files, size)) for files in groups])
     cond, uncond = model.condition([args.prompt], size), model.condition([""], size)
     model.release(vae=not args.preview)
 

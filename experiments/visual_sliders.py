@@ -46,7 +46,7 @@ def main():
     lab = Lab(__doc__, "visual_sliders", add_options)
     if lab.args.pos:
         files = images.match_by_name([Path(lab.args.neg), Path(lab.args.pos)])
-        groups = [images.read_group(pair, lab.size[0]) for pair in files]
+        groups = [images.read_group(pair, lab.size) for pair in files]
     else:
         groups = drawn_pairs.draw("eye_size", [0.6, 1.6], 16, lab.seed)
     latents = torch.stack([lab.model.encode(group) for group in groups])  # (n, 2, 4, h, w)

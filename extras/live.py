@@ -15,7 +15,7 @@ from pathlib import Path
 import lora
 import slider
 from formats import slider_files
-from support import cli, page
+from support import cli, page, sizes
 from support.checkpoint import deferred_interrupt
 
 TEMPLATE = page.HEAD + Path(__file__).with_name("live.html").read_text()
@@ -81,6 +81,8 @@ def main():
     p.add_argument("--guidance", type=cli.guidance, default=5.0, help="default: %(default)s")
     start = "as in slider.py (default: %(default)s)"
     p.add_argument("--start", type=cli.fraction, default=0.3, help=start)
+    size = "pixels, 1024 or width x height as 832x1216 (default: the model's own)"
+    p.add_argument("--size", type=sizes.size, help=size)
     port = "default: %(default)s; 0 for any free one"
     p.add_argument("--port", type=int, default=8000, help=port)
     args = p.parse_args()
@@ -95,6 +97,8 @@ def main():
         low, *_, high = slider.useful_scales([one])
         sliders.append((stem if stems.count(stem) == 1 else file, one, (low, high)))
     settings = {name: getattr(args, name) for name in ("steps", "guidance", "start")}
+    settings["size"] = args.size and sizes.height_width(args.size)
+    model.latent_shape(settings["size"])  # refuse what cannot be
     try:
         serving = make_server(model, sliders, args.prompt, args.port, **settings)
     except OSError as error:

@@ -483,7 +483,7 @@ def tool_metadata(deltas: dict[str, Delta], metadata: dict[str, str]) -> dict[st
     keys = {"ss_learning_rate": "lr", "ss_max_train_steps": "steps", "ss_seed": "seed"}
     out |= {key: str(settings[name]) for key, name in keys.items() if settings.get(name)}
     if size := settings.get("size"):
-        out["modelspec.resolution"] = f"{size}x{size}"
+        out["modelspec.resolution"] = str(size) if "x" in str(size) else f"{size}x{size}"
     prompts = settings.get("prompt") or []
     words = [prompts] if isinstance(prompts, str) else [str(prompt) for prompt in prompts]
     if settings.get("pos"):

@@ -46,7 +46,7 @@ def in_batches(make, n: int, batch: int, *, remember=None, name="", desc=None, d
     rows = distributed.shard(torch.arange(n))
     batches = rows.split(batch) if len(rows) else []
     made = []
-    for some in tqdm(batches, unit="batch", desc=desc, disable=desc is None):
+    for some in tqdm(batches, unit="batch", desc=desc) if desc else batches:
         of_batch = f"{name}{int(some[0])}_{len(some)}"
         made.append(remember(of_batch, lambda: make(some)))
     keys = made[0] if made else []

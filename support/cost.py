@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import sampler
-from support import distributed, graphs, probe
+from support import distributed, graphs, probe, sizes
 from support.batches import samples_at_once
 from support.training import METER_EVERY, is_small, split_trajectories
 
@@ -58,7 +58,7 @@ def dry_run(args, model, slider, cond, plan: dict):
     """Time a few evaluations without gradients and a few with, and print what `plan` (from
     `estimate`) will take: evaluations, seconds, memory."""
     slider.attach(model.unet)
-    shape = model.latent_shape((args.size,) * 2)
+    shape = model.latent_shape(sizes.height_width(args.size))
     at_once = samples_at_once(model.unet, shape, 4 * args.batch)
     x_t = sampler.noise(range(max(at_once, args.batch)), shape, model.device, model.dtype)
     t = torch.full((len(x_t),), 500, device=model.device)

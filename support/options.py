@@ -7,7 +7,7 @@ from pathlib import Path
 import lora
 from formats import slider_files
 from invert import METHODS
-from support import cli, distributed
+from support import cli, distributed, sizes
 from support.training import ETA, LARGE, PUBLISHED, SMALL
 
 
@@ -44,7 +44,8 @@ def add_training_options(p, small=SMALL, large=LARGE, out="slider.safetensors"):
     }
     for name, what in flags.items():
         p.add_argument(f"--{name}", action="store_true", help=what)
-    p.add_argument("--size", type=int, help="pixels (default: the model's own, at most 512)")
+    size = "pixels, 1024 or width x height as 832x1216 (default: the model's own, at most 512)"
+    p.add_argument("--size", type=sizes.size, help=size)
     p.add_argument("--seed", type=cli.seed, default=0)
 
 
@@ -293,7 +294,8 @@ def slider(doc: str):
     option("steps", steps, type=cli.steps_or_levels, default=30)
     start = "share of the denoising after which the sliders switch on"
     option("start", start, type=cli.fraction, default=0.3)
-    option("size", "pixels (default: the model's own)", type=int)
+    size = "pixels, 1024 or width x height as 832x1216 (default: the model's own)"
+    option("size", size, type=sizes.size)
     batch = "pictures denoised at once (default: 16; for a UNet of SDXL's size 4)"
     option("batch", batch, type=int)
     tile = "decode larger pictures in tiles of this side; a smaller one takes less memory"

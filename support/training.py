@@ -13,7 +13,7 @@ import student
 from formats import hashes
 from sdxl import MINIATURE
 from sdxl_unet import Checkpointed
-from support import batches, cli, distributed, graphs, images, probe
+from support import batches, cli, distributed, graphs, images, probe, sizes
 from support.checkpoint import NO_CHECKPOINT, Checkpoint, deferred_interrupt
 
 VERSION = "0.2"
@@ -48,8 +48,9 @@ def split_trajectories(trajectories: int) -> tuple[int, int]:
 def prepare(args, model, recipe: dict) -> tuple[int, int]:
     """Fill in the defaults of `recipe`; returns the size in pixels (height, width). ValueError for
     a size that the model cannot make."""
-    args.size = args.size or min(model.size, 512)
-    shape = model.latent_shape((args.size,) * 2)
+    args.size = args.size or str(min(model.size, 512))
+    size = sizes.height_width(args.size)
+    shape = model.latent_shape(size)
     if getattr(args, "recipe", "") == "published":
         recipe = {name: PUBLISHED[name] for name in recipe}
     for name, value in recipe.items():
@@ -59,7 +60,19 @@ def prepare(args, model, recipe: dict) -> tuple[int, int]:
         print("--checkpointing is on: without it this batch does not fit into the GPU's memory")
         args.checkpointing = True
     set_checkpointing(model.unet, args.checkpointing)
-    return (args.size,) * 2
+    return size
+
+
+def size_of_pairs(model, groups) -> str:
+    """What all pictures of train_pairs.py are brought to, as --size has it; said. ValueError where
+    those of a group differ in their proportions."""
+    ratios = [images.proportions(files) for files in groups]
+    size = sizes.for_pictures(model, ratios, min(model.size, 512), is_small(model.unet))
+    h, w = sizes.height_width(size)
+    cut = sum(abs(ratio * h / w - 1) > 0.01 for ratio in ratios)
+    cropped = f", for which {cut} of {len(groups)} groups are cropped" if cut else ""
+    print(f"pictures are brought to {w}x{h} (width x height){cropped}; --size names another size")
+    return size
 
 
 def fits(batch: int, unet, shape) -> bool:
@@ -257,7 +270,7 @@ def finish(
     print(*lines, sep="\n")
     if args.probe:
         one_row = (tuple(c[:1] for c in rows) for rows in (cond, uncond))
-        shape = model.latent_shape((args.size,) * 2)
+        shape = model.latent_shape(sizes.height_width(args.size))
         about["probe"] = probe.probe(model, slider, *one_row, shape, args.probe)
         save()
         limits = (probe.SCALES[0], probe.SCALES[-1])
