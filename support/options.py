@@ -303,6 +303,8 @@ def slider(doc: str):
     page = "also write a page with the slider to drag, pictures inside; with --grid a plane of two"
     option("html", page, metavar="FILE")
     option("out", "folder to write to", default="out")
+    no_metadata = "pictures do not say how they were made (the PNG text `parameters`)"
+    p.add_argument("--no-metadata", action="store_true", help=no_metadata)
     args = p.parse_args()
     check_slider(args)
     return args
