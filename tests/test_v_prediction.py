@@ -250,16 +250,27 @@ def test_a_few_steps_of_a_text_slider_are_the_plain_model_s(model, v_model):
 def test_a_text_slider_on_a_v_network_reaches_what_the_plain_one_does(
     model, v_model, zero_snr_model
 ):
-    settings = dict(steps=40, batch=8, lr=4e-3)
-    readings = []
+    """As train_text.py does it, on half of its x_t. All are read on the plain model's held-out
+    x_t, as what a zero-SNR model visits has other noise levels."""
+    readings, held_out, ends = [], None, (f"{TARGET}, very old", f"{TARGET}, very young")
     for m in (model, v_model, zero_snr_model):
-        train, held_out = teach(m, trajectories=8), teach(m, trajectories=3, seed=6)
-        readings.append(fit(m, train, held_out, **settings))
+        preserve = ["with glasses", "without glasses"]
+        prompts = train_text.encode(m, [TARGET], *ends, preserve, (128, 128))
+        settings = dict(eta=0.5, size=(128, 128), batch=32)
+        train, unseen = train_text.teach(m, prompts, seed=0, trajectories=8, **settings)
+        held_out = held_out or unseen
+        torch.manual_seed(0)
+        made = lora.Slider(lora.target_layers(m.unet)).attach(m.unet)
+        training.fit_targets(m.unet, made, train, unseen, steps=40, batch=8, lr=4e-3)
+        made.detach()
+        made.attach(model.unet)
+        readings.append(student.meter(model.unet, made, held_out, 32))
+        made.detach()
     plain, ours, zero = readings
-    assert plain["share"] > 0.3 and plain["cosine"] > 0.5
-    assert ours["share"] == pytest.approx(plain["share"], abs=0.05)
-    assert ours["cosine"] == pytest.approx(plain["cosine"], abs=0.05)
-    assert zero["share"] > 0.8 * plain["share"] and zero["cosine"] > 0.9 * plain["cosine"]
+    assert plain["share"] > 0.5 and plain["cosine"] > 0.85
+    for name in ("share", "cosine"):
+        assert ours[name] == pytest.approx(plain[name], abs=0.02), name
+        assert zero[name] == pytest.approx(plain[name], abs=0.08), name
 
 
 def test_pairs_at_every_level_of_a_zero_snr_model(zero_snr_model):
@@ -325,19 +336,17 @@ def test_inversion_climbs_to_pure_noise_and_leads_back(zero_snr_model):
 
 
 @pytest.mark.slow
-def test_null_text_inversion_of_a_picture_from_pure_noise(model, zero_snr_model):
-    """With guidance it comes back about as near as the plain model's does."""
-    rng = np.random.default_rng(5)
+def test_null_text_inversion_of_a_picture_from_pure_noise(zero_snr_model):
+    """With guidance it comes back about as near as on the plain model, which is 2% off."""
+    rng, m = np.random.default_rng(5), zero_snr_model
     face = world.sample(rng, kind="face", malformed=0)
-    z = model.encode([world.draw(face)])
-    prompts, errors = (model.condition([world.caption(face, rng)]), model.condition([""])), []
-    for m in (model, zero_snr_model):
-        settings = dict(alpha_bar=m.alpha_bar, steps=sampler.timesteps(20, spacing=m.spacing))
-        found = invert.invert(m.unet, z, *prompts, guidance=5.0, **settings)
-        x_T, uncond = found.x_T, found.uncond
-        again = sampler.sample(m.unet, x_T, prompts[0], uncond, guidance=5.0, **settings)
-        errors.append(((again - z).norm() / z.norm()).item())
-    assert errors[0] < 0.03 and errors[1] < 1.6 * errors[0]
+    z = m.encode([world.draw(face)])
+    cond, uncond = m.condition([world.caption(face, rng)]), m.condition([""])
+    settings = dict(alpha_bar=m.alpha_bar, steps=sampler.timesteps(20, spacing=m.spacing))
+    settings |= dict(guidance=5.0)
+    found = invert.invert(m.unet, z, cond, uncond, **settings)
+    again = sampler.sample(m.unet, found.x_T, cond, found.uncond, **settings)
+    assert (again - z).norm() < 0.03 * z.norm()
 
 
 def test_all_of_it_in_bfloat16(tmp_path):
