@@ -65,8 +65,8 @@ class SDXL:
 
         device: "cpu", "cuda", "mps"; None: the best there is. dtype: of UNet and text encoders;
         None: float32 on a CPU, bfloat16 elsewhere. The VAE stays in float32 where its config says
-        `force_upcast`, as SDXL's does: it overflows in half precision. base: the folder that lends
-        a single file its tokenizers (formats/weights.py). vae=False leaves the VAE out. text_on_cpu
+        `force_upcast`, as SDXL's does: it overflows in half precision. base: a folder or Hub id for
+        what a single file lacks, such as tokenizers. vae=False leaves the VAE out. text_on_cpu
         keeps the text encoders off the device: SDXL's take 1.5 GiB there. prediction: "epsilon" or
         "v", where the model says it wrong. ValueError for what is missing, damaged or no SDXL."""
         # Imported here, as it takes seconds, and a wrong option should not have to wait for it.
@@ -74,13 +74,14 @@ class SDXL:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        self, files = cls(), weights.find_weights(path_or_id, base)
-        configs = files.configs
+        self = cls()
         self.device = torch.device(device or best_device())
-        usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        if not usable.get(self.device.type, True):
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        if not there.get(self.device.type, True):
             raise ValueError(f"device: there is no {device} here, or this PyTorch cannot use it")
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
+        files = weights.find_weights(path_or_id, base, half=self.dtype != torch.float32)
+        configs = files.configs
         self.zeros_for_empty = configs["model_index"].get("force_zeros_for_empty_prompt", True)
         scheduler = schedule.check(configs["scheduler"], prediction)
         self.prediction, self.spacing = scheduler["prediction_type"], scheduler["timestep_spacing"]
@@ -88,7 +89,7 @@ class SDXL:
         self.tokenizers = weights.load_tokenizers(path_or_id, files)
 
         def load(load_part, kind, part, device=self.device, dtype=self.dtype):
-            return load_part(kind, configs[part], files.locations[part], device, dtype, part)
+            return load_part(kind, configs[part], files.tensors(part), device, dtype, part)
 
         text_device = torch.device("cpu" if text_on_cpu else self.device)
         load_text = lambda kind, part: load(weights.load_text_encoder, kind, part, text_device)
@@ -101,9 +102,8 @@ class SDXL:
         if self.prediction == "v":
             sampler.predict_eps(self.unet, self.alpha_bar.to(self.device))
         self.factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
-        self.channels = self.unet.config["in_channels"]
+        self.channels, self.folder = self.unet.config["in_channels"], files.folder
         self.size = self.unet.config["sample_size"] * self.factor
-        self.folder = files.folder
         self.known_words, self.unknown_words, self._too_long = files.known_words(), set(), set()
         return self
 

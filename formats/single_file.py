@@ -19,16 +19,26 @@ PARTS = {
     "conditioner.embedders.1.model.": "text_encoder_2",
 }
 
-# Never used: integers 0 ... 76, the contrastive temperature, the first encoder's projection,
-# buffers of the training code, a merged-in EMA's bookkeeping.
-IGNORED = re.compile(
-    r"(.*\.)?(position_ids|logit_scale|attn_mask)$"
-    r"|conditioner\.embedders\.0\.(transformer\.)?text_projection(\.weight)?$"
-    r"|denoiser\.|model_ema\."
-    r"|(betas|alphas_cumprod.*|sqrt_.*|log_one_.*|posterior_.*)$"
-    r"|model\.diffusion_model\.(betas|alphas).*$"
-    r"|(v_pred|ztsnr)$"  # marks, read by schedule.of_single_file
+# What each part is made of. All else in a file is left from training or merging, and left out: a
+# VAE's loss, sampling constants, an EMA, marks such as v_pred (schedule.of_single_file).
+MODULES = re.compile(
+    r"model\.diffusion_model\."
+    r"|first_stage_model\.(encoder|decoder|(post_)?quant_conv)\."
+    r"|conditioner\.embedders\.0\.transformer\.text_model\."
+    r"|conditioner\.embedders\.1\.model\."
 )
+# Never used: integers 0 ... 76, the contrastive temperature, a mask that is made anew; constants
+# beside the UNet's layers.
+UNUSED = re.compile(
+    r"(.*\.)?(position_ids|logit_scale|attn_mask)$"
+    r"|model\.diffusion_model\.(?!.*\.(weight|bias)$)"
+)
+
+
+def is_left_out(name: str) -> bool:
+    """Of a tensor that no part of SDXL needs."""
+    return bool(UNUSED.match(name) or not MODULES.match(name))
+
 
 RESNET = {
     "in_layers.0": "norm1",
@@ -82,7 +92,7 @@ def rename(shapes: dict[str, tuple]) -> dict[str, list[tuple[str, str, str]]]:
         default=-1,
     )
     for name, shape in shapes.items():
-        if IGNORED.match(name):
+        if is_left_out(name):
             continue
         prefix = next((p for p in PARTS if name.startswith(p)), "")
         short = name.removeprefix(prefix)
@@ -205,6 +215,8 @@ def _openclip(name: str) -> list[tuple[str, str]]:
     become three."""
     if name == "text_projection":
         return [("text_projection.weight", "transpose")]
+    if name == "text_projection.weight":  # of a linear layer: as it is
+        return [(name, "")]
     if name in OPENCLIP:
         return [("text_model." + OPENCLIP[name], "")]
     m = re.match(r"transformer\.resblocks\.(\d+)\.(.*?)[._](weight|bias)$", name)
@@ -296,12 +308,13 @@ SDXL = {  # the configurations of SDXL 1.0, for what shapes do not tell
 
 
 def configs(shapes: dict[str, tuple], base: dict[str, dict]) -> dict[str, dict]:
-    """base: {part: config}, SDXL's or a folder's -> the same with every size that shapes tell.
-    shapes: by names in the file."""
+    """base: {part: config}, SDXL's or a folder's -> the same with every size that shapes tell, of
+    the parts that are there. shapes: by names in the file."""
     prefixes = {part: prefix for prefix, part in PARTS.items()}
     shape = lambda part, name: shapes[prefixes[part] + name]
     count = lambda pattern: len({m[1] for n in shapes if (m := re.match(pattern, n))})
     out = {part: dict(config) for part, config in base.items()}
+    there = {part for prefix, part in PARTS.items() if any(n.startswith(prefix) for n in shapes)}
 
     unet, per_level = out["unet"], _first_level(shapes)
     inputs = r"model\.diffusion_model\.input_blocks"
@@ -327,13 +340,14 @@ def configs(shapes: dict[str, tuple], base: dict[str, dict]) -> dict[str, dict]:
         cross_attention_dim=shapes[to_k[0]][1],
     )
 
-    vae, vae_levels = out["vae"], count(r"first_stage_model\.encoder\.down\.(\d+)\.")
-    width = lambda i: shape("vae", f"encoder.down.{i}.block.0.conv1.weight")[0]
-    vae |= dict(
-        block_out_channels=[width(i) for i in range(vae_levels)],
-        layers_per_block=count(r"first_stage_model\.encoder\.down\.0\.block\.(\d+)\."),
-        latent_channels=shape("vae", "decoder.conv_in.weight")[1],
-    )
+    if "vae" in there:
+        vae_levels = count(r"first_stage_model\.encoder\.down\.(\d+)\.")
+        width = lambda i: shape("vae", f"encoder.down.{i}.block.0.conv1.weight")[0]
+        out["vae"] |= dict(
+            block_out_channels=[width(i) for i in range(vae_levels)],
+            layers_per_block=count(r"first_stage_model\.encoder\.down\.0\.block\.(\d+)\."),
+            latent_channels=shape("vae", "decoder.conv_in.weight")[1],
+        )
 
     encoders = {
         "text_encoder": (
@@ -348,6 +362,8 @@ def configs(shapes: dict[str, tuple], base: dict[str, dict]) -> dict[str, dict]:
         ),
     }
     for i, (part, (embedding, mlp, layers)) in enumerate(encoders.items()):
+        if part not in there:
+            continue
         encoder = out[part]
         head = encoder["hidden_size"] // encoder["num_attention_heads"]
         vocabulary, hidden = shape(part, embedding)
@@ -358,7 +374,11 @@ def configs(shapes: dict[str, tuple], base: dict[str, dict]) -> dict[str, dict]:
             intermediate_size=shape(part, mlp)[0],
             num_hidden_layers=count(rf"conditioner\.embedders\.{i}\.{layers}"),
         )
-    out["text_encoder_2"]["projection_dim"] = shape("text_encoder_2", "text_projection")[1]
+    projection = prefixes["text_encoder_2"] + "text_projection"
+    if projection in shapes:
+        out["text_encoder_2"]["projection_dim"] = shapes[projection][1]
+    elif f"{projection}.weight" in shapes:
+        out["text_encoder_2"]["projection_dim"] = shapes[f"{projection}.weight"][0]
     return out
 
 
@@ -381,11 +401,16 @@ def identify(shapes: dict[str, tuple]) -> str:
         return "a diffusion transformer (SD 3 or Flux); only SDXL is supported"
     if "conditioner.embedders.0.model.ln_final.weight" in shapes:
         return "the SDXL refiner, which has one text encoder; sliders need the base model"
+    if "edm_mean" in shapes or "edm_std" in shapes:
+        return "an EDM checkpoint (as Playground v2.5), which is noised and scaled in another way"
+    if any(name.endswith(("scaled_fp8", ".scale_weight", ".weight_scale")) for name in shapes):
+        how = "multiply each weight by its scale and save it in float16 (plain float8 is read)"
+        return f"a checkpoint in scaled float8, whose weights need their scales; {how}"
     missing = [part for prefix, part in PARTS.items() if not starts(prefix)]
     if len(missing) == len(PARTS):
         if "conv_in.weight" in shapes and "add_embedding.linear_1.weight" in shapes:
             return "one part (the UNet) of an SDXL folder; give the folder"
         return "no SDXL checkpoint: none of its tensors has a name that SDXL's have"
-    if missing:
-        return f"an incomplete SDXL checkpoint: it lacks the {' and the '.join(missing)}"
+    if "unet" in missing:
+        return "an incomplete SDXL checkpoint: it lacks the unet"
     return "sdxl"

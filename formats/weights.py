@@ -28,8 +28,16 @@ class ModelFiles:
     configs: dict[str, dict]  # of each of PARTS, "scheduler" and "model_index"
     # part -> released name -> (file, name there, what to do to the tensor)
     locations: dict[str, dict[str, tuple[Path, str, str]]]
-    tokenizers: list[Path]  # two folders; none where a single file has none
+    tokenizers: list[Path]  # two folders, or twice one; none where a single file has none
     folder: Path | None = None  # None for a single file
+    name: str = ""  # for messages
+
+    def tensors(self, part: str) -> dict[str, tuple[Path, str, str]]:
+        """Where the tensors of a part are. ValueError if it has none."""
+        if part not in self.locations:
+            remedy = "--base names an SDXL folder or Hub id that lends it"
+            raise ValueError(f"{self.name}: holds no {part}: {remedy}")
+        return self.locations[part]
 
     def known_words(self) -> set[str] | None:
         """The words that the model was trained on, if it lists them (released SDXL does not)."""
@@ -37,32 +45,69 @@ class ModelFiles:
         return set(path.read_text().split()) if path.exists() else None
 
 
-def find_weights(path_or_id, base=None) -> ModelFiles:
+def find_weights(path_or_id, base=None, half: bool = False) -> ModelFiles:
     """A folder or file as it is; otherwise a Hub id, downloaded into huggingface_hub's cache.
 
-    base: the SDXL folder or Hub id that a single file takes its tokenizers from. Raises
-    ValueError, one line."""
+    base: the SDXL folder or Hub id that a single file takes its tokenizers from, and the parts that
+    it lacks. half: the weights are wanted in a half precision. Raises ValueError, one line."""
     path = Path(path_or_id)
     if path.is_dir():
         return from_folder(path)
     if path.is_file():
-        return from_single_file(path, base)
-    return from_folder(from_hub(path_or_id))
+        return from_single_file(path, base, half)
+    return from_folder(from_hub(path_or_id, half=half))
 
 
-def from_hub(name, patterns=("*.json", "*.txt", "*/*.safetensors"), **options) -> Path:
-    """The local copy of Hub model "owner/name", downloaded if need be."""
+# ------------------------------------------------------------------------------------------ the Hub
+
+
+def from_hub(name, parts=tuple(PARTS), half: bool = False) -> Path:
+    """The local copy of Hub model "owner/name", downloaded if need be: its configs and tokenizers,
+    and the weights of `parts`, in one precision (needed_files). Where the Hub cannot be reached,
+    what is in the cache. ValueError if it is not to be had."""
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
         raise ValueError(f"{name}: no such model folder or file")
-    from huggingface_hub import snapshot_download  # only now: nothing else may reach the network
+    # Only now: nothing else may reach the network.
+    from huggingface_hub import list_repo_files, snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=list(patterns), **options))
+        try:
+            files = list_repo_files(str(name))
+        except RepositoryNotFoundError:
+            raise
+        except Exception:  # no network
+            return Path(snapshot_download(str(name), local_files_only=True))
+        wanted = needed_files(files, parts, half)
+        return Path(snapshot_download(str(name), allow_patterns=wanted))
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{name}: no such folder or file, and not to be had from the Hub ({reason})"
         ) from None
+
+
+def needed_files(files: list[str], parts=tuple(PARTS), half: bool = False) -> list[str]:
+    """Of a Hub repository's `files` those that are read: configs, tokenizers, and the weights of
+    `parts`: of each part the fp16 files where there are some and `half` is wanted, else the plain
+    ones, else what there is."""
+    small = r"model_index\.json|scheduler/scheduler_config\.json|tokenizer(_2)?/[^/]+\.(json|txt)"
+    small += rf"|({'|'.join(PARTS)})/config\.json"
+    wanted = [file for file in files if re.fullmatch(small, file)]
+    for part in parts:
+        of = {}
+        for variant in ("", ".fp16"):
+            weights = rf"{part}/{stem_of(part)}{re.escape(variant)}(-\d+-of-\d+)?\.safetensors"
+            weights += rf"|{part}/{stem_of(part)}\.safetensors\.index{re.escape(variant)}\.json"
+            of[variant] = [file for file in files if re.fullmatch(weights, file)]
+        first, second = (".fp16", "") if half else ("", ".fp16")
+        wanted += of[first] or of[second]
+    return wanted
+
+
+def stem_of(part: str) -> str:
+    """The name of a part's files of weights, without variant and ending."""
+    return "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
 
 
 # ----------------------------------------------------------------------------------- an SDXL folder
@@ -80,10 +125,22 @@ def from_folder(root: Path) -> ModelFiles:
         lacks = "without a second text encoder; only SDXL is supported"
         raise ValueError(f"{root}: holds a {kind} {lacks}")
     configs = {part: read_json(root / part / "config.json") for part in PARTS}
+    refuse_pruned(root, configs["unet"])
     scheduler = read_json(root / "scheduler" / "scheduler_config.json")
     configs |= {"model_index": index, "scheduler": scheduler}
     locations = {part: locate_tensors(root, part) for part in PARTS}
-    return ModelFiles(configs, locations, [root / "tokenizer", root / "tokenizer_2"], root)
+    tokenizers = [root / "tokenizer", root / "tokenizer_2"]
+    return ModelFiles(configs, locations, tokenizers, root, str(root))
+
+
+def refuse_pruned(root: Path, unet: dict):
+    """ValueError for an SDXL from whose UNet blocks were taken, as Segmind's SSD-1B and Vega."""
+    depths = unet.get("transformer_layers_per_block")
+    uneven = isinstance(depths, list) and any(isinstance(depth, list) for depth in depths)
+    no_attention = unet.get("mid_block_type", "") in (None, "UNetMidBlock2D")
+    if uneven or no_attention or unet.get("reverse_transformer_layers_per_block"):
+        only = "only whole ones are supported"
+        raise ValueError(f"{root}: a pruned SDXL, as Segmind's SSD-1B and Vega are; {only}")
 
 
 def locate_tensors(root: Path, part: str) -> dict[str, tuple[Path, str, str]]:
@@ -113,7 +170,7 @@ def released(part: str, name: str) -> str:
 def weight_files(folder: Path) -> list[Path]:
     """The .safetensors files of one part: the whole or its shards, plain or fp16, the plain ones
     first."""
-    stem = "model" if folder.name.startswith("text_encoder") else "diffusion_pytorch_model"
+    stem = stem_of(folder.name)
     for variant in ("", ".fp16"):
         whole = folder / f"{stem}{variant}.safetensors"
         index = folder / f"{stem}.safetensors.index{variant}.json"
@@ -170,17 +227,19 @@ def describe_file(file: Path) -> str:
 # ----------------------------------------------------------------------------------------- one file
 
 
-def from_single_file(path: Path, base=None) -> ModelFiles:
+def from_single_file(path: Path, base=None, half: bool = False) -> ModelFiles:
     """A checkpoint in one file holds no tokenizers, and of its noise schedule at most marks
     (schedule.of_single_file): those come from `base`; without it from the file's own folder, then
-    from SDXL 1.0's folder where huggingface_hub has cached it before."""
+    from what huggingface_hub has cached before. A VAE or text encoders that it lacks are those of
+    `base`."""
     shapes = read_header(path)
     with safe_open(path, "pt") as f:
         metadata = f.metadata() or {}
     kind = single_file.identify(shapes)
     if kind != "sdxl":
         raise ValueError(f"{path}: {kind}")
-    root = base_folder(path, base)
+    missing = [part for prefix, part in single_file.PARTS.items() if not any_starts(shapes, prefix)]
+    root = base_folder(path, base, missing if base else [], half)
 
     def config_of(part, *file):
         """What the base folder says of a part; without one, what SDXL 1.0's does."""
@@ -200,28 +259,56 @@ def from_single_file(path: Path, base=None) -> ModelFiles:
         part: {new: (path, old, action) for new, old, action in entries}
         for part, entries in renamed.items()
     }
-    tokenizers = [root / "tokenizer", root / "tokenizer_2"] if root else []
-    return ModelFiles(configs, locations, tokenizers)
+    for part in missing:
+        del locations[part]
+        if base and root and (root / part / "config.json").exists():
+            locations[part] = locate_tensors(root, part)
+    if root:
+        tokenizers = [root / "tokenizer", root / "tokenizer_2"]
+    else:
+        tokenizers = cached_tokenizers(configs["text_encoder"]["vocab_size"])
+    return ModelFiles(configs, locations, tokenizers, name=str(path))
 
 
-def base_folder(path: Path, base) -> Path | None:
-    """The folder that has tokenizers for a single file; None if there is none and none was
-    named."""
-    folders, files = ("tokenizer", "tokenizer_2"), ("vocab.json", "tokenizer.json")
-    has = lambda root: all(any((root / d / f).exists() for f in files) for d in folders)
+def any_starts(names, prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in names)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / file).exists() for file in ("vocab.json", "tokenizer.json"))
+
+
+def base_folder(path: Path, base, parts, half: bool) -> Path | None:
+    """The folder that has both tokenizers for a single file, and the weights of `parts`; None if
+    there is none and none was named."""
+    has = lambda root: all(has_tokenizer(root / name) for name in ("tokenizer", "tokenizer_2"))
     if base:
-        is_folder = Path(base).is_dir()
-        root = Path(base) if is_folder else from_hub(base, ("*.json", "*/*.json", "*/*.txt"))
+        root = Path(base) if Path(base).is_dir() else from_hub(base, parts, half)
         if not has(root):
             raise ValueError(f"{base}: has no tokenizer/ and tokenizer_2/ to use with {path.name}")
         return root
-    if has(path.parent):
-        return path.parent
-    try:
-        root = from_hub(SDXL_ID, local_files_only=True)
-    except ValueError:
-        return None
-    return root if has(root) else None
+    return path.parent if has(path.parent) else None
+
+
+def cached_tokenizers(vocabulary: int) -> list[Path]:
+    """Two folders of CLIP's tokenizer, with so many tokens, in huggingface_hub's cache: SDXL's two,
+    or one of another model that has it, twice. None if there are none; the network is not used."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    alone: list[Path] = []
+    for root in sorted(Path(HF_HUB_CACHE).glob("models--*/snapshots/*")):
+        found = [root / name for name in ("tokenizer", "tokenizer_2", ".")]
+        found = [folder for folder in found if tokens_of(folder) == vocabulary]
+        if len(found) > 1:
+            return found[:2]
+        alone = alone or 2 * found
+    return alone
+
+
+def tokens_of(folder: Path) -> int:
+    """How many tokens CLIP's tokenizer in `folder` has; 0 for another kind's, or none."""
+    files = (folder / "vocab.json", folder / "merges.txt")
+    return len(read_json(files[0])) if all(file.exists() for file in files) else 0
 
 
 # ----------------------------------------------------------------------------------------- loading
@@ -309,7 +396,10 @@ def load_tokenizers(path_or_id, files: ModelFiles) -> list:
         raise ValueError(f"{path_or_id}: one file holds no tokenizers: {remedy}")
     try:
         load = lambda folder: CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        return [load(folder) for folder in files.tokenizers]
+        both = [load(folder) for folder in files.tokenizers]
+        if files.tokenizers[0] == files.tokenizers[1]:  # another model's, lent
+            both[1].pad_token = "!"  # as SDXL's second one has it
+        return both
     except Exception as error:  # of a damaged one the tokenizers library raises Exception itself
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         where = files.tokenizers[0].parent

@@ -50,7 +50,7 @@ def model_parser(description: str) -> argparse.ArgumentParser:
     p = plain_parser(description)
     model = "SDXL folder, .safetensors checkpoint or Hub id (default: the bundled miniature)"
     p.add_argument("--model", default=str(MINIATURE), help=model)
-    base = "SDXL folder or Hub id that lends its tokenizers to a --model in one file"
+    base = "SDXL folder or Hub id that lends a --model in one file its tokenizers and what it lacks"
     p.add_argument("--base", help=base)
     merge = "LoRA to merge into the model first (weight 1 if none is given); may be repeated"
     file = dict(type=file_and_scale, metavar="FILE[:WEIGHT]")
