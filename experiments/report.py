@@ -238,7 +238,22 @@ def spearman(x, y) -> float:
     return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else float("nan")
 
 
+def full_width(results: dict) -> str:
+    head = (
+        "slider | steps, batch, lr, eta | share, cosine | moved | in order | most moved other | s"
+    )
+    rows = []
+    for name, found in results["sliders"].items():
+        recipe, meter = found["recipe"], found["meter"]
+        numbers_of = ", ".join(f"{recipe[key]:g}" for key in ("steps", "batch", "lr", "eta"))
+        cells = [numbers((meter["share"], meter["cosine"])), f"{found['moved']:.0%}"]
+        cells += [yes_or_no(found["monotonic"]), other(found), f"{meter['seconds']:.0f}"]
+        rows.append([name, numbers_of, *cells])
+    return table(head, rows)
+
+
 KINDS = {
+    "full_width": full_width,
     "space": space,
     "stylegan": stylegan,
     "repair": repair,

@@ -39,7 +39,7 @@ def main():
     args = parse_args()
     files = images.match_by_name([Path(args.original), Path(args.edited)])
     side = 512 if args.judges == "real" else 128
-    originals, edited = map(list, zip(*(images.read_group(pair, side) for pair in files)))
+    originals, edited = map(list, zip(*(images.read_group(pair, (side, side)) for pair in files)))
     if args.judges == "miniature":
         judges = miniature_judges()
     else:

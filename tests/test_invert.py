@@ -181,8 +181,9 @@ def test_pictures_for_sdxl_keep_their_proportions(size, expected, tmp_path, monk
     r, (cx, cy) = min(size) / 4, (size[0] / 2, size[1] / 2)
     ImageDraw.Draw(picture).ellipse([cx - r, cy - r, cx + r, cy + r], fill="black")
     picture.save(tmp_path / "p.png")
-    unet = SimpleNamespace(config={"block_out_channels": [320, 640, 1280]})
-    fitted, found = slider.open_picture(SimpleNamespace(unet=unet, size=1024), tmp_path / "p.png")
+    unet = SimpleNamespace(config={"block_out_channels": [320, 640, 1280]}, factor=4)
+    sdxl = SimpleNamespace(unet=unet, size=1024, factor=8)
+    fitted, found = slider.open_picture(sdxl, tmp_path / "p.png")
     assert found == expected and fitted.size == expected[::-1]
     assert all(side % 64 == 0 for side in found)
     dark = np.asarray(fitted.convert("L")) < 128

@@ -134,7 +134,7 @@ def test_a_pair_of_other_sizes_is_cropped_alike(tmp_path):
     big = world.draw(world.sample(np.random.default_rng(1), kind="face")).resize((300, 200))
     big.save(tmp_path / "a.png")
     big.resize((150, 100), Image.Resampling.LANCZOS).save(tmp_path / "b.png")
-    a, b = images.read_group([tmp_path / "a.png", tmp_path / "b.png"], 64)
+    a, b = images.read_group([tmp_path / "a.png", tmp_path / "b.png"], (64, 64))
     assert a.size == b.size == (64, 64)
     assert np.abs(np.asarray(a).astype(int) - np.asarray(b)).mean() < 3
 
@@ -165,5 +165,5 @@ def test_what_cannot_be_paired_is_refused_by_name(tmp_path):
     for case, line in bad_folders(tmp_path).items():
         with pytest.raises(ValueError, match=line) as error:
             for files in images.match_by_name([tmp_path / "good", tmp_path / case]):
-                images.read_group(files, 64)
+                images.read_group(files, (64, 64))
         assert case in str(error.value)

@@ -459,7 +459,7 @@ def test_a_marked_single_file_is_loaded(tmp_path):
 
 def test_command_lines(tmp_path):
     path = v_network.folder(tmp_path / "v", prediction_type="v_prediction")
-    few = f"--seeds 0 --steps 1 --out {tmp_path}/o"
+    few = f"--seeds 0 --steps 1 --no-metadata --out {tmp_path}/o"
     done = run(f"slider.py --prompt 'a man' --model {path} --size 64 {few}")
     assert done.returncode == 0 and not done.stderr.count("warning"), done.stderr
     picture = (tmp_path / "o" / "seed0.png").read_bytes()
