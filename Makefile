@@ -1,7 +1,7 @@
 # make demo       train a slider on the bundled miniature SDXL and draw its strip (a few minutes on a laptop)
 # make test       lint and the fast tests: at most 5 minutes on two cores
 # make test-slow  the other tests (a quarter of an hour)
-# make test-gpu   what is worth running on a GPU (TEST_DEVICE=mps on a Mac); skips without one
+# make test-gpu   what is worth testing on a GPU (TEST_DEVICE=mps on a Mac); skips without one
 # make lint       ruff (lint and format) and mypy on the core
 # make sizes      the size of every module against its budget
 # make coverage   all tests once more, with what they leave out of the core
@@ -17,10 +17,6 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2  # two processes of one thread are faster than one of two
-
-# With the PyTorch that is there: `make` installs one for the CPU alone on some systems.
-test-gpu:
-	TEST_DEVICE=$(or $(TEST_DEVICE),cuda) $(or $(GPU_PYTHON),$(PYTHON)) -m pytest -q tests/test_gpu.py
 
 .PHONY: demo test test-slow test-gpu lint sizes coverage docs-check test-full test-oldest bench experiments miniature clean
 
@@ -43,6 +39,9 @@ test: lint
 
 test-slow: $(VENV)/test.stamp
 	$(PYTEST) -m slow tests
+
+test-gpu: $(VENV)/test.stamp
+	TEST_DEVICE=$(or $(TEST_DEVICE),cuda) $(PY) -m pytest -q tests/test_gpu.py
 
 lint: $(VENV)/test.stamp
 	$(PY) -m ruff check --quiet .
