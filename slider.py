@@ -36,7 +36,7 @@ import sampler
 from formats import slider_files
 from support import cli, distributed, images, inversions, options, sheets, sizes, training
 from support import sweep as latent_sweep
-from support.parameters import Made
+from support.infotext import Infotext
 from train_text import encode, ends_difference
 
 
@@ -192,7 +192,7 @@ def main(captions=None):
     ]
     files = (path for given, *_ in args.slider for path in slider_files.list_files(given))
     named = {s: Path(path).stem for (s, *_), path in zip(sliders, files)}
-    made = Made(args, size or (model.size, model.size), named)
+    infotext = Infotext(args, size or (model.size, model.size), named)
     settings = {k: getattr(args, k) for k in ("steps", "guidance", "start", "negative")}
     settings |= dict(size=size, batch=args.batch or (16 if training.is_small(model.unet) else 4))
     if args.image:
@@ -212,7 +212,7 @@ def main(captions=None):
         return [(s, next(values) if fixed is None else fixed, start) for s, fixed, start in sliders]
 
     def draw(columns, **more):
-        made.columns = columns
+        infotext.columns = columns
         return sweep(model, args.prompt, args.seeds, columns, **settings, **more)
 
     def draw_scales(scales):
@@ -243,11 +243,11 @@ def main(captions=None):
         titles = titles if args.grid else [", ".join(titles)]
         sheets.write_page(args.html, args.prompt, titles, rows, scales, drawn, captions)
     if args.each:
-        sheets.write_each(out, made, rows, drawn, scales)
+        sheets.write_each(out, infotext, rows, drawn, scales)
     elif args.grid:
-        sheets.write_grids(out, made, rows, drawn, names)
+        sheets.write_grids(out, infotext, rows, drawn, names)
     else:
-        sheets.write_strip(out, made, rows, drawn, names, picture)
+        sheets.write_strip(out, infotext, rows, drawn, names, picture)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def find_weights(path_or_id, base=None, half: bool = False) -> ModelFiles:
     """A folder or file as it is; otherwise a Hub id, downloaded into huggingface_hub's cache.
 
     base: the SDXL folder or Hub id that a single file takes its tokenizers from, and the parts that
-    it lacks. half: the weights are wanted in a half precision. Raises ValueError, one line."""
+    it lacks. half: the weights are needed in a half precision. Raises ValueError, one line."""
     path = Path(path_or_id)
     if path.is_dir():
         return from_folder(path)
@@ -78,8 +78,8 @@ def from_hub(name, parts=tuple(PARTS), half: bool = False) -> Path:
             raise
         except Exception:  # no network
             return Path(snapshot_download(str(name), local_files_only=True))
-        wanted = needed_files(files, parts, half)
-        return Path(snapshot_download(str(name), allow_patterns=wanted))
+        needed = needed_files(files, parts, half)
+        return Path(snapshot_download(str(name), allow_patterns=needed))
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
@@ -89,11 +89,11 @@ def from_hub(name, parts=tuple(PARTS), half: bool = False) -> Path:
 
 def needed_files(files: list[str], parts=tuple(PARTS), half: bool = False) -> list[str]:
     """Of a Hub repository's `files` those that are read: configs, tokenizers, and the weights of
-    `parts`: of each part the fp16 files where there are some and `half` is wanted, else the plain
+    `parts`: of each part the fp16 files where there are some and `half` is needed, else the plain
     ones, else what there is."""
     small = r"model_index\.json|scheduler/scheduler_config\.json|tokenizer(_2)?/[^/]+\.(json|txt)"
     small += rf"|({'|'.join(PARTS)})/config\.json"
-    wanted = [file for file in files if re.fullmatch(small, file)]
+    needed = [file for file in files if re.fullmatch(small, file)]
     for part in parts:
         of = {}
         for variant in ("", ".fp16"):
@@ -101,8 +101,8 @@ def needed_files(files: list[str], parts=tuple(PARTS), half: bool = False) -> li
             weights += rf"|{part}/{stem_of(part)}\.safetensors\.index{re.escape(variant)}\.json"
             of[variant] = [file for file in files if re.fullmatch(weights, file)]
         first, second = (".fp16", "") if half else ("", ".fp16")
-        wanted += of[first] or of[second]
-    return wanted
+        needed += of[first] or of[second]
+    return needed
 
 
 def stem_of(part: str) -> str:
@@ -318,7 +318,7 @@ def read_tensors(locations: dict, device, dtype, chunk: int = 2**28):
     """Yield {released name: tensor} some `chunk` bytes at a time, each tensor on `device` in
     `dtype`.
 
-    The file is mapped, not read: a tensor that is already as it is wanted stays a view of the
+    The file is mapped, not read: a tensor that is already as it is needed stays a view of the
     mapping, and costs no memory of its own; one that is converted is copied, and its chunk's
     mapping closed before the next is opened."""
     rest = sorted(locations.items(), key=lambda item: (str(item[1][0]), item[1][1]))

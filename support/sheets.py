@@ -1,6 +1,6 @@
 """What slider.py writes: single pictures, strips, grids, GIFs and pages. In all of them `rows` are
 the names of the seeds (or of the edited picture), and `columns` one list of pictures for each
-setting, one picture for each row. made: what the PNGs say of themselves (parameters.Made)."""
+setting, one picture for each row. infotext: what the PNGs say of themselves (infotext.Infotext)."""
 
 from pathlib import Path
 
@@ -8,17 +8,17 @@ from support import cli, page
 from support.images import contact_sheet, save_gif, save_image, scale_label
 
 
-def write_strip(out: Path, made, rows: list[str], columns, names: list[str], original=None):
+def write_strip(out: Path, infotext, rows: list[str], columns, names: list[str], original=None):
     """Single files; of more than one column a strip and a GIF that goes there and back."""
     for c, (name, column) in enumerate(zip(names, columns)):
         for r, (row, picture) in enumerate(zip(rows, column)):
             path = out / (row + (f"_scale{name}" if name else "") + ".png")
-            save_image(picture, path, **made.picture(c, r))
+            save_image(picture, path, **infotext.picture(c, r))
     first, title = ([original], ["original"]) if original else ([], [])
     sheet = [[*first, *row] for row in zip(*columns)]
     seeds = [row.removeprefix("seed") for row in rows]
     strip = contact_sheet(sheet, [*title, *names], seeds)
-    save_image(strip, out / "strip.png", **made.sheet(names))
+    save_image(strip, out / "strip.png", **infotext.sheet(names))
     if len(names) == 1:
         return print(f"{out / 'strip.png'}: written")
     frames = [contact_sheet([column], rows, [name]) for name, column in zip(names, columns)]
@@ -27,7 +27,7 @@ def write_strip(out: Path, made, rows: list[str], columns, names: list[str], ori
     print(f"{out / 'sweep.gif'}: the same in motion")
 
 
-def write_each(out: Path, made, rows: list[str], columns_of, scales):
+def write_each(out: Path, infotext, rows: list[str], columns_of, scales):
     """each_ROW.png: a line for each slider, a column for each scale. columns_of: one `columns` for
     each slider."""
     names = [scale_label(scale) for scale in scales]
@@ -35,12 +35,12 @@ def write_each(out: Path, made, rows: list[str], columns_of, scales):
     for i, row in enumerate(rows):
         sheet = [[column[i] for column in columns] for columns in columns_of]
         path = out / f"each_{row}.png"
-        save_image(contact_sheet(sheet, names, numbers), path, **made.sheet(names, i))
+        save_image(contact_sheet(sheet, names, numbers), path, **infotext.sheet(names, i))
     shown = f"rows are the {len(numbers)} sliders, columns scales {', '.join(names)}"
     print(f"{out}: each_{rows[0]}.png ...: {shown}")
 
 
-def write_grids(out: Path, made, rows: list[str], columns, names: list[str]):
+def write_grids(out: Path, infotext, rows: list[str], columns, names: list[str]):
     """Of two sliders: single files, and grid_ROW.png, the first one's scales across, the second's
     down. columns: all scales of the first at the second's first, then at its second ..."""
     n = len(names)
@@ -49,9 +49,9 @@ def write_grids(out: Path, made, rows: list[str], columns, names: list[str]):
         grid = [pictures[j : j + n] for j in range(0, len(pictures), n)]
         for j, picture in enumerate(pictures):
             path = out / f"{row}_scale{names[j % n]}_{names[j // n]}.png"
-            save_image(picture, path, **made.picture(j, i))
+            save_image(picture, path, **infotext.picture(j, i))
         sheet = contact_sheet(grid, names, names)
-        save_image(sheet, out / f"grid_{row}.png", **made.sheet(names, i))
+        save_image(sheet, out / f"grid_{row}.png", **infotext.sheet(names, i))
     shown = f"the first slider's scales across, the second's down: {', '.join(names)}"
     print(f"{out}: a grid for each of {', '.join(rows)}; {shown}")
 

@@ -9,7 +9,7 @@ from PIL import Image
 from test_lora import trained_slider
 
 import lora
-from support import parameters
+from support import infotext
 
 PROMPT, NEGATIVE = 'a photo of a man, smiling: "happy"', "with a hat, naïve"
 
@@ -78,6 +78,6 @@ def test_sd_prompt_reader_reads_it(drawn):
 
 
 def test_fields_that_hold_what_divides_fields_are_quoted():
-    assert parameters.quoted("a, b") == '"a, b"' and parameters.quoted([3, 1]) == '"3, 1"'
-    assert parameters.quoted('say "x"') == '"say \\"x\\""' and parameters.quoted(2.5) == "2.5"
-    assert parameters.quoted("plain words") == "plain words"
+    assert infotext.quoted("a, b") == '"a, b"' and infotext.quoted([3, 1]) == '"3, 1"'
+    assert infotext.quoted('say "x"') == '"say \\"x\\""' and infotext.quoted(2.5) == "2.5"
+    assert infotext.quoted("plain words") == "plain words"

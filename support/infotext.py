@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from support import training
 
 
-class Made:
+class Infotext:
     """What slider.py's options say of its pictures. columns, to be set: those that were drawn last,
     as slider.sweep takes them. pictures and sheets: Pillow's options that put the text in."""
 
