@@ -2,6 +2,7 @@
 processes against one."""
 
 import os
+import re
 import shlex
 import signal
 import sys
@@ -77,6 +78,19 @@ def test_the_cost_model_is_what_passes_through_the_unet(
         script.main()
     estimated = [sum(part) for part in zip(*plans[0].values())]
     assert estimated == [n["frozen"], n["trained"]] and n["frozen"] and n["trained"]
+
+
+def test_the_published_recipe_is_one_flag_away(tmp_path, monkeypatch):
+    """500 steps of 2. What is given beside it counts. Of a model of SDXL's size on a CPU a dry run
+    says what a GPU would take, too."""
+    few = "--trajectories 1 --per-trajectory 1 --denoising-steps 2 --probe 0"
+    command = f"{TRAIN} {few} {TINY} --dry-run --out {tmp_path / 's.safetensors'}"
+    trained = lambda done: re.search(r"training ([\d,]+) with gradients", done.stdout)[1]
+    assert trained(run(command)) == "480"
+    assert trained(run(f"{command} --recipe published")) == "1,000"
+    monkeypatch.setattr(cost, "is_small", lambda unet: False)
+    done = run(f"{command} --recipe published --steps 100")
+    assert trained(done) == "200" and "An NVIDIA H200 (800 TFLOP/s) takes about" in done.stdout
 
 
 @pytest.mark.parametrize(
