@@ -95,7 +95,8 @@ def check_commands(folder: Path) -> int:
             part_of_one = "..." in command or "FILE" in command
             if part_of_one or words[1] == "-c" or words[1:3] == ["-m", "pytest"]:
                 continue
-            words += ["--help"] * (len(words) == 2)
+            only_named = not alone and not any(word.startswith("--") for word in words)
+            words += ["--help"] * (only_named or len(words) == 2)
             target = words[2] if words[1] == "-m" else words[1]
             takes_long = target.startswith(LONG) or target in LONG_SCRIPTS
             takes_long |= "--slider space " in command  # needs what train_space.py makes
