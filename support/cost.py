@@ -103,7 +103,7 @@ def dry_run(args, model, slider, cond, plan: dict):
     if model.device.type == "cpu" and not is_small(model.unet):
         on_h200 = sum(n * s for n, s in zip(rows[-1][1:], H200)) * shape[1] * shape[2] / 64**2
         slower = "another GPU takes longer by as much as its TFLOP/s in bfloat16 are fewer"
-        print(f"An NVIDIA H200 (800 TFLOP/s) takes about {on_h200:.0f} s for that; {slower}.")
+        print(f"An NVIDIA H200 (800 TFLOP/s) takes about {on_h200:.2g} s for that; {slower}.")
 
 
 def peak_memory(device="cpu") -> float:

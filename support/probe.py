@@ -10,7 +10,7 @@ from support.batches import samples_at_once
 from support.sweep import sweep
 
 SCALES = (-8.0, -4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 8.0)  # that a new slider is tried at
-STEPS, LEVELS = 16, (100, 200, 300)
+STEPS, LEVELS = 15, (100, 200, 300)
 SURPRISE = (
     1.25  # a picture so much harder to denoise begins to break down: measured on the miniature
 )
