@@ -67,23 +67,21 @@ def match_by_name(folders: list[Path]) -> list[list[Path]]:
     return [[here[name] for here in files] for name in sorted(everywhere)]
 
 
-def proportions(files: list[Path]) -> float:
-    """Width over height of pictures that go together. Their sizes may differ, their proportions
-    not: they would show different parts once they are cropped. Raises ValueError, naming them."""
+def read_alike(files: list[Path]) -> list[Image.Image]:
+    """Pictures that go together. Their sizes may differ, their proportions not: they would show
+    different parts once they are cropped. Raises ValueError, naming them."""
     read_in = [read_image(file) for file in files]
     (w, h), first = read_in[0].size, files[0]
     for file, picture in zip(files, read_in):
         if abs(picture.width / picture.height - w / h) > 0.01 * w / h:
             sizes = f"is {picture.width}x{picture.height}, but {first} is {w}x{h}"
             raise ValueError(f"{file}: {sizes}: crop them to the same proportions")
-    return w / h
+    return read_in
 
 
 def read_group(files: list[Path], size: tuple[int, int]) -> list[Image.Image]:
-    """Pictures that go together, cropped and resized to `size` (height, width). Raises ValueError,
-    naming the files, where their proportions differ."""
-    proportions(files)
-    return [crop_and_resize(read_image(file), *size) for file in files]
+    """The same, cropped and resized to `size` (height, width)."""
+    return [crop_and_resize(picture, *size) for picture in read_alike(files)]
 
 
 def scale_label(scale: float) -> str:

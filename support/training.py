@@ -66,7 +66,8 @@ def prepare(args, model, recipe: dict) -> tuple[int, int]:
 def size_of_pairs(model, groups) -> str:
     """What all pictures of train_pairs.py are brought to, as --size has it; said. ValueError where
     those of a group differ in their proportions."""
-    ratios = [images.proportions(files) for files in groups]
+    first = (images.read_alike(files)[0] for files in groups)  # one group at a time in memory
+    ratios = [picture.width / picture.height for picture in first]
     size = sizes.for_pictures(model, ratios, min(model.size, 512), is_small(model.unet))
     h, w = sizes.height_width(size)
     cut = sum(abs(ratio * h / w - 1) > 0.01 for ratio in ratios)
