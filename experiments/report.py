@@ -183,7 +183,36 @@ def stylegan(results: dict) -> str:
     )
 
 
+def defaults(results: dict) -> str:
+    head = " | its mean, scales -3 ... 3 | moved: mean, least | every one in order"
+    head += " | most moved other: mean | worst seed"
+    rows = []
+    for key, r in results.items():
+        row = [key, numbers(r["means"]), f"{r['moved']:.0%}, {r['least_moved']:.0%}"]
+        row += [yes_or_no(r["monotonic"]), other(r)]
+        name, moved = r["worst_seed"]
+        rows.append([*row, f"{readable(name)} {moved:.0%}"])
+    return table(head, rows)
+
+
 # ------------------------------------------------------------------------------ seed 0 with seed 1
+
+
+def both(one: str, two: str) -> str:
+    """One table of two alike, of two training seeds: where a cell differs, both values."""
+    lines = []
+    for a, b in zip(one.splitlines(), two.splitlines(), strict=True):
+        pairs = zip(a.split(" | "), b.split(" | "), strict=True)
+        lines.append(" | ".join(x if x == y else joined(x, y) for x, y in pairs))
+    return "\n".join(lines)
+
+
+def joined(x: str, y: str) -> str:
+    """Both values of a cell; the line's outer bars, "| " and " |", are its first's and last's."""
+    start, end = "| " * x.startswith("| "), " |" * x.endswith(" |")
+    bare = lambda cell: cell.removeprefix("| ").removesuffix(" |")
+    return f"{start}{bare(x)}<br>{bare(y)}{end}"
+
 
 MEASURES = {
     "clip_change": "change in CLIP score",
@@ -253,6 +282,7 @@ def full_width(results: dict) -> str:
 
 
 KINDS = {
+    "defaults": defaults,
     "full_width": full_width,
     "space": space,
     "stylegan": stylegan,
@@ -275,6 +305,9 @@ def main():
         if name == "end" or (name != "seeds" and not file.exists()):
             continue
         filled = KINDS[name](json.loads(file.read_text()) if name != "seeds" else None)
+        second = file.with_stem(f"{name}_seed1")
+        if second.exists():
+            filled = both(filled, KINDS[name](json.loads(second.read_text())))
         block = f"<!-- {name} -->\n\n{filled}\n\n<!-- end -->"
         page = re.sub(rf"<!-- {name} -->.*?<!-- end -->", lambda _: block, page, flags=re.S)
     PAGE.write_text(page)

@@ -101,7 +101,7 @@ def main():
     rows, names = [], []
     for channel in channels:
         number, attribute = f"{channel.layer}.{channel.channel}", channel.attribute
-        file = Path(args.sliders) / f"stylegan_{number}.safetensors"
+        file = Path(args.sliders) / f"stylegan_{number}_seed{lab.seed}.safetensors"
         if not file.exists():
             train(lab, channel, args.count, file)
         one = lora.load(file, model.unet)
