@@ -240,10 +240,10 @@ def main():
     p.add_argument("--json", type=Path, default=Path("bench/published.json"), help="results")
     args = p.parse_args()
     done = json.loads(args.json.read_text()) if args.json.exists() else []
-    model = SDXL.load(device="cpu")
     sliders = [(attribute, False) for attribute in ("age", "smile", "eye_size")]
     with tempfile.TemporaryDirectory() as folder:
         copy = prepared(args.authors, Path(folder))
+        model = SDXL.load(device="cpu")
         for attribute, from_pairs in [*sliders, ("eye_size", True)]:
             name = attribute.replace("_", " ") + (", 16 pairs" if from_pairs else "")
             for seed in args.seeds:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lora
-from experiments import common, report
+from experiments import claims, common, report
 from experiments.common import Lab
 from miniature import world
 
@@ -80,3 +80,32 @@ def test_the_tables_in_the_docs_are_of_the_committed_results(tmp_path, monkeypat
     assert page.read_text() == before
     committed = {f.stem for f in common.RESULTS.glob("*.json") if "_seed" not in f.stem}
     assert set(report.KINDS) >= committed
+
+
+def test_a_table_of_two_seeds_has_both_values_where_they_differ():
+    one = report.table(" | moved | in order", [["age", "70%", "yes"], ["smile", "61%", "yes"]])
+    two = report.table(" | moved | in order", [["age", "72%", "no"], ["smile", "61%", "yes"]])
+    lines = report.both(one, two).splitlines()
+    assert lines[:2] == one.splitlines()[:2] and lines[3] == one.splitlines()[3]
+    assert lines[2] == "| age | 70%<br>72% | yes<br>no |"
+    with pytest.raises(ValueError):  # tables of other rows are not of two seeds
+        report.both(one, two.splitlines()[0])
+
+
+def test_a_sentence_that_the_results_do_not_bear_out_is_named(tmp_path, monkeypatch):
+    methods = {"slider, scale 2": 6.0, "prompt": 12.0}
+    row = lambda value: {"clip_change": {"mean": value}, "lpips": {"mean": value / 4}}
+    results = {
+        f"{concept}: {method}": row(value) | {"mean_other_moved": value / 100}
+        for concept in claims.CONCEPTS
+        for method, value in methods.items()
+    }
+    (tmp_path / "text_sliders.json").write_text(json.dumps(results))
+    monkeypatch.setattr(claims, "RESULTS", tmp_path)
+    monkeypatch.setattr(claims, "CLAIMS", (claims.table_1,))
+    reach = "at scale 2 the sliders reach 50% of prompting's change in CLIP score at 0.50 times"
+    page = f"In the order the paper finds: {reach}\nits LPIPS, and move the mean of the other\n"
+    page += "attributes by 50% as much."
+    assert claims.broken(page) == []
+    (missing,) = claims.broken(page.replace("reach 50%", "reach 60%"))
+    assert missing.startswith("table_1: at scale 2 the sliders reach 50% of")

@@ -26,9 +26,9 @@ def test_a_killed_vae_training_goes_on_where_it_was(tmp_path, monkeypatch):
 
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
                 patch.setattr(train.Checkpoint, "save", save_and_die)
-                train.train_vae(pictures, first=3, crop=2, second=2, save_every=2)
+                train.train_vae(pictures, "cpu", first=3, crop=2, second=2, save_every=2)
             assert not (train.MODEL / "vae").exists()
-        train.train_vae(pictures, first=3, crop=2, second=2, save_every=2)
+        train.train_vae(pictures, "cpu", first=3, crop=2, second=2, save_every=2)
         results.append(load_file(train.MODEL / "vae" / "diffusion_pytorch_model.safetensors"))
     assert results[0] and all(torch.equal(v, results[1][k]) for k, v in results[0].items())
 
