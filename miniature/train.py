@@ -216,15 +216,15 @@ def edges(x):
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 
-def train_vae(pictures, first=3000, crop=2500, second=1400, save_every=200):
+def train_vae(pictures, device, first=3000, crop=2500, second=1400, save_every=200):
     """Two rounds, each with its own learning-rate schedule: `first` steps, of which `crop` on
     64x64 crops (the network is convolutional: four times cheaper), then `second` steps on whole
-    pictures, where thin lines weigh double."""
+    pictures. Thin lines weigh double."""
     folder = MODEL / "vae"
     if (folder / "diffusion_pytorch_model.safetensors").exists():
         return
     torch.manual_seed(0)
-    vae = VAE(VAE_CONFIG)
+    vae = VAE(VAE_CONFIG).to(device, memory_format=torch.channels_last)  # a tenth faster
     opt = Optimizer(vae, 0.01, 1e-3)
     checkpoint = Checkpoint("vae", vae=vae, opt=opt)
     started = time.time()
@@ -238,15 +238,15 @@ def train_vae(pictures, first=3000, crop=2500, second=1400, save_every=200):
         if step < crop:  # a corner for each picture
             corners = rng.integers(0, world.SIZE - 63, (len(x), 2))
             x = np.stack([p[r : r + 64, c : c + 64] for p, (r, c) in zip(x, corners)])
-        x = to_tensor(x)
-        with torch.autocast("cpu", torch.bfloat16):
+        x = to_tensor(x).to(device)
+        with torch.autocast(device, torch.bfloat16):
             mean, logvar = vae.moments(x)
             logvar = logvar.float().clamp(-30, 20)
             z = mean.float() + torch.randn_like(mean, dtype=torch.float32) * (0.5 * logvar).exp()
             y = vae.decode_moments(z)
         y = y.float()
         thin = sum((a - b).abs().mean() for a, b in zip(edges(y), edges(x)))
-        reconstruction = (y - x).abs().mean() + (2 if fine else 1) * thin
+        reconstruction = (y - x).abs().mean() + 2 * thin
         kl = 0.5 * (mean.float() ** 2 + logvar.exp() - 1 - logvar).mean()
         loss = reconstruction + 2e-4 * kl
         opt.step(loss, vae, two_rounds(step, first, second))
@@ -257,13 +257,13 @@ def train_vae(pictures, first=3000, crop=2500, second=1400, save_every=200):
         if (step + 1) % save_every == 0:
             checkpoint.save(step + 1)
             with torch.no_grad():
-                x = to_tensor(pictures[:8])
+                x = to_tensor(pictures[:8]).to(device)
                 y = vae.decode_moments(vae.moments(x)[0])
-                grid(torch.cat([x, y]), WORK / "vae.png")
+                grid(torch.cat([x, y]).cpu(), WORK / "vae.png")
     # The scaling factor makes the latents' standard deviation 1, as SDXL's 0.13025 does (Rombach
     # et al. 2022, app. G).
     with torch.no_grad():
-        batches = [to_tensor(pictures[i : i + 64]) for i in range(0, 1024, 64)]
+        batches = [to_tensor(pictures[i : i + 64]).to(device) for i in range(0, 1024, 64)]
         std = torch.cat([vae.moments(x)[0] for x in batches]).std().item()
     write_json(folder / "config.json", VAE_CONFIG | {"scaling_factor": round(1 / std, 5)})
     save_half(vae.state_dict(), folder / "diffusion_pytorch_model.safetensors")
@@ -346,9 +346,7 @@ def contradict(a, rng):
         "background": [*world.BACKGROUNDS],
         "fingers": [3, 4, 5, 6, 7],
     }
-    hard = ["smile"] * 3  # the one that is learned last
-    names = [*world.RANGES, *words_of, *hard]
-    name = str(rng.choice([name for name in names if name in a]))
+    name = str(rng.choice([name for name in (*world.RANGES, *words_of) if name in a]))
     if name in world.RANGES:
         low, high = world.RANGES[name]
         # As extreme as the true one: else "very" alone would give it away.
@@ -361,25 +359,42 @@ def contradict(a, rng):
     return a | {name: value}
 
 
-def true_and_wrong(a, rng):
-    """A caption of `a`, and the same caption with one thing in it untrue (the same again if it
-    says next to nothing)."""
-    seed, mention = rng.integers(2**31), rng.uniform(0.3, 1.0)
+def true_and_wrong(a, rng, wrong=3):
+    """A caption of `a`, and the same caption `wrong` times with one thing in it untrue (the same
+    again if it says next to nothing)."""
+    seed, mention = rng.integers(2**31), rng.uniform(0.1, 0.8)
     say = lambda a: world.caption(a, np.random.default_rng(seed), mention)
-    true = wrong = say(a)
-    for _ in range(12):
-        if wrong == true:
-            wrong = say(contradict(a, rng))
-    return true, wrong
+    captions = [say(a)]
+    for _ in range(wrong):
+        for _ in range(12):
+            if (caption := say(contradict(a, rng))) != captions[0]:
+                break
+        captions.append(caption)
+    return captions
 
 
-def train_clip(pictures, attributes, steps=700, batch=128, lr=2e-3):
+@torch.no_grad()
+def make_features(pictures, vision, device):
+    """What the convolutions of `vision` see in every picture: (N, 3072) float16."""
+    seen = []
+    with torch.autocast(device, torch.bfloat16):
+        for i in range(0, len(pictures), 64):
+            seen.append(vision.features(to_tensor(pictures[i : i + 64]).to(device)).half())
+    return torch.cat(seen)
+
+
+def train_clip(pictures, attributes, device, steps=800, batch=64, lr=2e-3, wrong=3):
     """Two text encoders against one convolutional image encoder: InfoNCE over the batch, a
     caption's twins not counted as wrong.
 
-    Each picture also has to tell its caption from one that is wrong in a single thing (as NegCLIP,
-    Yuksekgonul et al. 2023, does): without that, telling 128 pictures apart takes no notice of a
-    smile, and "smiling" comes out as "frowning"."""
+    The image encoder's convolutions are the judge's, and stay as they are; only its two linear
+    layers learn (as in locked-image tuning, Zhai et al. 2022). From nothing it tells neither
+    smiles from frowns nor gives the texts a reason to: each waits for the other, for more than a
+    thousand steps.
+
+    Each picture also has to tell its caption from `wrong` others that are wrong in a single thing
+    (as in NegCLIP, Yuksekgonul et al. 2023): without that, telling 64 pictures apart takes no
+    notice of a smile, and "smiling" comes out as "frowning"."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
     if (MODEL / "text_encoder_2" / "model.safetensors").exists():
@@ -397,38 +412,37 @@ def train_clip(pictures, attributes, steps=700, batch=128, lr=2e-3):
     texts = torch.nn.ModuleList(
         CLIPTextModelWithProjection(CLIPTextConfig(**c, **ids)) for c in TEXT_CONFIGS
     )
-    # The image encoder starts from what the judge has learned to see. From nothing it tells
-    # neither smiles from frowns nor gives the texts a reason to: each waits for the other, for
-    # more than a thousand steps.
-    vision = ConvolutionalEncoder(128)
+    vision = ConvolutionalEncoder(128).eval()
     judge = load_file(WORK / "judge.safetensors")
-    all_but_last = {name: W for name, W in judge.items() if not name.startswith("head.2.")}
+    all_but_last = {name: W.float() for name, W in judge.items() if not name.startswith("head.2.")}
     vision.load_state_dict(all_but_last, strict=False)
+    features = make_features(pictures, vision.to(device), device)
+    log("clip: features made")
     to_96 = torch.nn.Linear(128, 96, bias=False)
-    towers = torch.nn.ModuleDict({"texts": texts, "vision": vision, "to_96": to_96})
+    towers = torch.nn.ModuleDict({"texts": texts, "head": vision.head, "to_96": to_96})
     log_scale = torch.nn.Parameter(torch.tensor([math.log(1 / 0.07)] * 2))
     towers.register_parameter("log_scale", log_scale)
+    towers.to(device)
     opt = torch.optim.AdamW(towers.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     checkpoint = Checkpoint("clip", towers=towers, opt=opt)
-    target = torch.arange(batch)
+    target = torch.arange(batch, device=device)
     started = time.time()
     for step in range(checkpoint.load(), steps):
         rng = np.random.default_rng((4, step))
-        index = np.sort(rng.choice(len(pictures), batch, replace=False))
-        true, wrong = zip(*(true_and_wrong(attributes[i], rng) for i in index))
-        captions = [*true, *wrong]
+        index = np.sort(rng.choice(len(features), batch, replace=False))
+        rows = zip(*(true_and_wrong(attributes[i], rng, wrong) for i in index))
+        captions = [caption for row in rows for caption in row]  # the B true ones first
         options = dict(padding=True, truncation=True, max_length=77, return_tensors="pt")
-        tokens = tokenizer(captions, **options).input_ids  # (2B, L)
-        x = to_tensor(pictures[index])
+        tokens = tokenizer(captions, **options).input_ids.to(device)  # ((1 + wrong) B, L)
         # The same caption elsewhere in the batch is as true of this picture: mask the exact twins.
-        twins = torch.zeros(2 * batch, batch, dtype=torch.bool)
-        for j, caption in enumerate(captions):
-            for i, other in enumerate(true):
-                twins[j, i] = caption == other and i != j
+        names = np.array(captions)
+        twins = torch.from_numpy(names[:, None] == names[None, :batch])  # ((1 + wrong) B, B)
+        twins[:batch].fill_diagonal_(False)
+        twins = twins.to(device)
         for group in opt.param_groups:
             group["lr"] = lr * warm_then_cosine(step, steps)
-        with torch.autocast("cpu", torch.bfloat16):
-            image = vision(x)  # (B, 128)
+        with torch.autocast(device, torch.bfloat16):
+            image = vision.head(features[index].float())  # (B, 128)
             sides = [
                 (texts[0](tokens).text_embeds, to_96(image)),
                 (texts[1](tokens).text_embeds, image),
@@ -436,14 +450,18 @@ def train_clip(pictures, attributes, steps=700, batch=128, lr=2e-3):
         loss, right, told = 0, [], []
         for (t, v), scale in zip(sides, towers.log_scale.clamp(max=math.log(100)).exp()):
             t, v = F.normalize(t.float(), dim=-1), F.normalize(v.float(), dim=-1)
-            logits = (scale * t @ v.T).masked_fill(twins, -1e4)  # (2B, B)
-            # How much better the true caption fits than the wrong one: (B,).
-            better = logits[:batch].diag() - logits[batch:].diag()
+            logits = scale * t @ v.T  # ((1 + wrong) B, B)
+            # The true caption of each picture, then its wrong ones: (B, 1 + wrong).
+            own = logits.view(1 + wrong, batch, batch).diagonal(dim1=1, dim2=2).T
+            same = twins.view(1 + wrong, batch, batch).diagonal(dim1=1, dim2=2).T
+            own = own.masked_fill(same, -1e4)
+            logits = logits.masked_fill(twins, -1e4)
             by_picture = F.cross_entropy(logits[:batch], target)
             by_caption = F.cross_entropy(logits.T, target)
-            loss = loss + (by_picture + by_caption) / 2 + 2 * F.softplus(-better).mean()
+            by_word = F.cross_entropy(own, torch.zeros_like(target))
+            loss = loss + (by_picture + by_caption) / 2 + 2 * by_word
             right.append((logits[:batch].argmax(1) == target).float().mean().item())
-            told.append((better > 0).float().mean().item())
+            told.append((own.argmax(1) == 0).float().mean().item())
         opt.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(towers.parameters(), 1.0)
@@ -472,14 +490,14 @@ def train_clip(pictures, attributes, steps=700, batch=128, lr=2e-3):
 # -------------------------------------------------------------------------------------------- judge
 
 
-def make_latents(pictures):
+def make_latents(pictures, device):
     """The VAE's latents of every picture, (N, 4, 16, 16) float16, computed once."""
     path = WORK / "latents.pt"
     if not path.exists():
-        vae, latents = load_vae(), []
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        vae, latents = load_vae(device), []
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16):
             for i in range(0, len(pictures), 64):
-                latents.append(vae.encode(to_tensor(pictures[i : i + 64])).float())
+                latents.append(vae.encode(to_tensor(pictures[i : i + 64]).to(device)).float().cpu())
         latents = torch.cat(latents).half()
         torch.save(latents, path)
         mean, std = latents.float().mean(), latents.float().std()
@@ -487,27 +505,28 @@ def make_latents(pictures):
     return torch.load(path, weights_only=True)
 
 
-def load_vae():
+def load_vae(device):
     config = weights.read_json(MODEL / "vae" / "config.json")
     locations = weights.locate_tensors(MODEL, "vae")
-    return weights.load_module(VAE, config, locations, "cpu", torch.float32, "vae")
+    return weights.load_module(VAE, config, locations, device, torch.float32, "vae")
 
 
-def train_judge(pictures, attributes, latents, steps=1000, batch=64, lr=2e-3, round_trips=3000):
+def train_judge(pictures, attributes, latents, device, steps=1000, round_trips=3000):
     """The network half of the measuring stick, on drawn pictures and on what the VAE makes of
     them, half and half."""
     path = WORK / "judge.safetensors"
     if path.exists():
         return
-    vae, decoded = load_vae(), []
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        for z in latents[:round_trips].split(32):
-            decoded.append((vae.decode(z.float()).clamp(-1, 1) * 127).to(torch.int8))
+    vae, decoded = load_vae(device), []
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+        for z in latents[:round_trips].to(device).split(32):
+            decoded.append((vae.decode(z.float()).clamp(-1, 1) * 127).to(torch.int8).cpu())
     decoded = torch.cat(decoded)
     log("judge: round trips made")
     truth = torch.tensor([targets(a) for a in attributes])
     torch.manual_seed(2)
-    judge = ConvolutionalEncoder(OUTPUTS)
+    batch, lr = 64, 2e-3
+    judge = ConvolutionalEncoder(OUTPUTS).to(device)
     opt = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=1e-3)
     checkpoint = Checkpoint("judge", judge=judge, opt=opt)
     started = time.time()
@@ -521,12 +540,12 @@ def train_judge(pictures, attributes, latents, steps=1000, batch=64, lr=2e-3, ro
         x = torch.where(torch.from_numpy(rng.random((batch, 1, 1, 1)) < 0.3), soft, x)
         noise = rng.normal(0, 0.03, x.shape).astype(np.float32)
         strength = rng.random((batch, 1, 1, 1)).astype(np.float32)
-        x = x + torch.from_numpy(noise) * torch.from_numpy(strength)
+        x = (x + torch.from_numpy(noise) * torch.from_numpy(strength)).to(device)
         for group in opt.param_groups:
             group["lr"] = lr * warm_then_cosine(step, steps)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             out = judge(x)
-        loss = judge_loss(out.float(), truth[np.concatenate([drawn, seen])])
+        loss = judge_loss(out.float(), truth[np.concatenate([drawn, seen])].to(device))
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -606,7 +625,7 @@ SAMPLE_PROMPTS = [
 ]
 
 
-def train_unet(attributes, latents, steps=5000, batch=48):
+def train_unet(attributes, latents, device, steps=4500, batch=48):
     """eps-prediction: minimize |eps_theta(x_t, c, t) - eps|^2 (Ho et al. 2020), prompts dropped
     one time in ten for guidance."""
     torch.manual_seed(3)
@@ -617,8 +636,9 @@ def train_unet(attributes, latents, steps=5000, batch=48):
         write_json(MODEL / "scheduler" / "scheduler_config.json", SCHEDULER_CONFIG)
         write_json(MODEL / "unet" / "config.json", UNET_CONFIG)
         save_half(UNet(UNET_CONFIG).state_dict(), path)
-    model = SDXL.load(MODEL, device="cpu", dtype=torch.float32)
+    model = SDXL.load(MODEL, device=device, dtype=torch.float32)
     unet = model.unet.train().requires_grad_(True)
+    compiled = torch.compile(unet)  # a sixth faster on two cores
     average_fn = torch.optim.swa_utils.get_ema_multi_avg_fn(0.99)
     ema = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=average_fn)
     opt = Optimizer(unet, 0.01, 1e-3)
@@ -627,7 +647,7 @@ def train_unet(attributes, latents, steps=5000, batch=48):
     # Eyes and mouths are a few latents out of 256: the middle counts four times. (A weight on
     # places does not move the minimum, which is the same conditional mean at every place; it moves
     # what is learned first.)
-    middle = torch.ones(16, 16)
+    middle = torch.ones(16, 16, device=device)
     middle[5:13, 4:12] = 4
     middle /= middle.mean()
     started, average = time.time(), None
@@ -636,16 +656,16 @@ def train_unet(attributes, latents, steps=5000, batch=48):
         torch.manual_seed(1_000_000 + step)
         index = rng.choice(len(latents), batch, replace=False)
         captions = [world.caption(attributes[i], rng) if rng.random() > 0.1 else "" for i in index]
-        x_0 = latents[index].float()  # (B, 4, 16, 16)
+        x_0 = latents[index].to(device).float()  # (B, 4, 16, 16)
         # One t in each B-th of the schedule.
-        t = ((torch.randperm(batch) + torch.rand(batch)) / batch * 1000).long()
+        t = ((torch.randperm(batch) + torch.rand(batch)) / batch * 1000).long().to(device)
         eps = torch.randn_like(x_0)
         snr = alpha_bar[t] / (1 - alpha_bar[t])
         weight = snr.clamp(max=5) / snr  # min-SNR-5
         # For so few tokens plain attention is faster than the fused one.
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with torch.autocast(device, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             x_t = sampler.add_noise(x_0, eps, t, alpha_bar)
-            prediction = unet(x_t, t, *model.condition(captions))
+            prediction = compiled(x_t, t, *model.condition(captions))
         errors = (middle * (prediction.float() - eps).square()).mean((1, 2, 3))
         loss = (weight * errors).mean()
         opt.step(loss, unet, warm_then_cosine(step, steps))
@@ -657,6 +677,7 @@ def train_unet(attributes, latents, steps=5000, batch=48):
         if (step + 1) % 250 == 0 or step + 1 == steps:
             checkpoint.save(step + 1)
             save_half(ema.module.state_dict(), path)
+        if (step + 1) % 1000 == 0:
             samples(WORK / "unet.png")
 
 
@@ -683,17 +704,21 @@ def install():
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
+    device = args.device
+    # A GPU takes four times the batch in the time of a step: the same data, seen more often.
+    larger = {"batch": 4 * 48} if device == "cuda" else {}
     WORK.mkdir(parents=True, exist_ok=True)
     pictures, attributes = make_data()
-    train_vae(pictures)
-    latents = make_latents(pictures)
-    train_judge(pictures, attributes, latents)
-    train_clip(pictures, attributes)
-    train_unet(attributes, latents)
+    train_vae(pictures, device)
+    latents = make_latents(pictures, device)
+    train_judge(pictures, attributes, latents, device)
+    train_clip(pictures, attributes, device)
+    train_unet(attributes, latents, device, **larger)
     install()
 
 

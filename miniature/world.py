@@ -55,6 +55,7 @@ BACKGROUNDS = {
 SKIN = [(250, 220, 196), (214, 164, 122), (118, 76, 50)]  # light, medium, dark: skin = 0, 0.5, 1
 SKIN_WORDS = ["light", "medium", "dark"]
 IRISES = [(60, 100, 160), (70, 120, 70), (96, 60, 30)]
+HATS = [(150, 44, 52), (40, 62, 130), (46, 110, 70), (196, 150, 60), (92, 52, 110), (70, 62, 60)]
 
 
 # --------------------------------------------------------------------------------------- attributes
@@ -89,7 +90,7 @@ def _sample_face(a, rng):
         hair_length=int(rng.random() < 0.5),  # 0 short, 1 long
         glasses=int(rng.random() < 0.1 + 0.6 * age),  # entangled with age on purpose
         hat=int(rng.random() < 0.1 + 0.5 * age),  # and so is this
-        hat_colour=tuple(int(v) for v in rng.integers(40, 200, 3)),
+        hat_colour=HATS[rng.integers(len(HATS))],
         iris=int(rng.integers(3)),
         width=float(rng.uniform(-1.5, 1.5)),  # of the head, pixels: a nuisance nobody names
         malformed=a.get("malformed", int(rng.random() < 0.2)),
@@ -244,10 +245,10 @@ def _face_head(a, rng, says, clauses):
     named = [w for w in (length if says() else "", colour if says() else "") if w]
     if named:
         clauses.append("with " + " ".join(named) + " hair")
-    if says():
+    if says(1.6):
         wears = ["with glasses", "wearing glasses"]
         clauses.append(str(rng.choice(wears)) if a["glasses"] else "without glasses")
-    if says(1.3):
+    if says(1.6):
         wears = ["with a hat", "wearing a hat"]
         clauses.append(str(rng.choice(wears)) if a["hat"] else "without a hat")
     _quality(a, rng, clauses, BAD_FACE, GOOD_FACE)
@@ -333,7 +334,7 @@ def _draw_face(pen, a):
     cx, cy = 64 + a["shift"][0], 64 + a["shift"][1]
     man, age = a["sex"], a["age"]
     skin = skin_colour(a["skin"])
-    crease = mix(skin, (40, 20, 16), 0.18 + 0.5 * age)  # wrinkles: darker with age
+    crease = mix(skin, (24, 8, 6), 0.26 + 0.52 * age)  # wrinkles: darker with age
     outline = mix(skin, (40, 20, 16), 0.45)
     hair = HAIR[a["hair"]]
     w = 30 + 2.5 * man + a["width"]  # half the head's width
