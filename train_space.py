@@ -306,7 +306,7 @@ def main():
             print(f"WARNING: {i + 1}: pictures do not move along it at any scale. {why}")
         about = {"kind": "space slider", "prompt": args.prompt, "direction": i + 1}
         about |= {"share": share[i].item(), "sigma": sigma_i, "cosine": cosine}
-        about |= {"words": hints[i]} | training.provenance(args)
+        about |= {"words": hints[i]} | training.provenance(args, model.prediction)
         lora.save(path, slider, about | {"v": v[i].tolist()})
         found.append(about)
         in_file = lora.load(path, model.unet)

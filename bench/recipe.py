@@ -1,23 +1,15 @@
-"""Our training against the published loop and ai-toolkit's, on the miniature:
+"""Our training against the published loop, on the miniature:
 
     python -m bench.recipe --seeds 0-2
 
-The opponents restate, on our UNet, LoRA and schedule, so that nothing but the recipe differs:
+The opponent restates the authors' train_lora_xl.py on our UNet, LoRA and schedule, so that nothing
+but the recipe differs: for every optimizer step a new noise is denoised with the LoRA on at scale 1
+to a random step of 50, at guidance 3; then three frozen predictions and one trained one, each in a
+batch of two whose empty-prompt half is thrown away; one preserved concept at a time; AdamW at 2e-4,
+alpha / r 1/4, bfloat16 (the LoRA's own numbers in float32, which is kinder). It trains scale +1
+alone, so both are read at +1 as well as at both ends. Our eta is used for both.
 
-published   the authors' train_lora_xl.py: for every optimizer step a new noise is denoised with the
-            LoRA on at scale 1 to a random step of 50, at guidance 3; then three frozen predictions
-            and one trained one, each in a batch of two whose empty-prompt half is thrown away; one
-            preserved concept at a time; AdamW at 2e-4, alpha / r 1/4, bfloat16 (the LoRA's own
-            numbers in float32, which is kinder). It trains scale +1 alone, so all are read at +1 as
-            well as at both ends.
-ai-toolkit  its TrainSliderProcess with the settings of its train_slider.example.yml: for every step
-            four new noises are denoised with the LoRA off to a random step of 40, at guidance 3;
-            three frozen predictions of each in one batch; two of the four trained at +1, two at -1;
-            rank 8, alpha 4, AdamW at 2e-4, the loss weighted by min(SNR, 5) / SNR. It knows no
-            preserved concepts. Kinder than it is: DDIM in the place of DDPM steps, and eq. (8)
-            around the target prompt's own prediction, where its code has the empty prompt's.
-
-All are read by the same meter on the same x_t, that none has seen, and by the measuring stick. A
+Both are read by the same meter on the same x_t, that none has seen, and by the measuring stick. A
 UNet evaluation is one sample; one with gradients counts as three. Every run is written to --json as
 soon as it is done, and not run again."""
 
@@ -98,36 +90,6 @@ def published(model, slider, prompts, *, eta, size, steps, seed, on_step):
         on_step(i + 1)
 
 
-def ai_toolkit(model, slider, prompts, *, eta, size, steps, seed, on_step, gamma=5.0):
-    """ai-toolkit's loop on an attached `slider`. prompts: from train_text.encode, without preserved
-    concepts. on_step: called with the number of steps done."""
-    cond, ends, uncond = prompts
-    unet, shape, ab = model.unet, model.latent_shape(size), model.alpha_bar
-    g = torch.Generator().manual_seed(seed)
-    optimizer, ts = torch.optim.AdamW(slider.parameters(), lr=2e-4), sampler.timesteps(40)
-    walk = dict(alpha_bar=ab, steps=40, guidance=3.0)
-    # The positive end, the target prompt, the negative end, each for the four x_t.
-    three = [torch.cat([e[:1], c, e[1:]]).repeat_interleave(4, 0) for e, c in zip(ends, cond)]
-    scale = torch.tensor([1.0, 1.0, -1.0, -1.0], device=model.device)
-    for i in range(steps):
-        stop = int(torch.randint(1, 40 - 1, (), generator=g))
-        first = seed * 100_000 + 4 * i
-        x_T = sampler.noise(range(first, first + 4), shape, model.device, model.dtype)
-        x_t = sampler.sample(unet, x_T, cond, uncond, stop=stop, **walk)
-        t, snr = torch.full((4,), ts[stop], device=model.device), ab[ts[stop]] / (1 - ab[ts[stop]])
-        with torch.no_grad():
-            eps = unet(x_t.repeat(3, 1, 1, 1), t.repeat(3), *three).float()
-            eps_pos, eps_0, eps_neg = eps.chunk(3)
-        with slider.at(scale):
-            target = eps_0 + eta * scale.view(-1, 1, 1, 1) * (eps_pos - eps_neg)
-            error = unet(x_t, t, *sampler.expand(cond, 4)).float() - target
-            loss = error.square().mean() * min(snr, gamma) / snr
-            optimizer.zero_grad()
-            loss.backward()
-        optimizer.step()
-        on_step(i + 1)
-
-
 def ours(model, slider, prompts, *, eta, size, seed, recipe):
     """What train_text.py does with its defaults, its own meter included, the probe of the useful
     range left out."""
@@ -137,7 +99,7 @@ def ours(model, slider, prompts, *, eta, size, seed, recipe):
     training.fit_targets(model.unet, slider, train, held_out, seed=seed, **settings)
 
 
-OPPONENTS = {"published": published, "ai-toolkit": ai_toolkit}
+OPPONENTS = {"published": published}
 
 
 # ---------------------------------------------------------------------------------------- measuring
@@ -176,8 +138,7 @@ def train_and_read(model, who, prompts, held_out, attribute, seed, args) -> list
     """Train once; the readings on the way (of ours, at the end)."""
     torch.manual_seed(seed)
     recipe, size = training.text_recipe(model.unet), training_size(model)
-    shape = dict(rank=8, alpha=4.0) if who == "ai-toolkit" else {}
-    slider = lora.Slider(lora.target_layers(model.unet), **shape).to(model.device)
+    slider = lora.Slider(lora.target_layers(model.unet)).to(model.device)
     slider.attach(model.unet)
     settings = dict(eta=recipe["eta"], size=size, seed=seed)
     readings = Readings(model, slider, held_out, attribute, args.pictures)
@@ -267,17 +228,14 @@ def print_ratios(who: str, found: list[tuple]):
 
 def parse_args():
     p = cli.model_parser(__doc__)
-    several = dict(action="append")
     attribute = "may be repeated (default: eye_size)"
-    p.add_argument("--attribute", choices=CONCEPTS, help=attribute, **several)
+    p.add_argument("--attribute", choices=CONCEPTS, help=attribute, action="append")
     seeds = dict(default=[0, 1, 2], help="training seeds (default: 0-2)")
     p.add_argument("--seeds", type=cli.seed_list, **seeds)
-    steps = "of the published loop and ai-toolkit's (default: %(default)s, their own)"
+    steps = "of the published loop (default: %(default)s)"
     p.add_argument("--steps", type=int, default=500, help=steps)
     every = default_help("their steps between readings")
     p.add_argument("--every", type=int, default=50, help=every)
-    against = "may be repeated (default: published)"
-    p.add_argument("--against", choices=OPPONENTS, help=against, **several)
     pictures = default_help("that the measuring stick reads at each of scales -3, 0, 3")
     p.add_argument("--pictures", type=int, default=32, help=pictures)
     results = default_help("results; runs that are in it are not run again")
@@ -294,18 +252,17 @@ def main():
     done = json.loads(path.read_text()) if path.exists() else []
     for attribute in args.attribute or ["eye_size"]:
         pos, neg, preserve = CONCEPTS[attribute]
-        encode = lambda preserved: train_text.encode(model, [TARGET], pos, neg, preserved, size)
-        prompts, plain = encode(options.combinations(preserve)), encode([])
+        preserved = options.combinations(preserve)
+        prompts = train_text.encode(model, [TARGET], pos, neg, preserved, size)
         settings = dict(trajectories=32, per_trajectory=2, denoising_steps=50, guidance=3.0)
         settings |= dict(eta=eta, size=size, seed=999, batch=32)
         held_out = train_text.collect(model, prompts, **settings)
         for seed in args.seeds:
-            for who in ["ours", *(args.against or ["published"])]:
+            for who in ("ours", *OPPONENTS):
                 run = {"recipe": who, "attribute": attribute, "seed": seed}
                 if any(run.items() <= r.items() for r in done):
                     continue
-                taught = plain if who == "ai-toolkit" else prompts
-                rows = train_and_read(model, who, taught, held_out, attribute, seed, args)
+                rows = train_and_read(model, who, prompts, held_out, attribute, seed, args)
                 done.append(run | {"readings": rows})
                 path.write_text(json.dumps(done, indent=1))
     print_table(done)

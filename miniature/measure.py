@@ -7,7 +7,8 @@ the eyes' width is counted in pixels. The rest is read by the judge, a small con
 trained on drawn pictures and on what the VAE makes of them (train.py). It has never seen a
 diffusion model's picture, nor the held-out pictures it is checked on:
 
-    python -m miniature.measure  # correlation or accuracy of each reading on 1,000 held-out renders
+    python -m miniature.measure  # correlation or accuracy of each reading on 1,000 held-out
+                                 # renders, and on what the VAE makes of them
 """
 
 import functools
@@ -21,6 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from miniature import world
+from sdxl import SDXL
 from support.clip import ConvolutionalEncoder
 
 WEIGHTS = Path(__file__).parent / "judge.safetensors"
@@ -172,11 +174,16 @@ def eye_pixels(picture: Image.Image) -> float:
     return float(np.mean(widths)) if widths else 0.0
 
 
-def check(n: int = 1000) -> dict[str, float]:
-    """Correlation (numbers) or accuracy (the rest) on n renders that no training saw."""
+def check(n: int = 1000, model=None) -> dict[str, float]:
+    """Correlation (numbers) or accuracy (the rest) on n renders that no training saw; with an SDXL,
+    on what its VAE makes of them."""
     rng = np.random.default_rng(987654321)
     truth = [world.sample(rng) for _ in range(n)]
-    readings = measure([world.draw(a) for a in truth])
+    pictures = [world.draw(a) for a in truth]
+    if model:
+        parts = [pictures[i : i + 50] for i in range(0, n, 50)]
+        pictures = [seen for part in parts for seen in model.decode(model.encode(part))]
+    readings = measure(pictures)
     faces = np.array([a["kind"] == "face" for a in truth])
     everything = np.ones(n, bool)
 
@@ -202,5 +209,7 @@ def check(n: int = 1000) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    decoded = check(model=SDXL.load())
+    print(f"{'':12} drawn  through the VAE")
     for name, value in check().items():
-        print(f"{name:12} {value:.3f}")
+        print(f"{name:12} {value:.3f}  {decoded[name]:.3f}")

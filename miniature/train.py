@@ -216,7 +216,7 @@ def edges(x):
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 
-def train_vae(pictures, device, first=3000, crop=2500, second=1400, save_every=200):
+def train_vae(pictures, device, first=8000, crop=7000, second=2500, save_every=200):
     """Two rounds, each with its own learning-rate schedule: `first` steps, of which `crop` on
     64x64 crops (the network is convolutional: four times cheaper), then `second` steps on whole
     pictures. Thin lines weigh double."""
@@ -383,7 +383,7 @@ def make_features(pictures, vision, device):
     return torch.cat(seen)
 
 
-def train_clip(pictures, attributes, device, steps=800, batch=64, lr=2e-3, wrong=3):
+def train_clip(pictures, attributes, device, steps=1500, batch=64, lr=2e-3, wrong=3):
     """Two text encoders against one convolutional image encoder: InfoNCE over the batch, a
     caption's twins not counted as wrong.
 

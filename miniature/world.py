@@ -52,7 +52,7 @@ BACKGROUNDS = {
     "white": (240, 240, 236),
     "purple": (160, 130, 190),
 }
-SKIN = [(250, 220, 196), (214, 164, 122), (118, 76, 50)]  # light, medium, dark: skin = 0, 0.5, 1
+SKIN = [(250, 220, 196), (214, 164, 122), (134, 88, 60)]  # light, medium, dark: skin = 0, 0.5, 1
 SKIN_WORDS = ["light", "medium", "dark"]
 IRISES = [(60, 100, 160), (70, 120, 70), (96, 60, 30)]
 HATS = [(150, 44, 52), (40, 62, 130), (46, 110, 70), (196, 150, 60), (92, 52, 110), (70, 62, 60)]
@@ -427,7 +427,7 @@ def _draw_face(pen, a):
     # Nose and mouth. A smile curves the mouth, then opens it.
     pen.line([at(-1, 4), at(-4, 13), at(3, 14)], outline, 1.6)
     smile, half = a["smile"], 15.0
-    lips = mix((120, 60, 56), skin, 0.15) if man else (196, 60, 70)
+    lips = mix(skin, (60, 16, 20), 0.6) if man else (196, 44, 60)
     opening = 10 * max(0.0, smile - 0.15)
     t = math.radians(a["mouth_angle"])
 

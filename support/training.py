@@ -113,11 +113,12 @@ def without_folders(value):
     return os.path.basename(os.path.abspath(value)) if is_path else value
 
 
-def provenance(args) -> dict:
-    """What every slider file says of its training: the settings and, in kohya's keys, the model. A
-    folder or a Hub id is no file, and has no hash."""
+def provenance(args, prediction: str = "epsilon") -> dict:
+    """What every slider file says of its training: the settings and, in kohya's and Stability's
+    keys, the model. A folder or a Hub id is no file, and has no hash."""
     name = "miniature" if args.model == str(MINIATURE) else without_folders(args.model)
     about = {"settings": settings(args), "ss_sd_model_name": name}
+    about["modelspec.prediction_type"] = prediction
     if os.path.isfile(args.model):
         about["ss_sd_model_hash"] = hashes.model_hash(args.model)
     return about
@@ -264,7 +265,7 @@ def finish(
     if not distributed.is_main_process():
         return
     path = Path(args.out)
-    about = about | provenance(args) | {"meter": reading, "version": VERSION}
+    about = about | provenance(args, model.prediction) | {"meter": reading, "version": VERSION}
     save = lambda: lora.save(path, slider, about | {"seconds": round(time.time() - started, 1)})
     save()  # the probe may take a while
     lines = verdict(reading, about["difference"], enough, model.unknown_words)

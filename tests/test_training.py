@@ -1,10 +1,13 @@
 """The miniature's own training: killed after any checkpoint, it goes on to the same bits."""
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from miniature import train
+import slider
+from miniature import train, world
+from sdxl import SDXL
 
 
 @pytest.mark.slow
@@ -45,3 +48,41 @@ def test_muon_moves_along_the_nearest_orthogonal_matrix():
     assert torch.nn.functional.cosine_similarity(step, nearest, dim=0) > 0.97
     singular = torch.linalg.svdvals(p.detach())
     assert 0.6 < singular.min() and singular.max() < 1.3
+
+
+@pytest.mark.slow
+def test_all_stages_from_nothing_make_a_folder_that_draws(tmp_path, monkeypatch):
+    """A few steps of each: what is checked is that they fit together, not what is learned."""
+    monkeypatch.setattr(train, "PICTURES", 128)
+    monkeypatch.setattr(train, "WORK", tmp_path)
+    monkeypatch.setattr(train, "MODEL", tmp_path / "model")
+    monkeypatch.setattr(train.torch, "compile", lambda network: network)  # a minute of compiling
+    pictures, attributes = train.make_data()
+    train.train_vae(pictures, "cpu", first=2, crop=1, second=1)
+    latents = train.make_latents(pictures, "cpu")
+    train.train_judge(pictures, attributes, latents, "cpu", steps=2, round_trips=32)
+    train.train_clip(pictures, attributes, "cpu", steps=2, batch=16)
+    train.train_unet(attributes, latents, "cpu", steps=2, batch=4)
+    model = SDXL.load(train.MODEL, device="cpu")
+    (picture,) = slider.generate(model, "a photo of a person with glasses", [0], steps=2)
+    assert picture.size == (128, 128) and latents.shape == (128, 4, 16, 16)
+    assert 0.9 < latents.float().std() < 1.1  # the scaling factor is the latents' own
+    trained = (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    train.train_unet(attributes, latents, "cpu", steps=2, batch=4)  # done: nothing to do
+    assert (tmp_path / "unet.pt").exists()
+    assert (train.MODEL / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == trained
+
+
+def test_a_wrong_caption_is_wrong_in_one_thing():
+    """Its words differ from the true caption's, and the world could have drawn either."""
+    differ, asked = 0, 0
+    for i in range(200):
+        rng = np.random.default_rng(i)
+        a = world.sample(rng)
+        true, *wrong = train.true_and_wrong(a, rng)
+        assert len(wrong) == 3
+        for caption in wrong:
+            asked += 1
+            differ += caption != true
+            assert caption.split()[:2] == true.split()[:2] or "man" in caption + true
+    assert differ / asked > 0.8

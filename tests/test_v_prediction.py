@@ -9,6 +9,7 @@ import pytest
 import torch
 import v_network
 from commands import TRAIN, run
+from safetensors import safe_open
 from test_weights import one_file
 from torch import nn
 
@@ -487,6 +488,8 @@ def test_a_trainer_keeps_the_option_and_like_asks_for_it_again(tmp_path):
     done = run(f"{TRAIN} --prediction v {small} --out {file}")
     assert done.returncode == 0, done.stderr
     assert "--out out/a --prediction v\n" in done.stdout  # the command that is suggested
+    with safe_open(file, "pt") as f:
+        assert f.metadata()["modelspec.prediction_type"] == "v"
     done = run(f"train_text.py --like {file} --out {tmp_path}/b.safetensors")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "was trained with a --prediction of its own: name it here too" in done.stderr
