@@ -39,7 +39,7 @@ def crop_and_resize(picture: Image.Image, height: int, width: int) -> Image.Imag
 
 def match_by_name(folders: list[Path]) -> list[list[Path]]:
     """The pictures that go together: one list for each name, with the file of that name (endings
-    aside) in each folder.
+    aside) in each folder. The strip and the GIF that slider.py puts beside its pictures are none.
 
     Raises ValueError for a missing or empty folder, two files of a name in one, and names that are
     not in all of them."""
@@ -49,7 +49,8 @@ def match_by_name(folders: list[Path]) -> list[list[Path]]:
             raise ValueError(f"{folder}: no such folder")
         here = {}
         for file in sorted(folder.iterdir()):
-            if file.suffix.lower() in ENDINGS and not file.name.startswith("."):
+            leave_out = file.name.startswith(".") or file.name in ("strip.png", "sweep.gif")
+            if file.suffix.lower() in ENDINGS and not leave_out:
                 if file.stem in here:
                     both = f"{here[file.stem].name} and {file.name}"
                     rule = "pictures are matched by name, without the ending"

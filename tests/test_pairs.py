@@ -167,3 +167,13 @@ def test_what_cannot_be_paired_is_refused_by_name(tmp_path):
             for files in images.match_by_name([tmp_path / "good", tmp_path / case]):
                 images.read_group(files, (64, 64))
         assert case in str(error.value)
+
+
+def test_slider_py_s_overviews_are_no_pictures_of_a_folder(tmp_path):
+    names = ("seed0.png", "seed1.png", "strip.png", "sweep.gif")
+    for folder, drawn in (("a", names), ("b", names[:2])):
+        (tmp_path / folder).mkdir()
+        for name in drawn:
+            Image.new("RGB", (64, 64)).save(tmp_path / folder / name)
+    groups = images.match_by_name([tmp_path / "a", tmp_path / "b"])
+    assert [[file.name for file in group] for group in groups] == [[n, n] for n in names[:2]]
