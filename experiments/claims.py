@@ -10,7 +10,7 @@ import json
 import re
 
 from experiments.common import RESULTS
-from experiments.report import PAGE
+from experiments.report import PAGES
 from support import cli
 
 CONCEPTS = ("age", "smile", "eye size", "red hair")
@@ -109,7 +109,7 @@ def broken(page: str) -> list[str]:
 
 
 def main():
-    missing = broken(PAGE.read_text())
+    missing = broken(PAGES[0].read_text())
     for line in missing:
         print(f"docs/experiments.md does not say: {line}")
     print(f"{len(missing)} sentences of the page are not what the results say")

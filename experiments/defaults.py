@@ -3,8 +3,8 @@ worst of them:
 
     python -m experiments.defaults
 
-Age, smile and eye size from words, by the commands that README gives, and eye size from 16 pairs.
-Each is measured at scales -3 to 3 on 64 seeds of the eight prompts of miniature/effect.py, and on
+Age, smile and eye size from words, by the commands that README gives, and eye size from 16 pairs;
+age once more, on from half of the denoising. Each is measured at scales -3 to 3 on 64 seeds of the eight prompts of miniature/effect.py, and on
 the same seeds of the prompt of README's strip. Trainings run in processes of their own, as a
 user's do."""
 
@@ -23,7 +23,14 @@ from support import cli, images
 
 SEEDS = (0, 1, 2)  # of trainings
 STRIP = "a portrait of a person"
-TEXT = ("age", "smile", "eye_size")
+START = 0.3  # slider.py's default
+KINDS = [  # attribute, whether from pairs, start
+    ("age", False, START),
+    ("age", False, 0.5),
+    ("smile", False, START),
+    ("eye_size", False, START),
+    ("eye_size", True, START),
+]
 
 
 def run(*words):
@@ -71,23 +78,25 @@ def main():
     lab = Lab(__doc__, "defaults", count=64)
     columns_of = lambda slider: [[(slider, scale)] for scale in effect.SCALES]
     shown, names = [], []
-    for attribute, from_pairs in [*((name, False) for name in TEXT), ("eye_size", True)]:
+    for attribute, from_pairs, start in KINDS:
         key = attribute.replace("_", " ") + (", 16 pairs" if from_pairs else "")
         stem = f"defaults_{key}".replace(", ", "_").replace(" ", "-")
         files = [Path(lab.args.sliders) / f"{stem}_seed{seed}.safetensors" for seed in SEEDS]
         for seed, file in zip(SEEDS, files):
             train(attribute, from_pairs, seed, file)
+        key += "" if start == START else f", start {start:g}"
         sliders = [lora.load(file, lab.model.unet) for file in files]
         named = effect.NAMED.get(attribute, set())
         unseen = [words for words in effect.PROMPTS if not named & set(split_words(words))]
         for where, prompts in (("eight prompts", unseen), ("strip", [STRIP])):
 
             def measure():
-                draw = lambda one: lab.draw(columns_of(one), prompts)
+                draw = lambda one: lab.draw(columns_of(one), prompts, start=start)
                 return summary(attribute, [effect.table(draw(one)) for one in sliders])
 
             lab.once(f"{key}: {where}", measure)
-        drawn = effect.pictures(lab.model, columns_of(sliders[0]), lab.seeds[:2], [STRIP])
+        settings = dict(prompts=[STRIP], start=start)
+        drawn = effect.pictures(lab.model, columns_of(sliders[0]), lab.seeds[:2], **settings)
         shown += [list(row) for row in zip(*drawn)]
         names += [key, ""]
     lab.save_sheet(shown, [images.scale_label(scale) for scale in effect.SCALES], names)

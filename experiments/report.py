@@ -1,4 +1,4 @@
-"""Fill the tables of docs/experiments.md from experiments/results/*.json:
+"""Fill the tables of docs/experiments.md and docs/guide.md from experiments/results/*.json:
 
     python -m experiments.report
 
@@ -12,7 +12,8 @@ import numpy as np
 
 from experiments.common import RESULTS
 
-PAGE = Path(__file__).parent.parent / "docs" / "experiments.md"
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = [DOCS / "experiments.md", DOCS / "guide.md"]
 
 
 # ------------------------------------------------------------------------------------------- cells
@@ -298,20 +299,24 @@ KINDS = {
 }
 
 
+def filled(name: str) -> str | None:
+    """The table `name`, of both seeds where there are two; None without results."""
+    if name == "seeds":
+        return seeds(None)
+    files = [RESULTS / f"{name}{seed}.json" for seed in ("", "_seed1")]
+    found = [KINDS[name](json.loads(file.read_text())) for file in files if file.exists()]
+    return both(*found) if len(found) == 2 else next(iter(found), None)
+
+
 def main():
-    page = PAGE.read_text()
-    for name in re.findall(r"<!-- (\w+) -->", page):
-        file = RESULTS / f"{name}.json"
-        if name == "end" or (name != "seeds" and not file.exists()):
-            continue
-        filled = KINDS[name](json.loads(file.read_text()) if name != "seeds" else None)
-        second = file.with_stem(f"{name}_seed1")
-        if second.exists():
-            filled = both(filled, KINDS[name](json.loads(second.read_text())))
-        block = f"<!-- {name} -->\n\n{filled}\n\n<!-- end -->"
-        page = re.sub(rf"<!-- {name} -->.*?<!-- end -->", lambda _: block, page, flags=re.S)
-    PAGE.write_text(page)
-    print(f"{PAGE}: written")
+    for path in PAGES:
+        page = path.read_text()
+        for name in set(re.findall(r"<!-- (\w+) -->", page)) - {"end"}:
+            if found := filled(name):
+                block = f"<!-- {name} -->\n\n{found}\n\n<!-- end -->"
+                page = re.sub(rf"<!-- {name} -->.*?<!-- end -->", lambda _: block, page, flags=re.S)
+        path.write_text(page)
+        print(f"{path}: written")
 
 
 if __name__ == "__main__":

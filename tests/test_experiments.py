@@ -70,14 +70,15 @@ def test_an_edit_is_measured(lab):
 
 
 def test_the_tables_in_the_docs_are_of_the_committed_results(tmp_path, monkeypatch):
-    """Filling the page again changes nothing: no figure in it was written by hand, or is of an
+    """Filling the pages again changes nothing: no figure in them was written by hand, or is of an
     older run."""
-    page = tmp_path / "experiments.md"
-    page.write_text(report.PAGE.read_text())
-    before = page.read_text()
-    monkeypatch.setattr(report, "PAGE", page)
+    copies = [tmp_path / page.name for page in report.PAGES]
+    before = [page.read_text() for page in report.PAGES]
+    for copy, text in zip(copies, before):
+        copy.write_text(text)
+    monkeypatch.setattr(report, "PAGES", copies)
     report.main()
-    assert page.read_text() == before
+    assert [copy.read_text() for copy in copies] == before
     committed = {f.stem for f in common.RESULTS.glob("*.json") if "_seed" not in f.stem}
     assert set(report.KINDS) >= committed
 
