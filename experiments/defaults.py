@@ -4,9 +4,9 @@ worst of them:
     python -m experiments.defaults
 
 Age, smile and eye size from words, by the commands that README gives, and eye size from 16 pairs;
-age once more, on from half of the denoising. Each is measured at scales -3 to 3 on 64 seeds of the eight prompts of miniature/effect.py, and on
-the same seeds of the prompt of README's strip. Trainings run in processes of their own, as a
-user's do."""
+age once more, on from half of the denoising. Each is measured at scales -3 to 3 on 64 seeds of the
+eight prompts of miniature/effect.py, and on the same seeds of the prompt of README's strip.
+Trainings run in processes of their own, as a user's do."""
 
 import subprocess
 import sys
