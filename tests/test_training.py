@@ -56,7 +56,6 @@ def test_all_stages_from_nothing_make_a_folder_that_draws(tmp_path, monkeypatch)
     monkeypatch.setattr(train, "PICTURES", 128)
     monkeypatch.setattr(train, "WORK", tmp_path)
     monkeypatch.setattr(train, "MODEL", tmp_path / "model")
-    monkeypatch.setattr(train.torch, "compile", lambda network: network)  # a minute of compiling
     pictures, attributes = train.make_data()
     train.train_vae(pictures, "cpu", first=2, crop=1, second=1)
     latents = train.make_latents(pictures, "cpu")
