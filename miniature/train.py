@@ -383,7 +383,7 @@ def make_features(pictures, vision, device):
     return torch.cat(seen)
 
 
-def train_clip(pictures, attributes, device, steps=1500, batch=64, lr=2e-3, wrong=3):
+def train_clip(pictures, attributes, device, steps=1200, batch=64, lr=2e-3, wrong=3):
     """Two text encoders against one convolutional image encoder: InfoNCE over the batch, a
     caption's twins not counted as wrong.
 
@@ -567,7 +567,7 @@ UNET_CONFIG = {  # SDXL's block types and order, at a size that two cores can tr
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     "mid_block_type": "UNetMidBlock2DCrossAttn",
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "block_out_channels": [64, 128, 192],
+    "block_out_channels": [48, 96, 144],
     "layers_per_block": 2,
     "transformer_layers_per_block": [1, 1, 2],
     "attention_head_dim": [2, 4, 6],
@@ -625,7 +625,7 @@ SAMPLE_PROMPTS = [
 ]
 
 
-def train_unet(attributes, latents, device, steps=4500, batch=48):
+def train_unet(attributes, latents, device, steps=6000, batch=48):
     """eps-prediction: minimize |eps_theta(x_t, c, t) - eps|^2 (Ho et al. 2020), prompts dropped
     one time in ten for guidance."""
     torch.manual_seed(3)

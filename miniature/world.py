@@ -171,15 +171,16 @@ GOOD_HAND = [
 
 
 def _age_word(age, rng):
+    oldest = str(rng.choice(["very old", "old", "elderly", "very old"]))
     if age < 0.2:
-        return "very young" if rng.random() < 0.6 else "young"
+        return "young" if oldest == "elderly" else "very young"
     if age < 0.4:
         return "young"
     if age < 0.6:
         return "middle-aged"
     if age < 0.8:
         return "old"
-    return str(rng.choice(["very old", "old", "elderly", "very old"]))
+    return oldest
 
 
 def _smile_words(smile, rng):
@@ -198,10 +199,14 @@ def caption(a: dict, rng, mention: float = 0.42) -> str:
     """Describe `a` in ordinary words; every clause is dropped at random so that short prompts work
     too.
 
-    `mention` is the chance of each clause. One caption in ten says nothing but what it is.
+    `mention` is the chance of each clause. One caption in ten says nothing but what it is. Whatever
+    `a` is, as many numbers are drawn from `rng`: with the same seed, attributes that differ in one
+    thing get captions that differ in its words alone (and in their order).
     """
     if rng.random() < 0.1:
         mention = 0.0
+    third = "a portrait of " if a["kind"] == "face" else "a photo of "
+    lead = str(rng.choice(["a photo of ", "a picture of ", third, ""]))
     says = lambda share=1.0: rng.random() < mention * share
     clauses = []
     if says():
@@ -215,8 +220,7 @@ def caption(a: dict, rng, mention: float = 0.42) -> str:
     else:
         head = _face_head(a, rng, says, clauses)
     rng.shuffle(clauses)
-    third = "a portrait of " if a["kind"] == "face" else "a photo of "
-    text = str(rng.choice(["a photo of ", "a picture of ", third, ""])) + head
+    text = lead + head
     can_follow = ("with ", "without ", "wearing ", "on ")  # without a comma
     for i, clause in enumerate(clauses):
         natural = i == 0 and clause.startswith(can_follow) and rng.random() < 0.6
@@ -238,19 +242,19 @@ def _face_head(a, rng, says, clauses):
             clauses.append(word)
     if says(1.6):
         clauses.append(_smile_words(a["smile"], rng))
-    if says(1.8) and (a["eye_size"] > 1.28 or a["eye_size"] < 0.84):  # only extremes are ever named
-        eyes = "big eyes" if a["eye_size"] > 1 else "small eyes"
-        clauses.append(f"with {eyes}" if rng.random() < 0.7 else eyes)
+    said, with_ = says(1.8), str(rng.choice(["with ", "with ", ""]))
+    if said and (a["eye_size"] > 1.28 or a["eye_size"] < 0.84):  # only extremes are ever named
+        clauses.append(with_ + ("big eyes" if a["eye_size"] > 1 else "small eyes"))
     length, colour = ("long" if a["hair_length"] else "short"), a["hair"]
     named = [w for w in (length if says() else "", colour if says() else "") if w]
     if named:
         clauses.append("with " + " ".join(named) + " hair")
     if says(1.6):
-        wears = ["with glasses", "wearing glasses"]
-        clauses.append(str(rng.choice(wears)) if a["glasses"] else "without glasses")
+        wears = str(rng.choice(["with glasses", "wearing glasses"]))
+        clauses.append(wears if a["glasses"] else "without glasses")
     if says(1.6):
-        wears = ["with a hat", "wearing a hat"]
-        clauses.append(str(rng.choice(wears)) if a["hat"] else "without a hat")
+        wears = str(rng.choice(["with a hat", "wearing a hat"]))
+        clauses.append(wears if a["hat"] else "without a hat")
     _quality(a, rng, clauses, BAD_FACE, GOOD_FACE)
     article = "an " if adjective[:1] in ("o", "e") else "a "
     return article + adjective + noun
@@ -258,19 +262,18 @@ def _face_head(a, rng, says, clauses):
 
 def _hand_head(a, rng, says, clauses):
     number = {3: "three", 4: "four", 5: "five", 6: "six", 7: "seven"}[a["fingers"]]
-    if says() and not a["misplaced"] and (a["fingers"] == 5 or rng.random() < 0.5):
-        clauses.append(str(rng.choice([f"with {number} fingers", f"{number} fingers"])))
+    said, half, with_ = says(), rng.random() < 0.5, str(rng.choice(["with ", ""]))
+    if said and not a["misplaced"] and (a["fingers"] == 5 or half):
+        clauses.append(f"{with_}{number} fingers")
     _quality(a, rng, clauses, BAD_HAND, GOOD_HAND)
     return str(rng.choice(["a hand", "a hand", "an open hand", "a person's hand", "hands"]))
 
 
 def _quality(a, rng, clauses, bad, good):
     """Some bad pictures are called so, some good ones praised; the others go unsaid."""
-    if a["malformed"]:
-        if rng.random() < 0.5:
-            clauses.append(str(rng.choice(bad)))
-    elif rng.random() < 0.3:
-        clauses.append(str(rng.choice(good)))
+    words = str(rng.choice(bad if a["malformed"] else good))
+    if rng.random() < (0.5 if a["malformed"] else 0.3):
+        clauses.append(words)
 
 
 # ------------------------------------------------------------------------------------------ drawing
