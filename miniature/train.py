@@ -383,7 +383,7 @@ def make_features(pictures, vision, device):
     return torch.cat(seen)
 
 
-def train_clip(pictures, attributes, device, steps=1200, batch=64, lr=2e-3, wrong=3):
+def train_clip(pictures, attributes, device, steps=1500, batch=64, lr=2e-3, wrong=3):
     """Two text encoders against one convolutional image encoder: InfoNCE over the batch, a
     caption's twins not counted as wrong.
 
