@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 import lora
-from miniature import effect, pairs
+from miniature import compose, effect, pairs
 from miniature.compose import PERSON, SLIDERS
 from sdxl import MINIATURE, SDXL, split_words
 from support import cli, images, options, training
@@ -125,15 +125,12 @@ def authors(copy: Path, out: Path, attribute: str, from_pairs: bool, iterations:
 
 def ours(out: Path, attribute: str, from_pairs: bool, steps: int, seed: int):
     """The command of our trainer, with its defaults but for the number of steps."""
-    about = ["--prompt", PERSON, "--steps", steps, "--seed", seed, "--probe", 0]
+    about = ["--steps", steps, "--seed", seed, "--probe", 0]
     about += ["--device", "cpu", "--out", out / f"{steps}.safetensors", "--overwrite"]
     if from_pairs:
         ends = ["--neg", out / "pairs" / "neg", "--pos", out / "pairs" / "pos"]
-        return [ROOT / "train_pairs.py", *ends, *about]
-    pos, neg, preserve = SLIDERS[attribute]
-    ends = ["--pos", f"{PERSON}, {pos}", "--neg", f"{PERSON}, {neg}"]
-    preserved = [word for concepts in preserve for word in ("--preserve", concepts)]
-    return [ROOT / "train_text.py", *ends, *preserved, *about]
+        return ["train_pairs.py", *ends, "--prompt", PERSON, *about]
+    return [*compose.command(attribute), *about]
 
 
 def run(python: str, log: Path, seed: int, command: list) -> list[dict]:

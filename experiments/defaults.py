@@ -17,7 +17,7 @@ import numpy as np
 import lora
 from experiments.common import Lab
 from miniature import effect
-from miniature.compose import PERSON, SLIDERS
+from miniature.compose import PERSON, command
 from sdxl import split_words
 from support import cli, images
 
@@ -34,10 +34,10 @@ KINDS = [  # attribute, whether from pairs, start
 
 
 def run(*words):
-    command = [str(word) for word in words]
-    print("python", " ".join(command), flush=True)
+    strings = [str(word) for word in words]
+    print("python", " ".join(strings), flush=True)
     root = Path(__file__).parent.parent
-    subprocess.run([sys.executable, *command], cwd=root, check=True)
+    subprocess.run([sys.executable, *strings], cwd=root, check=True)
 
 
 def train(attribute: str, from_pairs: bool, seed: int, file: Path):
@@ -50,10 +50,7 @@ def train(attribute: str, from_pairs: bool, seed: int, file: Path):
         run("-m", "miniature.pairs", "--attribute", attribute, "--out", pairs)
         ends = ["--neg", pairs / "0.7", "--pos", pairs / "1.5"]
         return run("train_pairs.py", *ends, "--prompt", PERSON, *about)
-    pos, neg, preserve = SLIDERS[attribute]
-    ends = ["--pos", f"{PERSON}, {pos}", "--neg", f"{PERSON}, {neg}"]
-    preserved = [word for concepts in preserve for word in ("--preserve", concepts)]
-    run("train_text.py", "--prompt", PERSON, *ends, *preserved, *about)
+    run(*command(attribute), *about)
 
 
 def summary(attribute: str, tables: list[dict]) -> dict:

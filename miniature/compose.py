@@ -32,15 +32,18 @@ SLIDERS = {  # attribute -> words of its positive and of its negative end, what 
 PAIRS = [("age", "smile"), ("smile", "eye_size"), ("age", "eye_size")]
 
 
+def command(attribute: str) -> list[str]:
+    """What trains its slider with the defaults: train_text.py and its options, but for --out."""
+    pos, neg, preserve = SLIDERS[attribute]
+    ends = ["--pos", f"{PERSON}, {pos}", "--neg", f"{PERSON}, {neg}"]
+    preserved = [word for concepts in preserve for word in ("--preserve", concepts)]
+    return ["train_text.py", "--prompt", PERSON, *ends, *preserved]
+
+
 def train(attribute: str, folder: Path) -> Path:
     path = folder / f"{attribute.replace(' ', '_')}.safetensors"
     if not path.exists():
-        pos, neg, preserve = SLIDERS[attribute]
-        command = ["train_text.py", "--prompt", PERSON, "--out", str(path)]
-        command += ["--pos", f"{PERSON}, {pos}", "--neg", f"{PERSON}, {neg}"]
-        for concepts in preserve:
-            command += ["--preserve", concepts]
-        subprocess.run([sys.executable, *command], check=True)
+        subprocess.run([sys.executable, *command(attribute), "--out", str(path)], check=True)
     return path
 
 
