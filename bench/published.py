@@ -24,7 +24,7 @@ from pathlib import Path
 import lora
 from miniature import compose, effect, pairs
 from miniature.compose import PERSON, SLIDERS
-from sdxl import MINIATURE, SDXL, split_words
+from sdxl import MINIATURE, SDXL
 from support import cli, images, options, training
 from support.options import default_help
 
@@ -32,7 +32,6 @@ ROOT = Path(__file__).parent.parent
 DRIVER = Path(__file__).with_name("driver.py")
 OUR_STEPS = (15, 30, 60, 120)  # 60 is the default
 SEEDS = list(range(2000, 2032))  # of the pictures that are measured
-SCALES = [-3, -2, -1, 0, 1, 2, 3]
 
 TEXT, IMAGE = "trainscripts/textsliders", "trainscripts/imagesliders"
 CPU = ('torch.device(f"cuda:{args.device}")', 'torch.device("cpu")')
@@ -146,16 +145,14 @@ def run(python: str, log: Path, seed: int, command: list) -> list[dict]:
 
 def measured(model, row: dict, attribute: str) -> dict:
     """A line of the log, with what the slider in its file does in place of the file's name."""
-    named = effect.NAMED.get(attribute, set())
-    prompts = [words for words in effect.PROMPTS if not named & set(split_words(words))]
     slider = lora.load(row["file"], model.unet)
-    table = effect.readings(model, [[(slider, scale)] for scale in SCALES], SEEDS, prompts)
-    found = effect.summary(table, attribute, SCALES)
+    columns = [[(slider, scale)] for scale in effect.SCALES]
+    prompts = effect.prompts_without(attribute)
+    found = effect.summary(effect.readings(model, columns, SEEDS, prompts), attribute)
     keep = ("means", "moved", "monotonic", "worst_other", "worst_other_moved")
     cost = row["frozen"] + 3 * row["trained"]
-    return (
-        {k: v for k, v in row.items() if k != "file"} | {k: found[k] for k in keep} | {"cost": cost}
-    )
+    kept = {k: v for k, v in row.items() if k != "file"} | {k: found[k] for k in keep}
+    return kept | {"cost": cost}
 
 
 def train_and_measure(model, args, copy, folder, who, attribute, from_pairs, seed) -> list[dict]:

@@ -18,7 +18,6 @@ import lora
 from experiments.common import Lab
 from miniature import effect
 from miniature.compose import PERSON, command
-from sdxl import split_words
 from support import cli, images
 
 SEEDS = (0, 1, 2)  # of trainings
@@ -83,8 +82,7 @@ def main():
             train(attribute, from_pairs, seed, file)
         key += "" if start == START else f", start {start:g}"
         sliders = [lora.load(file, lab.model.unet) for file in files]
-        named = effect.NAMED.get(attribute, set())
-        unseen = [words for words in effect.PROMPTS if not named & set(split_words(words))]
+        unseen = effect.prompts_without(attribute)
         for where, prompts in (("eight prompts", unseen), ("strip", [STRIP])):
 
             def measure():

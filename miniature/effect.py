@@ -34,6 +34,12 @@ NAMED = {"hair_length": {"long", "short"}, "skin": {"skin"}, "sex": SEX}
 SCALES = [-3, -2, -1, 0, 1, 2, 3]
 
 
+def prompts_without(attribute: str) -> list[str]:
+    """Those of PROMPTS that hold nothing of this attribute fast."""
+    named = NAMED.get(attribute, set())
+    return [prompt for prompt in PROMPTS if not named & set(split_words(prompt))]
+
+
 def readings(model, columns, seeds, prompts=PROMPTS, **settings):
     """{attribute: array (columns, seeds)}. columns, settings: of slider.sweep. Seeds take the
     prompts in turn."""
@@ -152,8 +158,7 @@ def main():
         raise ValueError("--scales: two at least, or nothing can move")
     model = cli.load_model(args)
     loaded = lora.load(args.slider, model.unet)
-    named = NAMED.get(args.attribute, set())
-    prompts = args.prompt or [p for p in PROMPTS if not named & set(split_words(p))]
+    prompts = args.prompt or prompts_without(args.attribute)
     settings = {name: getattr(args, name) for name in ("steps", "start", "guidance")}
     columns = [[(loaded, scale)] for scale in args.scales]
     table = readings(model, columns, args.seeds, prompts, **settings)
