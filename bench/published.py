@@ -1,19 +1,23 @@
 """The published trainers themselves beside ours, on the miniature, on the CPU:
 
-    python -m bench.published --authors ../sliders
+    python -m bench.published --authors ../sliders --ai-toolkit ../ai-toolkit --ai-python PYTHON
 
---authors names a clone of github.com/rohitgandikota/sliders. Its text trainer (train_lora_xl.py)
-and its image trainer (train_lora-scale-xl.py) run in processes of their own, on a temporary copy
-in which SUBSTITUTIONS are made and nothing else; they are printed. All have the same words, the
-same preserved concepts, rank, layers and eta; each has its own defaults for the rest. Ours is
-trained anew for each number of steps, theirs is read every --every iterations.
+--authors names a clone of github.com/rohitgandikota/sliders: its text trainer (train_lora_xl.py)
+and its image trainer (train_lora-scale-xl.py). --ai-toolkit names a clone of
+github.com/ostris/ai-toolkit: its concept slider, for which the frozen model draws the pictures that
+it noises. They run in processes of their own, on temporary copies in which SUBSTITUTIONS are made
+and nothing else; they are printed. All have the same words, rank, layers and eta, and the same
+preserved concepts, which ai-toolkit has no place for; each has its own defaults for the rest. Ours
+is trained anew for each number of steps, theirs are read as they train.
 
 What passes through the UNet is counted by a hook (driver.py), sliders are read by our loader and
 measured by the measuring stick on the same seeds and prompts, which no training used. A UNet
-evaluation is one sample; one with gradients counts as three. --python is the interpreter that has
-what their code imports (diffusers, pydantic, pyyaml). What --json holds is not run again."""
+evaluation is one sample; one with gradients counts as three. --python and --ai-python are the
+interpreters that have what their code imports. What --json holds is not run again."""
 
+import itertools
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -25,14 +29,18 @@ import lora
 from miniature import compose, effect, pairs
 from miniature.compose import PERSON, SLIDERS
 from sdxl import MINIATURE, SDXL
+from slider import generate
 from support import cli, images, options, training
 from support.options import default_help
 
 ROOT = Path(__file__).parent.parent
+COLOURS = {"ours": "tab:blue", "authors": "tab:orange", "ai-toolkit": "tab:green"}
 DRIVER = Path(__file__).with_name("driver.py")
 OUR_STEPS = (15, 30, 60, 120)  # 60 is the default
 SEEDS = list(range(2000, 2032))  # of the pictures that are measured
+PICTURES = list(range(5000, 5032))  # seeds of those that ai-toolkit noises
 
+CONCEPT_SLIDER = "extensions_built_in/concept_slider"
 TEXT, IMAGE = "trainscripts/textsliders", "trainscripts/imagesliders"
 CPU = ('torch.device(f"cuda:{args.device}")', 'torch.device("cpu")')
 NO_WANDB = ("import wandb\n", "")  # the settings leave it off
@@ -53,13 +61,16 @@ SUBSTITUTIONS = {  # file -> (what it says, what it says instead)
 }
 
 
-def prepared(clone: Path, folder: Path) -> Path:
-    """A copy of the clone's trainers in `folder` with SUBSTITUTIONS made; each is printed.
-    ValueError where the clone does not have the text."""
-    copy = folder / "authors"
-    if not (clone / TEXT).is_dir():
-        raise ValueError(f"--authors: {clone} has no {TEXT}: it names a clone of their repository")
-    shutil.copytree(clone / "trainscripts", copy / "trainscripts")
+def copied(clone: Path, copy: Path, option: str, needed: str):
+    """A copy of a clone. ValueError where it has no file or folder `needed`."""
+    if not (clone / needed).exists():
+        raise ValueError(f"{option}: {clone} has no {needed}: it names a clone of their repository")
+    shutil.copytree(clone, copy, ignore=shutil.ignore_patterns(".git", "ui", "assets"))
+
+
+def substitute(copy: Path):
+    """Make SUBSTITUTIONS in a copy of the authors' trainers; each is printed. ValueError where it
+    does not have the text."""
     for name, changes in SUBSTITUTIONS.items():
         code = (copy / name).read_text(encoding="utf-8")
         for old, new in changes:
@@ -68,7 +79,6 @@ def prepared(clone: Path, folder: Path) -> Path:
             print(f"{name}: {old!r} becomes {new!r}, {code.count(old)} times")
             code = code.replace(old, new)
         (copy / name).write_text(code, encoding="utf-8")
-    return copy
 
 
 # ------------------------------------------------------------------------------------- the trainers
@@ -94,7 +104,6 @@ def prompts_of(attribute: str, from_pairs: bool) -> list[dict]:
 
 def authors(copy: Path, out: Path, attribute: str, from_pairs: bool, iterations: int, every: int):
     """The command of the authors' trainer. JSON is YAML too."""
-    out.mkdir(parents=True, exist_ok=True)
     config = {
         "prompts_file": str(out / "prompts.yaml"),
         "pretrained_model": {"name_or_path": str(MINIATURE), "v2": False, "v_pred": False},
@@ -122,6 +131,44 @@ def authors(copy: Path, out: Path, attribute: str, from_pairs: bool, iterations:
     return [copy / IMAGE / "train_lora-scale-xl.py", *about, *folders]
 
 
+def ai_toolkit(copy: Path, out: Path, attribute: str, steps: int, every: int, seed: int):
+    """The command of ai-toolkit's concept slider: the defaults of its interface (jobConfig.ts) but
+    for what is the same for all, the device, and the 8-bit optimizer, of which AdamW is the whole.
+
+    It has one target and nothing like eq. (8)'s P: its anchor is a prompt whose picture must not
+    change at all, by default the empty one."""
+    pos, neg, _ = SLIDERS[attribute]
+    words = {"positive_prompt": f"{PERSON}, {pos}", "negative_prompt": f"{PERSON}, {neg}"}
+    rank = {"linear": 4, "linear_alpha": 1, "conv": 4, "conv_alpha": 1}
+    no_cross_attention = {"ignore_if_contains": ["attn2"]}
+    strengths = {"guidance_strength": training.ETA, "anchor_strength": 1.0, "anchor_class": ""}
+    process = {
+        "type": "concept_slider",
+        "training_folder": str(out),
+        "training_seed": seed,
+        "device": "cpu",
+        "network": {"type": "lora", **rank, "network_kwargs": no_cross_attention},
+        "save": {"dtype": "bf16", "save_every": every, "max_step_saves_to_keep": steps},
+        "datasets": [{"folder_path": str(out / "pictures"), "resolution": [128]}],
+        "train": {
+            "batch_size": 1,
+            "steps": steps,
+            "lr": 0.0001,
+            "optimizer": "adamw",
+            "optimizer_params": {"weight_decay": 1e-4},
+            "noise_scheduler": "ddpm",
+            "dtype": "bf16",
+            "gradient_checkpointing": False,  # less memory for more time: not needed here
+            "disable_sampling": True,
+        },
+        "model": {"name_or_path": str(MINIATURE), "arch": "sdxl"},
+        "slider": {"target_class": PERSON, **words, **strengths},
+    }
+    job = {"job": "extension", "config": {"name": "slider", "process": [process]}}
+    (out / "config.json").write_text(json.dumps(job | {"meta": {"name": "slider"}}))
+    return [copy / "run.py", out / "config.json"]
+
+
 def ours(out: Path, attribute: str, from_pairs: bool, steps: int, seed: int):
     """The command of our trainer, with its defaults but for the number of steps."""
     about = ["--steps", steps, "--seed", seed, "--probe", 0]
@@ -132,12 +179,15 @@ def ours(out: Path, attribute: str, from_pairs: bool, steps: int, seed: int):
     return [*compose.command(attribute), *about]
 
 
-def run(python: str, log: Path, seed: int, command: list) -> list[dict]:
-    """Run a trainer's command under driver.py; the lines of its log, one for each file."""
+def run(python: str, log: Path, seed: int, command: list, cwd: Path = ROOT) -> list[dict]:
+    """Run a trainer's command under driver.py; the lines of its log, one for each slider file."""
     words = [str(word) for word in [DRIVER, log, seed, *command]]
     print("$", " ".join(words), flush=True)
-    subprocess.run([python, *words], cwd=ROOT, check=True)
-    return [json.loads(line) for line in log.read_text().splitlines()]
+    if os.sep in python:
+        python = os.path.abspath(python)  # not resolved: a virtual environment's is a link
+    subprocess.run([python, *words], cwd=cwd, check=True)
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    return [row for row in rows if Path(row["file"]).name != "optimizer.pt"]
 
 
 # ---------------------------------------------------------------------------------------- measuring
@@ -155,19 +205,24 @@ def measured(model, row: dict, attribute: str) -> dict:
     return kept | {"cost": cost}
 
 
-def train_and_measure(model, args, copy, folder, who, attribute, from_pairs, seed) -> list[dict]:
+def train_and_measure(model, args, folder, who, attribute, from_pairs, seed) -> list[dict]:
     """The points of one trainer's curve."""
     out = folder / f"{who}_{attribute}_{'pairs' if from_pairs else 'text'}_{seed}"
+    out.mkdir()
     if from_pairs:
         for i, group in enumerate(pairs.draw(attribute, (0.7, 1.5), 16)):
             for end, picture in zip(("neg", "pos"), group):
                 images.save_image(picture, out / "pairs" / end / f"{i:03}.png")
-    common = (attribute, from_pairs)
+    log, common = out / "log", (attribute, from_pairs)
     if who == "authors":
-        command = authors(copy, out, *common, args.iterations, args.every)
-        rows = run(args.python, out / "log", seed, command)
+        command = authors(folder / who, out, *common, args.iterations, args.every)
+        rows = run(args.python, log, seed, command, folder / who)
+    elif who == "ai-toolkit":
+        for picture, i in zip(generate(model, PERSON, seeds=PICTURES), PICTURES):
+            images.save_image(picture, out / "pictures" / f"{i}.png")
+        command = ai_toolkit(folder / who, out, attribute, args.ai_steps, args.ai_every, seed)
+        rows = run(args.ai_python, log, seed, command, folder / who)
     else:
-        out.mkdir(parents=True, exist_ok=True)
         rows = []
         for steps in OUR_STEPS:
             log = out / f"log{steps}"
@@ -185,7 +240,7 @@ def print_table(done: list[dict]):
         "| slider | trainer | cost | s | moved | in order | most moved other |\n" + "|---" * 7 + "|"
     )
     for name in dict.fromkeys(run["slider"] for run in done):
-        for who in ("ours", "authors"):
+        for who in COLOURS:
             runs = [r["points"] for r in done if (r["slider"], r["who"]) == (name, who)]
             at = [points[OUR_STEPS.index(60) if who == "ours" else -1] for points in runs]
             if at:
@@ -209,13 +264,12 @@ def plot(done: list[dict], path: Path):
 
     names = list(dict.fromkeys(run["slider"] for run in done))
     _, axes = plt.subplots(len(names), 2, figsize=(8, 2.2 * len(names)), squeeze=False)
-    colours = {"ours": "tab:blue", "authors": "tab:orange"}
     for run_ in done:
         row = axes[names.index(run_["slider"])]
         for axis, key in zip(row, ("cost", "seconds")):
             for what, style in (("moved", "o-"), ("worst_other_moved", "x--")):
                 xs, ys = zip(*((point[key], point[what]) for point in run_["points"]))
-                axis.plot(xs, ys, style, color=colours[run_["who"]], markersize=3, lw=1)
+                axis.plot(xs, ys, style, color=COLOURS[run_["who"]], markersize=3, lw=1)
             axis.set(xscale="log", ylim=(0, 1), xlabel=key, title=run_["slider"])
     plt.tight_layout()
     plt.savefig(path, dpi=80)
@@ -223,32 +277,47 @@ def plot(done: list[dict], path: Path):
 
 def main():
     p = cli.plain_parser(__doc__)
-    p.add_argument("--authors", required=True, type=Path, metavar="DIR", help="clone of their code")
-    python = default_help("interpreter that runs it")
-    p.add_argument("--python", default=sys.executable, help=python)
-    p.add_argument(
-        "--seeds", type=cli.seed_list, default=[0, 1], help="of trainings (default: 0,1)"
-    )
-    p.add_argument("--iterations", type=int, default=500, help=default_help("of theirs"))
-    p.add_argument("--every", type=int, default=100, help=default_help("theirs between readings"))
+    p.add_argument("--authors", type=Path, metavar="DIR", help="clone of the authors' code")
+    p.add_argument("--ai-toolkit", type=Path, metavar="DIR", help="clone of ai-toolkit")
+    for option, whose in (("--python", "the authors' code"), ("--ai-python", "ai-toolkit")):
+        what = default_help(f"interpreter that runs {whose}")
+        p.add_argument(option, default=sys.executable, metavar="PYTHON", help=what)
+    of_trainings = dict(default=[0, 1], help="of trainings (default: 0,1)")
+    p.add_argument("--seeds", type=cli.seed_list, **of_trainings)
+    for option, default, what in (
+        ("--iterations", 500, "of the authors' trainers"),
+        ("--every", 100, "of them between readings"),
+        ("--ai-steps", 3000, "of ai-toolkit's"),
+        ("--ai-every", 500, "of them between readings"),
+    ):
+        p.add_argument(option, type=int, default=default, help=default_help(what))
     p.add_argument("--json", type=Path, default=Path("bench/published.json"), help="results")
     args = p.parse_args()
+    if not (args.authors or args.ai_toolkit):
+        p.error("--authors DIR or --ai-toolkit DIR is needed: a clone of theirs")
     done = json.loads(args.json.read_text()) if args.json.exists() else []
-    sliders = [(attribute, False) for attribute in ("age", "smile", "eye_size")]
-    with tempfile.TemporaryDirectory() as folder:
-        copy = prepared(args.authors, Path(folder))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, whose = Path(temporary), ["ours"]
+        if args.authors:
+            copied(args.authors, folder / "authors", "--authors", TEXT)
+            substitute(folder / "authors")
+            whose.append("authors")
+        if args.ai_toolkit:
+            copied(args.ai_toolkit, folder / "ai-toolkit", "--ai-toolkit", CONCEPT_SLIDER)
+            print("ai-toolkit: nothing is changed")
+            whose.append("ai-toolkit")
         model = SDXL.load(device="cpu")
-        for attribute, from_pairs in [*sliders, ("eye_size", True)]:
+        kinds = [("age", False), ("smile", False), ("eye_size", False), ("eye_size", True)]
+        for (attribute, from_pairs), seed, who in itertools.product(kinds, args.seeds, whose):
             name = attribute.replace("_", " ") + (", 16 pairs" if from_pairs else "")
-            for seed in args.seeds:
-                for who in ("ours", "authors"):
-                    about = {"slider": name, "who": who, "seed": seed}
-                    if any(about.items() <= run.items() for run in done):
-                        continue
-                    of = (who, attribute, from_pairs, seed)
-                    points = train_and_measure(model, args, copy, Path(folder), *of)
-                    done.append(about | {"points": points})
-                    cli.write_text(args.json, json.dumps(done, indent=1))
+            about = {"slider": name, "who": who, "seed": seed}
+            if any(about.items() <= run.items() for run in done):
+                continue
+            if who == "ai-toolkit" and from_pairs:
+                continue  # it is from words alone
+            points = train_and_measure(model, args, folder, who, attribute, from_pairs, seed)
+            done.append(about | {"points": points})
+            cli.write_text(args.json, json.dumps(done, indent=1))
     print_table(done)
     plot(done, args.json.with_suffix(".png"))
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from bench import published
+from support import training
 
 TRAINER = """
 import sys, torch
@@ -51,7 +52,9 @@ def clone(folder, leave_out=""):
 def test_only_the_listed_text_is_changed_and_only_in_a_copy(tmp_path, capsys):
     theirs = clone(tmp_path / "theirs")
     before = {path: path.read_text() for path in theirs.rglob("*.py")}
-    copy = published.prepared(theirs, tmp_path)
+    copy = tmp_path / "copy"
+    published.copied(theirs, copy, "--authors", published.TEXT)
+    published.substitute(copy)
     said = capsys.readouterr().out
     for name, changes in published.SUBSTITUTIONS.items():
         code = (copy / name).read_text()
@@ -63,9 +66,9 @@ def test_only_the_listed_text_is_changed_and_only_in_a_copy(tmp_path, capsys):
 def test_another_version_of_their_code_is_named(tmp_path):
     theirs = clone(tmp_path / "theirs", leave_out=published.CPU[0])
     with pytest.raises(ValueError, match=r"train_lora_xl.py does not say .* another version"):
-        published.prepared(theirs, tmp_path)
+        published.substitute(theirs)
     with pytest.raises(ValueError, match="--authors: .*nowhere has no trainscripts/textsliders"):
-        published.prepared(tmp_path / "nowhere", tmp_path)
+        published.copied(tmp_path / "nowhere", tmp_path / "copy", "--authors", published.TEXT)
 
 
 def test_their_prompts_are_our_words(tmp_path):
@@ -80,8 +83,22 @@ def test_their_prompts_are_our_words(tmp_path):
     assert json.loads((tmp_path / "prompts.yaml").read_text()) == entries
 
 
-def test_a_missing_clone_is_one_line(tmp_path):
-    command = [sys.executable, "-m", "bench.published", "--authors", str(tmp_path / "none")]
+def test_ai_toolkit_has_our_words_rank_layers_and_eta(tmp_path):
+    script, config = published.ai_toolkit(tmp_path, tmp_path, "age", 30, 10, seed=1)
+    (process,) = json.loads(config.read_text())["config"]["process"]
+    said = process["slider"]
+    assert said["positive_prompt"] == "a photo of a person, very old"
+    assert said["negative_prompt"] == "a photo of a person, very young"
+    assert said["guidance_strength"] == training.ETA
+    network = process["network"]
+    assert network["linear"] == network["conv"] == 4 and network["linear_alpha"] == 1
+    assert network["network_kwargs"]["ignore_if_contains"] == ["attn2"]
+    assert process["train"]["steps"] == 30 and process["save"]["save_every"] == 10
+
+
+@pytest.mark.parametrize("option", ["--authors", "--ai-toolkit"])
+def test_a_missing_clone_is_one_line(tmp_path, option):
+    command = [sys.executable, "-m", "bench.published", option, str(tmp_path / "none")]
     command += ["--json", str(tmp_path / "x.json")]
     done = subprocess.run(command, cwd=published.ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--authors" in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and option in done.stderr
