@@ -275,7 +275,7 @@ def plot(done: list[dict], path: Path):
     plt.savefig(path, dpi=80)
 
 
-def main():
+def parser():
     p = cli.plain_parser(__doc__)
     p.add_argument("--authors", type=Path, metavar="DIR", help="clone of the authors' code")
     p.add_argument("--ai-toolkit", type=Path, metavar="DIR", help="clone of ai-toolkit")
@@ -292,20 +292,32 @@ def main():
     ):
         p.add_argument(option, type=int, default=default, help=default_help(what))
     p.add_argument("--json", type=Path, default=Path("bench/published.json"), help="results")
-    args = p.parse_args()
-    if not (args.authors or args.ai_toolkit):
-        p.error("--authors DIR or --ai-toolkit DIR is needed: a clone of theirs")
+    return p
+
+
+def prepare(args, folder: Path) -> list[str]:
+    """Copy the clones that are named into `folder`, ready to run; the trainers' names. ValueError
+    where one is not such a clone, or none is named."""
+    whose = ["ours"]
+    if args.authors:
+        copied(args.authors, folder / "authors", "--authors", TEXT)
+        substitute(folder / "authors")
+        whose.append("authors")
+    if args.ai_toolkit:
+        copied(args.ai_toolkit, folder / "ai-toolkit", "--ai-toolkit", CONCEPT_SLIDER)
+        print("ai-toolkit: nothing is changed")
+        whose.append("ai-toolkit")
+    if len(whose) == 1:
+        raise ValueError("--authors DIR or --ai-toolkit DIR is needed: a clone of theirs")
+    return whose
+
+
+def main():
+    args = parser().parse_args()
     done = json.loads(args.json.read_text()) if args.json.exists() else []
     with tempfile.TemporaryDirectory() as temporary:
-        folder, whose = Path(temporary), ["ours"]
-        if args.authors:
-            copied(args.authors, folder / "authors", "--authors", TEXT)
-            substitute(folder / "authors")
-            whose.append("authors")
-        if args.ai_toolkit:
-            copied(args.ai_toolkit, folder / "ai-toolkit", "--ai-toolkit", CONCEPT_SLIDER)
-            print("ai-toolkit: nothing is changed")
-            whose.append("ai-toolkit")
+        folder = Path(temporary)
+        whose = prepare(args, folder)
         model = SDXL.load(device="cpu")
         kinds = [("age", False), ("smile", False), ("eye_size", False), ("eye_size", True)]
         for (attribute, from_pairs), seed, who in itertools.product(kinds, args.seeds, whose):

@@ -340,8 +340,9 @@ def load_module(kind, config: dict, locations: dict, device, dtype, part: str):
     try:
         with torch.device("meta"):
             module = kind(config)
-    except (KeyError, TypeError, IndexError, ZeroDivisionError, RuntimeError) as error:
-        raise ValueError(f"{part}/config.json: missing or odd: {error}") from None
+    except (LookupError, ArithmeticError, TypeError, ValueError, RuntimeError) as error:
+        which = "its config.json (of a single file without --base, SDXL's own)"
+        raise ValueError(f"{part}: {which} is missing or odd: {error}") from None
     check_names(module.state_dict(), locations, part)
     try:
         for chunk in read_tensors(locations, device, dtype):

@@ -625,7 +625,7 @@ SAMPLE_PROMPTS = [
 ]
 
 
-def train_unet(attributes, latents, device, steps=6000, batch=48):
+def train_unet(attributes, latents, device, steps=7000, batch=48):
     """eps-prediction: minimize |eps_theta(x_t, c, t) - eps|^2 (Ho et al. 2020), prompts dropped
     one time in ten for guidance."""
     torch.manual_seed(3)

@@ -1,6 +1,7 @@
 """Slider files mean the same in every tool: what diffusers makes of ours, and we of LyCORIS's and
 peft's. Errors are in units of the change that a slider makes, not of the picture."""
 
+import copy
 import json
 import shutil
 import sys
@@ -38,7 +39,7 @@ def files(model, tmp_path_factory):
     layers = lora.target_layers(unet)
     for kind, name in (
         ("one layer", "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"),
-        ("one convolution", "mid_block.resnets.0.conv1"),
+        ("one convolution", "down_blocks.1.resnets.0.conv2"),
     ):
         torch.manual_seed(3)
         slider = lora.Slider({name: layers[name]}, rank=3, alpha=2.0)
@@ -72,11 +73,11 @@ def pipeline():
     return pipeline
 
 
-def change_of(predict, path, model, scale=1.0):
+def change_of(predict, path, model):
     """What the slider file `path` changes in the prediction of our UNet."""
     slider = lora.load(path, model.unet).attach(model.unet)
     try:
-        with slider.at(scale):
+        with slider.at(1.0):
             return predict(model.unet) - predict_plain(predict, slider, model)
     finally:
         slider.detach()
@@ -96,14 +97,13 @@ def test_diffusers_applies_our_files_as_we_do(
     deltas = slider_files.read(files[kind], model.unet).deltas
     path = tmp_path / "slider.safetensors"
     slider_files.write(path, deltas, {}, naming, model.unet)
-    scale = 20.0 if kind == "one convolution" else 1.0  # its change is near float32's rounding
-    ours = change_of(lambda unet: unet(*inputs), path, model, scale)
+    ours = change_of(lambda unet: unet(*inputs), path, model)
     x_t, t, context, pooled, time_ids = inputs
     added = {"text_embeds": pooled, "time_ids": time_ids}
     theirs = lambda: pipeline.unet(x_t, t, context, added_cond_kwargs=added).sample
     plain = theirs()
     pipeline.load_lora_weights(str(tmp_path), weight_name=path.name, adapter_name=naming)
-    pipeline.set_adapters([naming], [scale])
+    pipeline.set_adapters([naming], [1.0])
     try:
         error = (theirs() - plain - ours).norm() / ours.norm()
     finally:
@@ -157,29 +157,58 @@ def test_folders_of_peft_are_read_with_their_configuration(model, kind):
     assert lora.load(folder / kind, model.unet).metadata is not None
 
 
+@pytest.mark.parametrize("name", ["authors.pt", "ai-toolkit.safetensors"])
+def test_files_that_the_published_trainers_wrote_change_a_layer_as_they_say(model, name):
+    """One iteration of theirs at rank 1 (tests/data/published/make.py)."""
+    path = DATA / "published" / name
+    tensors = load_file(path) if path.suffix != ".pt" else torch.load(path, weights_only=True)
+    (stem,) = {key.split(".")[0] for key in tensors}
+    by_kohya_name = {
+        "lora_unet_" + n.replace(".", "_"): layer for n, layer in model.unet.named_modules()
+    }
+    layer = by_kohya_name[stem]
+    part = lambda suffix: tensors[f"{stem}.{suffix}"].float()
+    up, down = part("lora_up.weight").flatten(1), part("lora_down.weight").flatten(1)
+    change = part("alpha") / len(down) * (up @ down).view_as(layer.weight)  # alpha / r B A
+    scale = float(layer.weight.norm() / change.norm())  # an iteration changes next to nothing
+    changed = copy.deepcopy(layer)
+    changed.weight.data += scale * change
+    torch.manual_seed(0)
+    x = torch.randn(2, layer.weight.shape[1], *[8] * (layer.weight.dim() - 2))
+    with torch.no_grad():
+        plain = layer(x)
+        slider = lora.load(path, model.unet).attach(model.unet)
+        try:
+            with slider.at(scale):
+                found = layer(x)
+        finally:
+            slider.detach()
+        torch.testing.assert_close(found - plain, changed(x) - plain, rtol=1e-4, atol=1e-4)
+
+
 def test_adapters_that_mean_something_else_are_refused_by_name(model, tmp_path):
     with pytest.raises(
         ValueError, match="begun with pissa.*path_initial_model_for_weight_conversion"
     ):
         lora.load(DATA / "peft" / "pissa", model.unet)
-    copy = tmp_path / "adapter"
-    shutil.copytree(DATA / "peft" / "pattern", copy)
-    config = json.loads((copy / "adapter_config.json").read_text())
+    folder = tmp_path / "adapter"
+    shutil.copytree(DATA / "peft" / "pattern", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
     for change, message in (
         ({"peft_type": "LOHA"}, "a LOHA adapter"),
         ({"init_lora_weights": "olora"}, "begun with olora"),
         ({"init_lora_weights": "pissa_niter_16"}, "begun with pissa_niter_16"),
     ):
-        (copy / "adapter_config.json").write_text(json.dumps(config | change))
+        (folder / "adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=f"adapter_config.json: .*{message}"):
-            lora.load(copy, model.unet)
-    (copy / "adapter_config.json").write_text(json.dumps(config))
-    tensors = load_file(copy / "adapter_model.safetensors")
+            lora.load(folder, model.unet)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "adapter_model.safetensors")
     name = next(k for k in tensors if "lora_B" in k)
     bias = {name.replace(".weight", ".bias"): torch.zeros(len(tensors[name]))}
-    save_file(tensors | bias, copy / "adapter_model.safetensors")
+    save_file(tensors | bias, folder / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="lora_B.bias is a bias of peft's"):
-        lora.load(copy, model.unet)
+        lora.load(folder, model.unet)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_weights import one_file, same
 
-from formats import weights
+from formats import single_file, weights
 from sdxl import MINIATURE, SDXL
 
 FACTS = Path(__file__).parent / "facts"
@@ -101,7 +101,21 @@ def test_plain_float8_is_read(tmp_path, inputs, model):
     )
 
 
-def test_parts_that_a_file_lacks_are_the_bases(tmp_path, model):
+@pytest.fixture
+def sixteen_groups(monkeypatch):
+    """What no shape tells is SDXL's, but for this: the miniature's layers have 16 groups."""
+    monkeypatch.setitem(single_file.SDXL["unet"], "norm_num_groups", 16)
+
+
+def test_groups_that_a_file_does_not_tell_are_asked_for(tmp_path):
+    file = one_file(tmp_path / "m.safetensors")
+    for folder in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(MINIATURE / folder, tmp_path / folder)
+    with pytest.raises(ValueError, match=r"unet: its config.json .*without --base.* \(48\)"):
+        SDXL.load(file, device="cpu", vae=False)
+
+
+def test_parts_that_a_file_lacks_are_the_bases(tmp_path, model, sixteen_groups):
     for name, prefixes in (("vae", ("first_stage_model.",)), ("encoders", ENCODERS)):
         file = one_file(tmp_path / f"{name}.safetensors", lambda t: without(t, *prefixes))
         assert same(model, SDXL.load(file, device="cpu", base=MINIATURE))
@@ -216,7 +230,9 @@ def test_a_base_from_the_hub_lends_configs_and_tokenizers_alone(hub, tmp_path, m
 
 
 @pytest.mark.parametrize("where", [("tokenizer", "tokenizer_2"), ("",), ("tokenizer",)])
-def test_tokenizers_of_any_model_in_the_hubs_cache(where, tmp_path, monkeypatch, model):
+def test_tokenizers_of_any_model_in_the_hubs_cache(
+    where, tmp_path, monkeypatch, model, sixteen_groups
+):
     """SDXL's own two, CLIP's at the root of its repository, Stable Diffusion 1's one."""
     cache = tmp_path / "cache"
     snapshot = cache / "models--someone--clip" / "snapshots" / "abc"

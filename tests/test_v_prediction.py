@@ -323,7 +323,7 @@ def test_inversion_climbs_to_pure_noise_and_leads_back(zero_snr_model):
     one onto pure noise, where eps is x_t, leads a little further astray."""
     m = zero_snr_model
     cond, uncond = m.condition([TARGET], (64, 64)), m.condition([""], (64, 64))
-    steps = sampler.timesteps(20, spacing=m.spacing)
+    steps = sampler.timesteps(40, spacing=m.spacing)
     settings = dict(alpha_bar=m.alpha_bar, steps=steps)
     x_0 = sampler.sample(m.unet, sampler.noise([0], (4, 8, 8)), cond, guidance=1, **settings)
     way = sampler.ddim_inversion(m.unet, x_0, cond, **settings)
