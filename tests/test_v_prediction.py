@@ -237,7 +237,7 @@ def fit(model, train, held_out, **settings):
 
 
 def test_a_few_steps_of_a_text_slider_are_the_plain_model_s(model, v_model):
-    settings = dict(steps=3, batch=4, lr=1.3e-3)
+    settings = dict(steps=6, batch=4, lr=1.3e-3)
     here = [
         (m, teach(m, trajectories=1), teach(m, trajectories=1, seed=6)) for m in (model, v_model)
     ]
