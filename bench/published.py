@@ -187,6 +187,8 @@ def run(python: str, log: Path, seed: int, command: list, cwd: Path = ROOT) -> l
         python = os.path.abspath(python)  # not resolved: a virtual environment's is a link
     subprocess.run([python, *words], cwd=cwd, check=True)
     rows = [json.loads(line) for line in log.read_text().splitlines()]
+    # Ours is written under another name first.
+    rows = [row | {"file": row["file"].removesuffix(".tmp")} for row in rows]
     return [row for row in rows if Path(row["file"]).name != "optimizer.pt"]
 
 
