@@ -5,7 +5,8 @@
 The options are those of bench.published, which sets the trainers up. One iteration, one layer,
 rank 1; written beside this script:
 
-    authors.pt              train_lora_xl.py at a465294, method "noxattn-hspace-last"
+    authors.safetensors     train_lora_xl.py at a465294, method "noxattn-hspace-last": the tensors
+                            of the .pt that it wrote (no pickles in a repository)
     ai-toolkit.safetensors  its concept slider at 27a03a91, one attention layer"""
 
 import json
@@ -13,6 +14,9 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[2]))
@@ -35,7 +39,7 @@ def main():
         config["network"] |= {"rank": 1, "training_method": "noxattn-hspace-last"}
         (out / "config.yaml").write_text(json.dumps(config))
         rows = published.run(args.python, out / "log", 0, command, folder / "authors")
-        shutil.copy(rows[-1]["file"], HERE / "authors.pt")
+        save_file(torch.load(rows[-1]["file"], weights_only=True), HERE / "authors.safetensors")
 
         out = folder / "ai-toolkit_out"
         for i, (picture,) in enumerate(pairs.draw("eye_size", (1.0,), 2)):
