@@ -131,9 +131,12 @@ def authors(copy: Path, out: Path, attribute: str, from_pairs: bool, iterations:
     return [copy / IMAGE / "train_lora-scale-xl.py", *about, *folders]
 
 
-def ai_toolkit(copy: Path, out: Path, attribute: str, steps: int, every: int, seed: int):
-    """The command of ai-toolkit's concept slider: the defaults of its interface (jobConfig.ts) but
-    for what is the same for all, the device, and the 8-bit optimizer, of which AdamW is the whole.
+def ai_toolkit(
+    copy: Path, out: Path, pictures: Path, attribute: str, steps: int, every: int, seed: int
+):
+    """The command of ai-toolkit's concept slider, which noises `pictures`: the defaults of its
+    interface (jobConfig.ts) but for what is the same for all, the device, and the 8-bit optimizer,
+    of which AdamW is the whole.
 
     It has one target and nothing like eq. (8)'s P: its anchor is a prompt whose picture must not
     change at all, by default the empty one."""
@@ -149,7 +152,7 @@ def ai_toolkit(copy: Path, out: Path, attribute: str, steps: int, every: int, se
         "device": "cpu",
         "network": {"type": "lora", **rank, "network_kwargs": no_cross_attention},
         "save": {"dtype": "bf16", "save_every": every, "max_step_saves_to_keep": steps},
-        "datasets": [{"folder_path": str(out / "pictures"), "resolution": [128]}],
+        "datasets": [{"folder_path": str(pictures), "resolution": [128]}],
         "train": {
             "batch_size": 1,
             "steps": steps,
@@ -220,9 +223,8 @@ def train_and_measure(model, args, folder, who, attribute, from_pairs, seed) -> 
         command = authors(folder / who, out, *common, args.iterations, args.every)
         rows = run(args.python, log, seed, command, folder / who)
     elif who == "ai-toolkit":
-        for picture, i in zip(generate(model, PERSON, seeds=PICTURES), PICTURES):
-            images.save_image(picture, out / "pictures" / f"{i}.png")
-        command = ai_toolkit(folder / who, out, attribute, args.ai_steps, args.ai_every, seed)
+        settings = (attribute, args.ai_steps, args.ai_every, seed)
+        command = ai_toolkit(folder / who, out, folder / "pictures", *settings)
         rows = run(args.ai_python, log, seed, command, folder / who)
     else:
         rows = []
@@ -321,6 +323,9 @@ def main():
         folder = Path(temporary)
         whose = prepare(args, folder)
         model = SDXL.load(device="cpu")
+        if "ai-toolkit" in whose:
+            for picture, i in zip(generate(model, PERSON, seeds=PICTURES), PICTURES):
+                images.save_image(picture, folder / "pictures" / f"{i}.png")
         kinds = [("age", False), ("smile", False), ("eye_size", False), ("eye_size", True)]
         for (attribute, from_pairs), seed, who in itertools.product(kinds, args.seeds, whose):
             name = attribute.replace("_", " ") + (", 16 pairs" if from_pairs else "")

@@ -334,6 +334,9 @@ def read_tensors(locations: dict, device, dtype, chunk: int = 2**28):
         yield part
 
 
+ODD_CONFIG = "its config.json (of a single file without --base, SDXL's own) is missing or odd"
+
+
 def load_module(kind, config: dict, locations: dict, device, dtype, part: str):
     """Build kind(config) without memory, then fill it. Raises ValueError unless names and shapes
     fit exactly."""
@@ -341,8 +344,7 @@ def load_module(kind, config: dict, locations: dict, device, dtype, part: str):
         with torch.device("meta"):
             module = kind(config)
     except (LookupError, ArithmeticError, TypeError, ValueError, RuntimeError) as error:
-        which = "its config.json (of a single file without --base, SDXL's own)"
-        raise ValueError(f"{part}: {which} is missing or odd: {error}") from None
+        raise ValueError(f"{part}: {ODD_CONFIG}: {error}") from None
     check_names(module.state_dict(), locations, part)
     try:
         for chunk in read_tensors(locations, device, dtype):
@@ -364,7 +366,7 @@ def load_text_encoder(kind, config: dict, locations: dict, device, dtype, part: 
         settings = kind.config_class(**settings)
     except Exception as error:  # its checks of a damaged config raise anything
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{part}/config.json: missing or odd: {reason}") from None
+        raise ValueError(f"{part}: {ODD_CONFIG}: {reason}") from None
     tensors = {k: v for chunk in read_tensors(locations, "cpu", dtype) for k, v in chunk.items()}
     options = dict(state_dict=tensors, dtype=dtype, output_loading_info=True)
     wrong = f"{part}: the weights do not fit config.json"

@@ -107,10 +107,14 @@ def sixteen_groups(monkeypatch):
     monkeypatch.setitem(single_file.SDXL["unet"], "norm_num_groups", 16)
 
 
+def copy_tokenizers(to: Path):
+    for folder in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(MINIATURE / folder, to / folder)
+
+
 def test_groups_that_a_file_does_not_tell_are_asked_for(tmp_path):
     file = one_file(tmp_path / "m.safetensors")
-    for folder in ("tokenizer", "tokenizer_2"):
-        shutil.copytree(MINIATURE / folder, tmp_path / folder)
+    copy_tokenizers(tmp_path)
     with pytest.raises(ValueError, match=r"unet: its config.json .*without --base.* \(48\)"):
         SDXL.load(file, device="cpu", vae=False)
 
@@ -119,8 +123,7 @@ def test_parts_that_a_file_lacks_are_the_bases(tmp_path, model, sixteen_groups):
     for name, prefixes in (("vae", ("first_stage_model.",)), ("encoders", ENCODERS)):
         file = one_file(tmp_path / f"{name}.safetensors", lambda t: without(t, *prefixes))
         assert same(model, SDXL.load(file, device="cpu", base=MINIATURE))
-    for folder in ("tokenizer", "tokenizer_2"):
-        shutil.copytree(MINIATURE / folder, tmp_path / folder)
+    copy_tokenizers(tmp_path)
     lacks = "vae.safetensors: holds no vae: --base names"
     with pytest.raises(ValueError, match=lacks):
         SDXL.load(tmp_path / "vae.safetensors", device="cpu")

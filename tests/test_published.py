@@ -84,7 +84,7 @@ def test_their_prompts_are_our_words(tmp_path):
 
 
 def test_ai_toolkit_has_our_words_rank_layers_and_eta(tmp_path):
-    script, config = published.ai_toolkit(tmp_path, tmp_path, "age", 30, 10, seed=1)
+    script, config = published.ai_toolkit(tmp_path, *[tmp_path] * 2, "age", 30, 10, seed=1)
     (process,) = json.loads(config.read_text())["config"]["process"]
     said = process["slider"]
     assert said["positive_prompt"] == "a photo of a person, very old"

@@ -42,9 +42,11 @@ def main():
         save_file(torch.load(rows[-1]["file"], weights_only=True), HERE / "authors.safetensors")
 
         out = folder / "ai-toolkit_out"
+        out.mkdir()
         for i, (picture,) in enumerate(pairs.draw("eye_size", (1.0,), 2)):
-            images.save_image(picture, out / "pictures" / f"{i}.png")
-        command = published.ai_toolkit(folder / "ai-toolkit", out, "eye_size", 1, 1, 0)
+            images.save_image(picture, folder / "pictures" / f"{i}.png")
+        clone, pictures = folder / "ai-toolkit", folder / "pictures"
+        command = published.ai_toolkit(clone, out, pictures, "eye_size", 1, 1, 0)
         config = json.loads((out / "config.json").read_text())
         network = {"linear": 1, "linear_alpha": 0.5}
         network["network_kwargs"] = {
