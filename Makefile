@@ -79,9 +79,7 @@ bench: $(VENV)/test.stamp
 	$(PY) -m bench.recipe --attribute eye_size --attribute age
 
 experiments: $(VENV)/run.stamp
-	for name in text_sliders visual_sliders ablations activation guidance composition repair inversion space; do $(PY) -m experiments.$$name || exit 1; done
-	$(PY) -m experiments.stylegan.sliders
-	$(PY) -m experiments.report
+	$(PY) -m experiments --jobs 2
 
 miniature: $(VENV)/run.stamp
 	$(PY) -m miniature.train

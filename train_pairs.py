@@ -62,8 +62,7 @@ def collect(
     over the whole schedule, alike within a pair. Returns n * noises * k samples.
 
     scales: (k,). cond: one row. target: "shared" for eps_bar; "noise" for eps, as the paper has it.
-    batch, remember: as in support/batches.py.
-    """
+    batch, remember: as in support/batches.py."""
     n, k, T = *latents.shape[:2], len(model.alpha_bar)
     device, N = model.device, n * noises
     offsets = torch.rand(n, generator=torch.Generator().manual_seed(seed))
@@ -97,7 +96,7 @@ def main():
     args = options.pair_slider(__doc__)
     scales, folders = options.scales_and_folders(args)
     groups = images.match_by_name(folders)
-    checkpoint = open_checkpoint(args, cli.output_file(args.out, ".safetensors"))
+    checkpoint = open_checkpoint(args, cli.output_file(args.out, ".safetensors"), groups)
     started = time.time()
     model = cli.load_model(args)
     args.size = args.size or training.size_of_pairs(model, groups)
@@ -121,7 +120,8 @@ def main():
         return cost.dry_run(args, model, slider, cond, plan)
 
     at, seed = torch.tensor(scales, device=model.device), 2 * args.seed + 1
-    settings = dict(batch=4 * args.batch, remember=checkpoint.remember)
+    at_once = training.samples_at_once(args, model, size, checkpoint)
+    settings = dict(batch=at_once, remember=checkpoint.remember)
     seen_by = dict(noises=args.noises, seed=seed, target=args.target)
     train = collect(model, seen, at, cond, **seen_by, **settings)
     unseen = collect(model, held_out, at, cond, noises=held_out_noises, seed=seed + 1, **settings)

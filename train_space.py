@@ -27,6 +27,7 @@ import torch.nn.functional as F
 
 import lora
 import sampler
+from formats import slider_files
 from support import cli, clip, cost, distributed, images, options, probe, training
 from support.batches import in_batches
 from support.checkpoint import RESUME_HINT, open_checkpoint, resume_or_new
@@ -265,17 +266,18 @@ def main():
     encoder, encode = clip.towers(args.clip, model)
     size = training.prepare(args, model, training.recipe(model.unet, SMALL, LARGE))
     training.set_checkpointing(model.vae, args.checkpointing)
+    layers = training.layers_of_bank(args, model)
     cond, uncond = model.condition(args.prompt, size), model.condition([""], size)
     words = clip.words_of(model, args.words)
 
     # The samples outlive the training: other directions can be learned from them.
-    names = "model base merge prediction dtype prompt per_sample denoising_steps guidance start"
-    names = [*names.split(), "size", "seed"]
-    kept = resume_or_new(out / "samples", {name: getattr(args, name) for name in names})
+    names = "base denoising_steps dtype guidance merge model per_sample prediction prompt seed size"
+    drawn_with = {name: getattr(args, name) for name in [*names.split(), "start"]}
+    kept = resume_or_new(out / "samples", drawn_with)
     batch = 4 * args.batch
     steps = sampler.timesteps(args.denoising_steps, spacing=model.spacing)
-    drawing = dict(steps=steps, guidance=args.guidance, start=args.start)
-    settings = dict(samples=args.samples, per_sample=args.per_sample, seed=args.seed, batch=batch)
+    drawing = dict(steps=steps, guidance=args.guidance, start=args.start, batch=batch)
+    settings = dict(samples=args.samples, per_sample=args.per_sample, seed=args.seed)
     samples = collect(model, cond, uncond, size=size, remember=kept.remember, **settings, **drawing)
     with torch.no_grad():
         see = lambda rows: {"f": clip.features(model, encoder, samples.x_0[rows])}
@@ -286,7 +288,6 @@ def main():
     print(f"{args.sliders} directions hold {variance}")
 
     model.release(vae=False)
-    layers = lora.target_layers(model.unet, args.layers, not args.no_conv)
     names = ("rank", "alpha", "steps", "batch", "lr", "seed")
     settings = {name: getattr(args, name) for name in names} | dict(guidance=args.train_guidance)
     settings |= dict(layers=layers, checkpoint=checkpoint)
@@ -296,7 +297,6 @@ def main():
         return
 
     found, rows, one_prompt = [], [], tuple(c[:1] for c in cond)
-    drawing |= dict(batch=batch)
     x_T = sampler.noise([0], model.latent_shape(size), model.device, model.dtype)
     for i, slider in enumerate(made):
         path, cosine, sigma_i = out / f"{i + 1}.safetensors", reading["cosines"][i], sigma[i].item()
@@ -314,13 +314,13 @@ def main():
         rows.append([column[0] for column in row])
         described = f"cosine {cosine:.2f}; words, as a hint: {'; '.join(hints[i])}"
         print(f"{i + 1}: {share[i]:.1%} of the variance, {described}")
+    slider_files.remove_beyond(out, len(made))
     cli.write_text(out / "space.json", json.dumps(found, indent=1))
     names, numbers = [images.scale_label(s) for s in SCALES], [str(i + 1) for i in range(len(rows))]
     images.save_image(images.contact_sheet(rows, names, numbers), out / "sheet.png")
     checkpoint.remove()
-    memory, seconds = cost.peak_memory(model.device) / 2**30, time.time() - started
-    took = f"after {seconds:.0f} s; peak memory {memory:.1f} GiB"
-    print(f"{out}: {args.sliders} sliders and sheet.png, {took}")
+    memory = f"peak memory {cost.peak_memory(model.device) / 2**30:.1f} GiB"
+    print(f"{out}: {len(made)} sliders and sheet.png after {time.time() - started:.0f} s; {memory}")
     levels = ",".join(map(str, np.atleast_1d(args.denoising_steps)))
     how = f"--each --start {args.start:g} --guidance {args.guidance:g} --steps {levels}"
     print(f"To look: python slider.py --prompt ... --slider {out} {how}{cli.model_options(args)}")

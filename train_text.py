@@ -22,7 +22,7 @@ from tqdm import tqdm
 import sampler
 from student import Targets
 from support import cli, cost, options, training
-from support.batches import in_batches, samples_at_once
+from support.batches import in_batches
 from support.checkpoint import RESUME_HINT, open_checkpoint
 
 
@@ -38,10 +38,12 @@ def ends_difference(unet, x_t, t, ends):
     """mean_{p in P} ( eps(x_t, (c+, p), t) - eps(x_t, (c-, p), t) ): (B, 4, h, w), float32.
 
     x_t (B, 4, h, w), t (B,). ends: from `encode`, 2|P| rows."""
-    B, n = len(x_t), len(ends[0])  # all x_t with the first end, then all with the second ...
-    eps = unet(x_t.repeat(n, 1, 1, 1), t.repeat(n), *(e.repeat_interleave(B, 0) for e in ends))
-    eps_pos, eps_neg = eps.float().view(n, *x_t.shape).chunk(2)  # (|P|, B, 4, h, w) each
-    return (eps_pos - eps_neg).mean(0)
+    n, difference = len(ends[0]) // 2, 0.0
+    for p in range(n):  # one at a time: memory does not grow with |P|
+        ends_p = (e[p::n].repeat_interleave(len(x_t), 0) for e in ends)  # c+ for all x_t, then c-
+        eps_pos, eps_neg = unet(x_t.repeat(2, 1, 1, 1), t.repeat(2), *ends_p).float().chunk(2)
+        difference = difference + (eps_pos - eps_neg) / n
+    return difference
 
 
 def denoise(model, seeds, cond, uncond, keep, *, size, denoising_steps, guidance):
@@ -107,7 +109,7 @@ def collect(
     walked = in_batches(walk, trajectories, batch, name=f"seed{seed}_trajectories", **common)
     x_t, t, eps_0 = (walked[key].flatten(0, 1) for key in ("x_t", "t", "eps_0"))  # (n, ...)
     common |= dict(name=f"seed{seed}_ends", desc="both ends")
-    both_ends = in_batches(difference, len(t), max(1, batch // len(ends[0])), **common)
+    both_ends = in_batches(difference, len(t), max(1, batch // 2), **common)
     delta = eta * both_ends["difference"]  # (n, 4, h, w)
 
     one = torch.ones(len(t), device=device)
@@ -153,8 +155,7 @@ def main():
 
     names = ("eta", "trajectories", "per_trajectory", "guidance", "denoising_steps", "seed")
     settings = {name: getattr(args, name) for name in names}
-    # Without a backward pass four times as many fit into memory.
-    at_once = samples_at_once(model.unet, model.latent_shape(size), 4 * args.batch)
+    at_once = training.samples_at_once(args, model, size, checkpoint)
     settings |= dict(size=size, batch=at_once, remember=checkpoint.remember)
     train, held_out = teach(model, prompts, **settings)
     if args.positive_only:

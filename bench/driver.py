@@ -2,9 +2,9 @@
 
     python driver.py LOG SEED SCRIPT [its arguments]
 
-A line of LOG is JSON: the file, the seconds since the UNet's first call, and the samples that have
-passed through the UNet, without gradients ("frozen") and with ("trained"). Imports nothing of this
-project: it runs in the trainer's own environment."""
+A line of LOG is JSON: the file (by the name that it ends up with), the seconds since the UNet's
+first call, and the samples that have passed through the UNet, without gradients ("frozen") and with
+("trained"). Imports nothing of this project: it runs in the trainer's own environment."""
 
 import json
 import os
@@ -32,8 +32,9 @@ def noting(save):
 
     def save_and_note(tensors, file, *args, **kwargs):
         save(tensors, file, *args, **kwargs)
-        if started:
-            row = {"file": os.path.abspath(file), "seconds": time.time() - started[0], **n}
+        name = os.path.abspath(file).removesuffix(".tmp")  # ours is renamed when it is whole
+        if started and os.path.basename(name) != "optimizer.pt":
+            row = {"file": name, "seconds": time.time() - started[0], **n}
             with open(log, "a") as f:
                 f.write(json.dumps(row) + "\n")
 

@@ -7,14 +7,19 @@ and its image trainer (train_lora-scale-xl.py). --ai-toolkit names a clone of
 github.com/ostris/ai-toolkit: its concept slider, for which the frozen model draws the pictures that
 it noises. They run in processes of their own, on temporary copies in which SUBSTITUTIONS are made
 and nothing else; they are printed. All have the same words, rank, layers and eta, and the same
-preserved concepts, which ai-toolkit has no place for; each has its own defaults for the rest. Ours
-is trained anew for each number of steps, theirs are read as they train.
+preserved concepts, which ai-toolkit has no place for; each has its own defaults for the rest: of
+the authors' their config files', of ai-toolkit its interface's. Left out are what does not change
+weights: samples while training, gradient checkpointing, our search for the useful range. Ours is
+trained anew for each number of steps, theirs are read as they train.
 
-What passes through the UNet is counted by a hook (driver.py), sliders are read by our loader and
-measured by the measuring stick on the same seeds and prompts, which no training used. A UNet
-evaluation is one sample; one with gradients counts as three. --python and --ai-python are the
-interpreters that have what their code imports. What --json holds is not run again."""
+What passes through the UNet is counted by a hook (driver.py); the pictures that ai-toolkit noises
+are not, as a user has some. Sliders are read by our loader and measured by the measuring stick on
+the same seeds and prompts, which no training used. A UNet evaluation is one sample; one with
+gradients counts as three. --python and --ai-python are the interpreters that have what their code
+imports. What --json holds is not run again; with --jobs each training has its share of the cores,
+and all its seconds mean that."""
 
+import functools
 import itertools
 import json
 import os
@@ -23,6 +28,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import lora
@@ -31,13 +37,16 @@ from miniature.compose import PERSON, SLIDERS
 from sdxl import MINIATURE, SDXL
 from slider import generate
 from support import cli, images, options, training
+from support.jobs import at_once
 from support.options import default_help
 
 ROOT = Path(__file__).parent.parent
 COLOURS = {"ours": "tab:blue", "authors": "tab:orange", "ai-toolkit": "tab:green"}
+MEASURING = threading.Lock()  # one slider at a time on the one model
 DRIVER = Path(__file__).with_name("driver.py")
 OUR_STEPS = (15, 30, 60, 120)  # 60 is the default
-SEEDS = list(range(2000, 2032))  # of the pictures that are measured
+SEEDS = effect.SEEDS[:32]  # of the pictures that are measured
+KINDS = [("age", False), ("smile", False), ("eye_size", False), ("eye_size", True)]  # from pairs?
 PICTURES = list(range(5000, 5032))  # seeds of those that ai-toolkit noises
 
 CONCEPT_SLIDER = "extensions_built_in/concept_slider"
@@ -135,22 +144,22 @@ def ai_toolkit(
     copy: Path, out: Path, pictures: Path, attribute: str, steps: int, every: int, seed: int
 ):
     """The command of ai-toolkit's concept slider, which noises `pictures`: the defaults of its
-    interface (jobConfig.ts) but for what is the same for all, the device, and the 8-bit optimizer,
-    of which AdamW is the whole.
+    interface (jobConfig.ts) but for what is the same for all, the resolution, and the 8-bit
+    optimizer, of which AdamW is the whole.
 
     It has one target and nothing like eq. (8)'s P: its anchor is a prompt whose picture must not
-    change at all, by default the empty one."""
+    change at all, by default the empty one. Its target is brought to the mean and deviation of what
+    it is added to. Alpha is the rank, as the interface sets it."""
     pos, neg, _ = SLIDERS[attribute]
     words = {"positive_prompt": f"{PERSON}, {pos}", "negative_prompt": f"{PERSON}, {neg}"}
-    rank = {"linear": 4, "linear_alpha": 1, "conv": 4, "conv_alpha": 1}
-    no_cross_attention = {"ignore_if_contains": ["attn2"]}
+    rank = {"linear": 4, "linear_alpha": 4, "conv": 4, "conv_alpha": 4}
+    as_ours = {"ignore_if_contains": ["attn2", ".ff.", "proj_in", "proj_out"]}
     strengths = {"guidance_strength": training.ETA, "anchor_strength": 1.0, "anchor_class": ""}
     process = {
         "type": "concept_slider",
         "training_folder": str(out),
         "training_seed": seed,
-        "device": "cpu",
-        "network": {"type": "lora", **rank, "network_kwargs": no_cross_attention},
+        "network": {"type": "lora", **rank, "network_kwargs": as_ours},
         "save": {"dtype": "bf16", "save_every": every, "max_step_saves_to_keep": steps},
         "datasets": [{"folder_path": str(pictures), "resolution": [128]}],
         "train": {
@@ -159,7 +168,7 @@ def ai_toolkit(
             "lr": 0.0001,
             "optimizer": "adamw",
             "optimizer_params": {"weight_decay": 1e-4},
-            "noise_scheduler": "ddpm",
+            "noise_scheduler": "ddpm",  # as the interface has it for SDXL
             "dtype": "bf16",
             "gradient_checkpointing": False,  # less memory for more time: not needed here
             "disable_sampling": True,
@@ -188,11 +197,9 @@ def run(python: str, log: Path, seed: int, command: list, cwd: Path = ROOT) -> l
     print("$", " ".join(words), flush=True)
     if os.sep in python:
         python = os.path.abspath(python)  # not resolved: a virtual environment's is a link
-    subprocess.run([python, *words], cwd=cwd, check=True)
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    # Ours is written under another name first.
-    rows = [row | {"file": row["file"].removesuffix(".tmp")} for row in rows]
-    return [row for row in rows if Path(row["file"]).name != "optimizer.pt"]
+    no_gpu = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([python, *words], cwd=cwd, env=no_gpu, check=True)
+    return [json.loads(line) for line in log.read_text().splitlines()]
 
 
 # ---------------------------------------------------------------------------------------- measuring
@@ -210,7 +217,9 @@ def measured(model, row: dict, attribute: str) -> dict:
     return kept | {"cost": cost}
 
 
-def train_and_measure(model, args, folder, who, attribute, from_pairs, seed) -> list[dict]:
+def train_and_measure(
+    model, args, folder: Path, attribute: str, from_pairs: bool, seed: int, who: str
+) -> list[dict]:
     """The points of one trainer's curve."""
     out = folder / f"{who}_{attribute}_{'pairs' if from_pairs else 'text'}_{seed}"
     out.mkdir()
@@ -231,7 +240,8 @@ def train_and_measure(model, args, folder, who, attribute, from_pairs, seed) -> 
         for steps in OUR_STEPS:
             log = out / f"log{steps}"
             rows += run(sys.executable, log, seed, ours(out, *common, steps, seed))[-1:]
-    return [measured(model, row, attribute) for row in rows]
+    with MEASURING:
+        return [measured(model, row, attribute) for row in rows]
 
 
 # ------------------------------------------------------------------------------------------ results
@@ -289,12 +299,13 @@ def parser():
     of_trainings = dict(default=[0, 1], help="of trainings (default: 0,1)")
     p.add_argument("--seeds", type=cli.seed_list, **of_trainings)
     for option, default, what in (
-        ("--iterations", 500, "of the authors' trainers"),
+        ("--iterations", 1000, "of the authors' trainers"),
         ("--every", 100, "of them between readings"),
         ("--ai-steps", 3000, "of ai-toolkit's"),
         ("--ai-every", 500, "of them between readings"),
     ):
         p.add_argument(option, type=int, default=default, help=default_help(what))
+    p.add_argument("--jobs", type=int, default=1, help=default_help("trainings at once"))
     p.add_argument("--json", type=Path, default=Path("bench/published.json"), help="results")
     return p
 
@@ -316,6 +327,18 @@ def prepare(args, folder: Path) -> list[str]:
     return whose
 
 
+def about(attribute: str, from_pairs: bool, seed: int, who: str) -> dict:
+    """What names a curve in the results."""
+    name = attribute.replace("_", " ") + (", 16 pairs" if from_pairs else "")
+    return {"slider": name, "who": who, "seed": seed}
+
+
+def place(run: dict) -> tuple:
+    """Of a curve in the results, which are in the order of KINDS, seeds and COLOURS."""
+    names = [about(*kind, 0, "")["slider"] for kind in KINDS]
+    return names.index(run["slider"]), run["seed"], list(COLOURS).index(run["who"])
+
+
 def main():
     args = parser().parse_args()
     done = json.loads(args.json.read_text()) if args.json.exists() else []
@@ -326,16 +349,17 @@ def main():
         if "ai-toolkit" in whose:
             for picture, i in zip(generate(model, PERSON, seeds=PICTURES), PICTURES):
                 images.save_image(picture, folder / "pictures" / f"{i}.png")
-        kinds = [("age", False), ("smile", False), ("eye_size", False), ("eye_size", True)]
-        for (attribute, from_pairs), seed, who in itertools.product(kinds, args.seeds, whose):
-            name = attribute.replace("_", " ") + (", 16 pairs" if from_pairs else "")
-            about = {"slider": name, "who": who, "seed": seed}
-            if any(about.items() <= run.items() for run in done):
-                continue
-            if who == "ai-toolkit" and from_pairs:
-                continue  # it is from words alone
-            points = train_and_measure(model, args, folder, who, attribute, from_pairs, seed)
-            done.append(about | {"points": points})
+        tasks = []
+        for (attribute, from_pairs), seed, who in itertools.product(KINDS, args.seeds, whose):
+            run_ = about(attribute, from_pairs, seed, who)
+            # ai-toolkit's is from words alone.
+            is_done = any(run_.items() <= one.items() for one in done)
+            if not is_done and not (who == "ai-toolkit" and from_pairs):
+                tasks.append((attribute, from_pairs, seed, who))
+        run_one = functools.partial(train_and_measure, model, args, folder)
+        for task, points in at_once(args.jobs, run_one, tasks):
+            done.append(about(*task) | {"points": points})
+            done.sort(key=place)
             cli.write_text(args.json, json.dumps(done, indent=1))
     print_table(done)
     plot(done, args.json.with_suffix(".png"))

@@ -111,7 +111,7 @@ class Readings:
 
     def __init__(self, model, slider, held_out, attribute: str, pictures: int):
         self.model, self.slider, self.held_out = model, slider, held_out
-        self.attribute, self.seeds = attribute, list(range(1000, 1000 + pictures))
+        self.attribute, self.seeds = attribute, effect.SEEDS[:pictures]
         self.rows, self.seconds, self.started = [], 0.0, time.time()
 
     def read(self, step: int, n: dict, pictures: bool = False):

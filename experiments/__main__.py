@@ -1,11 +1,12 @@
 """Every experiment with two training seeds, then the tables, then whether the page still says what
 they do:
 
-    python -m experiments
+    python -m experiments --jobs 2
 
-Stop it at any time and start it again: what experiments/results/done.txt names is not run again,
-and of what is not, only what its results lack. Results of another miniature than the bundled one
-are removed first (git has them)."""
+With --jobs N, N of them run at once, each on its share of the cores: the work is small, and two
+processes of one thread do more of it than one of two. Stop it at any time and start it again: what
+experiments/results/done.txt names is not run again, and of what is not, only what its results lack.
+Results of another miniature than the bundled one are removed first (git has them)."""
 
 import shutil
 import subprocess
@@ -16,11 +17,15 @@ from experiments.common import RESULTS
 from formats import hashes
 from sdxl import MINIATURE
 from support import cli
+from support.jobs import at_once
+from support.options import default_help
 
 NAMES = ("text_sliders", "visual_sliders", "ablations", "activation", "composition", "repair")
-ALL = [[name, f"--seed {seed}"] for seed in (0, 1) for name in (*NAMES, "inversion", "space")]
-ALL += [["guidance", f"--seed {seed} --pictures 16 --dtype float32"] for seed in (0, 1)]
-ALL += [["defaults", ""], *(["stylegan.sliders", f"--seed {seed}"] for seed in (0, 1))]
+SEEDS = (0, 1)  # side by side: two experiments of one seed would train the same sliders twice
+ALL = ["defaults"]
+ALL += [f"{name} --seed {seed}" for name in (*NAMES, "inversion", "space") for seed in SEEDS]
+ALL += [f"guidance --seed {seed} --pictures 16 --dtype float32" for seed in SEEDS]
+ALL += [f"stylegan.sliders --seed {seed}" for seed in SEEDS]
 OTHERS = ("full_width.json", "full_width.png")  # not of the bundled miniature
 DONE = RESULTS / "done.txt"
 SLIDERS = "out/experiments"
@@ -41,19 +46,23 @@ def done() -> list[str]:
     return [model]
 
 
+def run(line: str):
+    print(f"\n$ python -m experiments.{line}", flush=True)
+    name, *options = line.split()
+    subprocess.run([sys.executable, "-m", f"experiments.{name}", *options], check=True)
+
+
 def main():
-    cli.plain_parser(__doc__).parse_args()
+    p = cli.plain_parser(__doc__)
+    p.add_argument("--jobs", type=int, default=1, help=default_help("experiments at once"))
+    args = p.parse_args()
     finished = done()
-    for name, options in ALL:
-        line = f"{name} {options}".strip()
-        if line in finished:
-            continue
-        print(f"\n$ python -m experiments.{line}", flush=True)
-        command = [sys.executable, "-m", f"experiments.{name}", *options.split()]
-        if status := subprocess.run(command).returncode:
-            sys.exit(status)
-        finished.append(line)
-        cli.write_text(DONE, "\n".join(finished) + "\n")
+    try:
+        for (line,), _ in at_once(args.jobs, run, [(x,) for x in ALL if x not in finished]):
+            finished.append(line)
+            cli.write_text(DONE, "\n".join(finished) + "\n")
+    except subprocess.CalledProcessError as failed:
+        sys.exit(failed.returncode)
     report.main()
     claims.main()
 

@@ -109,7 +109,7 @@ class Lab:
         self.recipe = training.text_recipe(self.model.unet)
         self.size = (min(self.model.size, 512),) * 2
         self.seed = self.args.seed
-        first = 1000 + 1000 * self.seed
+        first = effect.SEEDS[0] + 1000 * self.seed
         self.seeds = list(range(first, first + self.args.pictures))
         self.path = Path(self.args.out) / f"{name}{f'_seed{self.seed}' if self.seed else ''}.json"
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -137,7 +137,7 @@ def main():
     unet, about = train_unet(model, config, count, 60 * args.minutes)
     model.unet = unet.to(model.dtype)
     results, rows = {"unet": about, "sliders": {}}, []
-    seeds, steps = (list(range(1000, 1032)), 20) if not args.tiny else ([1000, 1001], 4)
+    seeds, steps = (effect.SEEDS[:32], 20) if not args.tiny else (effect.SEEDS[:2], 4)
     for name, (concept, recipe) in list(RUNS.items())[: 1 if args.tiny else None]:
         slider, reading = train_slider(model, CONCEPTS[concept], recipe)
         columns = [[(slider, scale)] for scale in effect.SCALES]

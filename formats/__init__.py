@@ -15,6 +15,8 @@ def write_atomically(path: Path, write):
         os.umask(umask)
         # As any other file: safetensors makes its own readable to their owner alone.
         os.chmod(temporary, 0o666 & ~umask)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())  # else a power cut can leave the name with nothing in it
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -14,6 +14,14 @@ def model_hash(path) -> str:
         return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
 
 
+def files_hash(files) -> str:
+    """SHA-256 of what is in the files, in their order, and of their names."""
+    found = hashlib.sha256()
+    for path in files:
+        found.update(f"{path.name}\n{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return found.hexdigest()
+
+
 def tensors_hash(tensors: dict) -> str:
     """kohya's sshs_model_hash: the SHA-256 of all that follows the header in the .safetensors file
     of `tensors`, so that metadata may change."""

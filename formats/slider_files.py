@@ -284,6 +284,14 @@ def list_files(path) -> list[str]:
     return [str(f) for f in files]
 
 
+def remove_beyond(folder: Path, n: int):
+    """Of an earlier SliderSpace of more than n sliders in the folder, those that the new one of n
+    has not replaced."""
+    while (folder / "space.json").exists() and (path := folder / f"{n + 1}.safetensors").exists():
+        path.unlink()
+        n += 1
+
+
 def parse_json_object(text: str, path) -> dict:
     """A JSON object out of a file's metadata. Raises ValueError, naming the file, for anything
     else."""

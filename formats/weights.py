@@ -191,6 +191,12 @@ def weight_files(folder: Path) -> list[Path]:
     raise ValueError(f"{folder / stem}.safetensors: missing from the model folder")
 
 
+def is_out_of_memory(error) -> bool:
+    """A CPU's and MPS's running out of memory has no class of its own."""
+    says = ("allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in says)
+
+
 def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text())
@@ -349,9 +355,9 @@ def load_module(kind, config: dict, locations: dict, device, dtype, part: str):
     try:
         for chunk in read_tensors(locations, device, dtype):
             module.load_state_dict(chunk, strict=False, assign=True)
-    except torch.OutOfMemoryError:
-        raise
     except (SafetensorError, RuntimeError, OSError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = str(error).splitlines()[-1].strip()
         raise ValueError(f"{part}: the weights do not fit config.json: {reason}") from None
     return module.eval().requires_grad_(False)

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import lora
-from miniature.effect import readings
+from miniature.effect import SEEDS, readings
 from support import cli
 
 PERSON = "a photo of a person"
@@ -50,7 +50,7 @@ def train(attribute: str, folder: Path) -> Path:
 def main():
     p = cli.model_parser(__doc__)
     p.add_argument("--out", default="out/ten", help="folder of the sliders (default: %(default)s)")
-    seeds = dict(default=list(range(1000, 1064)), help="default: 1000-1063")
+    seeds = dict(default=SEEDS, help=f"default: {SEEDS[0]}-{SEEDS[-1]}")
     p.add_argument("--seeds", type=cli.seed_list, **seeds)
     p.add_argument("--steps", type=int, default=30)
     args = p.parse_args()

@@ -11,7 +11,7 @@ import json
 import lora
 import train_text
 from miniature import world
-from miniature.effect import readings
+from miniature.effect import SEEDS, readings
 from support import cli
 
 
@@ -20,7 +20,7 @@ def main():
     p.add_argument("slider", help="text slider file")
     attribute = "what it is meant to move"
     p.add_argument("--attribute", required=True, choices=world.RANGES, help=attribute)
-    seeds = dict(default=list(range(1000, 1064)), help="default: 1000-1063")
+    seeds = dict(default=SEEDS, help=f"default: {SEEDS[0]}-{SEEDS[-1]}")
     p.add_argument("--seeds", type=cli.seed_list, **seeds)
     p.add_argument("--steps", type=int, default=30)
     args = p.parse_args()

@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from formats import write_atomically
+from formats.hashes import files_hash
+from formats.weights import read_json
 from support import distributed
 
 # Options that may differ when a training is resumed.
@@ -55,6 +57,10 @@ class Checkpoint:
                 f"{path}: damaged ({error}): delete it, and that part is made again"
             ) from None
 
+    def remember_number(self, name: str, make) -> int:
+        """The same for the number that make() returns."""
+        return int(self.remember(name, lambda: {name: torch.tensor(make())})[name])
+
     def save(self, state: dict):
         """state: the same in all processes. The first one writes it, so that all go on from one."""
         if self.folder and distributed.is_main_process():
@@ -81,14 +87,17 @@ class Checkpoint:
 NO_CHECKPOINT = Checkpoint()
 
 
-def open_checkpoint(args, out: Path) -> Checkpoint:
+def open_checkpoint(args, out: Path, groups: list[list[Path]] | None = None) -> Checkpoint:
     """The checkpoint of the training that is to write `out`: a new one, or with --resume the one
-    that goes on. ValueError where something would be lost (`out`, its preview or a checkpoint is
-    there already), and where the checkpoint is of another training."""
+    that goes on. groups: of pictures that it trains on. ValueError where something would be lost
+    (`out`, its preview or a checkpoint is there already), and where the checkpoint is of another
+    training."""
     folder = out.with_name(out.name + ".checkpoint")
     if args.dry_run:
         return NO_CHECKPOINT
     settings = {k: v for k, v in sorted(vars(args).items()) if k not in MAY_CHANGE}
+    if groups:
+        settings["pictures_hash"] = files_hash(file for files in groups for file in files)
     if args.resume and (folder / "settings.json").exists():
         return resume_or_new(folder, settings)
     if distributed.is_main_process():  # the others would see what the first has made meanwhile
@@ -101,7 +110,8 @@ def open_checkpoint(args, out: Path) -> Checkpoint:
             remedy = "--resume goes on from it, --overwrite starts anew"
             raise ValueError(f"{folder}: a checkpoint is there: {remedy}")
         Checkpoint(folder).remove()
-    return resume_or_new(folder, settings)
+    distributed.wait()  # until it is gone
+    return Checkpoint(folder, settings | {"nproc_per_node": distributed.world_size()})
 
 
 def resume_or_new(folder: Path, settings: dict) -> Checkpoint:
@@ -110,14 +120,12 @@ def resume_or_new(folder: Path, settings: dict) -> Checkpoint:
     settings = settings | {"nproc_per_node": distributed.world_size()}
     if not (folder / "settings.json").exists():
         return Checkpoint(folder, settings)
-    before = json.loads((folder / "settings.json").read_text())
+    before = read_json(folder / "settings.json")
     for name, value in json.loads(json.dumps(settings)).items():
         if value != before.get(name):
-            option = f"--{name.replace('_', '-')}"
-            raise ValueError(
-                f"{folder}: was begun with {option} {before.get(name)}, not {value}: "
-                "delete it, or name another --out"
-            )
+            option = f"--{name.replace('_', '-')} {before.get(name)}, not {value}"
+            what = "other pictures in these folders" if name == "pictures_hash" else option
+            raise ValueError(f"{folder}: was begun with {what}: delete it, or name another --out")
     return Checkpoint(folder)
 
 

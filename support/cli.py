@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from formats import slider_files, write_atomically
+from formats.weights import is_out_of_memory
 from sdxl import MINIATURE, SDXL, best_device
 from support import distributed, graphs
 from support.merge import merge_files
@@ -265,7 +266,7 @@ def run(main, when_stopped: str = ""):
     if "RANK" not in os.environ:
         # A termination is like Ctrl-C. torchrun's own must end a process that waits for others.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    mendable = (ValueError, OSError, FloatingPointError, SafetensorError, torch.OutOfMemoryError)
+    mendable = (ValueError, OSError, FloatingPointError, SafetensorError)
     try:
         distributed.start()
         with contextlib.ExitStack() as quiet:
@@ -275,8 +276,12 @@ def run(main, when_stopped: str = ""):
                 quiet.enter_context(contextlib.redirect_stderr(nowhere))
             main()
         distributed.stop()
-    except mendable as error:
+    except (*mendable, RuntimeError, MemoryError) as error:
         line = " ".join(str(error).split())
+        if is_out_of_memory(error):
+            line = f"not enough memory: a smaller --size or --batch needs less ({line})"
+        elif not isinstance(error, mendable):
+            raise
         print(f"error{distributed.process_name()}: {line}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:

@@ -73,6 +73,12 @@ def all_gather(results, n: int):
     return out
 
 
+def wait():
+    """Until every process has come this far."""
+    if world_size() > 1:
+        dist.all_reduce(torch.zeros(1))
+
+
 def all_reduce(tensors: list) -> list:
     """Replace each tensor by its sum over all processes, in place, in one message."""
     if world_size() > 1:

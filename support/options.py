@@ -313,8 +313,9 @@ def slider(doc: str):
 def check_slider(args):
     """ValueError for options of slider.py that do not go together, and for missing files: before a
     model is loaded, which can take a minute."""
-    scales = [scale for _, scale, _ in args.slider]
-    sweeping = scales.count(None)
+    # A folder stands for all its files.
+    files = lambda given: slider_files.list_files(given) if Path(given).is_dir() else [given]
+    sweeping = sum(len(files(given)) for given, scale, _ in args.slider if scale is None)
     modes = {"each": args.each, "random": args.random is not None, "even": args.even}
     modes["grid"] = args.grid
     if not args.prompt.strip():
@@ -350,8 +351,11 @@ def check_slider(args):
         raise ValueError("--html shows a sweep or a --grid, not --each or --random")
     if args.html:
         cli.output_file(args.html, ".html")
-    for given, _, _ in args.slider:
-        slider_files.list_files(given)
     if args.image and not Path(args.image).exists():
         raise ValueError(f"{args.image}: no such file")
+    if args.image and Path(args.image).resolve().parent == Path(args.out).resolve():
+        why = "the picture itself is in there, and could be drawn over"
+        raise ValueError(f"--out {args.out}: {why}: name another folder")
+    for given, _, _ in args.slider:
+        slider_files.list_files(given)
     cli.output_folder(args.out)

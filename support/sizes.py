@@ -17,7 +17,7 @@ OTHER = {short: long for long, short in SIDES} | dict(SIDES)  # a side's other o
 def size(text: str) -> str:
     """'1024' and '832x1216' (width x height) as they are. For argparse's type=. A warning for one
     number that is a side of SDXL's oblong pictures: a square comes of it."""
-    if not re.fullmatch(r"\d+(x\d+)?", text):
+    if not re.fullmatch(r"[1-9]\d{1,4}(x[1-9]\d{1,4})?", text):
         how = "write one number for a square, as 1024, or width x height, as 832x1216"
         raise argparse.ArgumentTypeError(f"{text!r} is no size: {how}")
     if text.isdigit() and int(text) in OTHER and int(text) not in (512, 768, 1024):

@@ -83,6 +83,27 @@ def fits(batch: int, unet, shape) -> bool:
     return device.type != "cuda" or needed < 0.9 * batches.free_memory(device)
 
 
+def layers_of_bank(args, model) -> dict:
+    """The layers of train_space.py's sliders, which are trained together as one. ValueError where
+    a layer has not as many ranks as they have together."""
+    layers = lora.target_layers(model.unet, args.layers, not args.no_conv)
+    try:
+        lora.Slider(layers, args.sliders * args.rank)
+    except ValueError as error:
+        together = f"--sliders {args.sliders} of --rank {args.rank} are trained together"
+        raise ValueError(f"{together}: {error}") from None
+    return layers
+
+
+def samples_at_once(args, model, size, checkpoint) -> int:
+    """How many go through the frozen UNet together: without a backward pass four times as many as
+    in a step fit into memory. After a stop as many as before it, whatever is free by then: the
+    checkpoint's parts are named by it, and the sums are rounded by it."""
+    shape = model.latent_shape(size)
+    count = lambda: batches.samples_at_once(model.unet, shape, 4 * args.batch)
+    return checkpoint.remember_number("samples_at_once", count)
+
+
 def set_checkpointing(network, on: bool = True):
     """Switch gradient checkpointing of a network's resnets and transformer blocks on or off."""
     for module in network.modules():

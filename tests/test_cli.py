@@ -5,12 +5,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from commands import DRAW, PAIRS, ROOT, TRAIN, run, run_apart
 from PIL import Image
 from safetensors import safe_open
 
 from miniature import world
-from support import probe
+from support import cli, probe
 
 
 def names_in(folder) -> set[str]:
@@ -139,6 +140,10 @@ def test_a_folder_of_sliders_each_and_at_random(trained, tmp_path):
     done = run(f"{draw} --each --out {tmp_path}/e")
     assert done.returncode == 0, done.stderr
     assert names_in(tmp_path / "e") == {"each_seed0.png", "each_seed1.png"}
+    done = run(f"{draw} --grid --out {tmp_path}/g")  # a folder of two is two sliders
+    assert done.returncode == 0 and (tmp_path / "g" / "grid_seed1.png").exists()
+    done = run(f"{draw} --grid --slider {trained[0]} --out {tmp_path}/g")
+    assert done.returncode == 2 and "--grid needs two sliders" in done.stderr
     done = run(f"{draw} --random 2 --out {tmp_path}/r")
     assert done.returncode == 0, done.stderr
     a, b = ((tmp_path / "r" / f"seed0_scalerandom{i}.png").read_bytes() for i in (1, 2))
@@ -234,7 +239,12 @@ BAD = [
     (f"{DRAW} --image a.png --strength 2", "--strength must be above 0"),
     (f"{DRAW} --image missing.png", "missing.png: no such file"),
     (f"{DRAW} --image README.md", "README.md: not a readable picture"),
-    (f"{DRAW} --size 0", "size: 0x0"),
+    (f"{DRAW} --size 0", "'0' is no size"),
+    (f"{DRAW} --image docs/age.png --out docs", "--out docs: the picture itself is in there"),
+    (
+        "train_space.py --prompt 'a hand' --sliders 64",
+        "--sliders 64 of --rank 1 are trained together",
+    ),
     ("-m extras.tools info README.md", "README.md: not a readable"),
     ("-m extras.tools convert README.md", "--out is needed"),
     (f"{TRAIN} --preview -1", "--preview"),
@@ -255,6 +265,21 @@ def test_bad_input_is_one_clear_line(command, names):
     (line,) = [ln for ln in lines if not ln.startswith("warning: ") and "\r" not in ln]
     assert done.returncode == 2 and names in line and line.startswith("error"), line
     assert {f: f.stat().st_mtime_ns for f in ROOT.glob("*.*")} == before
+
+
+@pytest.mark.parametrize("says", ["can't allocate memory: you tried 9 bytes", "out of memory", ""])
+def test_too_little_memory_is_one_line_on_any_device(says, capsys):
+    """PyTorch has a class of its own for it on CUDA alone."""
+
+    def main():
+        raise RuntimeError(f"some allocator: {says}") if says else MemoryError
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: not enough memory: a smaller --size or")
+    with pytest.raises(RuntimeError, match="shape"):  # our own mistakes stay visible
+        cli.run(lambda: torch.zeros(2).view(3))
 
 
 # In a process of its own. The shortest in every run of the tests, all kinds in the slow ones.
@@ -302,6 +327,8 @@ def test_a_space_of_sliders(option, tmp_path):
     assert "space.json: is there already: --overwrite replaces it" in again.stderr
     other = run(f"{train} --overwrite --seed 1")
     assert other.returncode == 2 and "samples: was begun with --seed 0, not 1" in other.stderr
+    alone = run(f"{train} --overwrite --sliders 1")  # the samples are used again
+    assert alone.returncode == 0 and names_in(space) == files - {"2.safetensors"}
     few = "--scales -1,1 --seeds 0 --steps 3"
     drawn = run(f"{DRAW} --slider {space} --each {few} --out {tmp_path}/drawn")
     assert drawn.returncode == 0 and (tmp_path / "drawn" / "each_seed0.png").exists(), drawn.stderr

@@ -6,8 +6,11 @@ import subprocess
 import sys
 
 import pytest
+from torch import nn
 
+import lora
 from bench import published
+from sdxl import SDXL
 from support import training
 
 TRAINER = """
@@ -23,7 +26,8 @@ for i in range(2):
         unet(torch.randn(3, 2))
     unet(torch.randn(1, 2)).sum().backward()
     torch.save({"x": torch.randn(1)}, f"{sys.argv[1]}/{i}.pt")
-save_file({"x": torch.randn(1)}, f"{sys.argv[1]}/last.safetensors")
+torch.save({"x": torch.randn(1)}, f"{sys.argv[1]}/optimizer.pt")
+save_file({"x": torch.randn(1)}, f"{sys.argv[1]}/last.safetensors.tmp")
 """
 
 
@@ -37,7 +41,7 @@ def test_the_driver_counts_what_passes_through_the_unet(tmp_path):
         assert [(r["frozen"], r["trained"]) for r in rows] == [(3, 1), (6, 2), (6, 2)]
         assert [r["file"].rsplit("/")[-1] for r in rows] == ["0.pt", "1.pt", "last.safetensors"]
         assert 0 <= rows[0]["seconds"] <= rows[-1]["seconds"]
-    same = [(tmp_path / name / "last.safetensors").read_bytes() for name in ("a", "b")]
+    same = [(tmp_path / name / "last.safetensors.tmp").read_bytes() for name in ("a", "b")]
     assert same[0] == same[1]  # the seed is the trainer's
 
 
@@ -91,8 +95,14 @@ def test_ai_toolkit_has_our_words_rank_layers_and_eta(tmp_path):
     assert said["negative_prompt"] == "a photo of a person, very young"
     assert said["guidance_strength"] == training.ETA
     network = process["network"]
-    assert network["linear"] == network["conv"] == 4 and network["linear_alpha"] == 1
-    assert network["network_kwargs"]["ignore_if_contains"] == ["attn2"]
+    assert network["linear"] == network["conv"] == 4 and network["linear_alpha"] == 4
+    left_out = network["network_kwargs"]["ignore_if_contains"]
+    unet = SDXL.load(device="cpu").unet
+    whole = {n for n, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    # What its network wraps: all linear layers and convolutions of these blocks.
+    blocks = (".attentions.", ".resnets.", ".downsamplers.", ".upsamplers.")
+    theirs = {n for n in whole if any(b in n for b in blocks) and not any(x in n for x in left_out)}
+    assert theirs == set(lora.target_layers(unet))
     assert process["train"]["steps"] == 30 and process["save"]["save_every"] == 10
 
 

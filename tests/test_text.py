@@ -12,6 +12,7 @@ import lora
 import sampler
 import student
 import train_text
+from miniature import effect
 from sdxl_unet import UNet
 from support import options, training
 from support.sweep import composed
@@ -38,6 +39,22 @@ def collected(model):
 def targets(collected):
     """A test may set its fields to other tensors."""
     return dataclasses.replace(collected)
+
+
+def test_what_is_measured_begins_with_no_noise_that_is_trained_on(model, monkeypatch):
+    seen = []
+    noise = sampler.noise
+    record = lambda seeds, *rest: seen.extend(seeds) or noise(seeds, *rest)
+    monkeypatch.setattr(sampler, "noise", record)
+    prompts = train_text.encode(model, [TARGET], POS, NEG, [], (64, 64))
+    few = dict(trajectories=2, per_trajectory=1, denoising_steps=2, eta=1.0, batch=8, size=(64, 64))
+    for seed in range(3):
+        train_text.teach(model, prompts, seed=seed, **few)
+    begun = {
+        first + i for first in seen for i in range(256)
+    }  # as many trajectories as one may want
+    for training_seed in (0, 1):  # experiments/common.py: of the second, 1000 later
+        assert not begun & {seed + 1000 * training_seed for seed in effect.SEEDS}
 
 
 @pytest.mark.parametrize("preserve", [[], PRESERVE], ids=["nothing", "concepts"])

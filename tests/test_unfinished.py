@@ -15,7 +15,7 @@ import lora
 import student
 import train_text
 from bench.kill import TEXT, survives
-from support import distributed, training
+from support import batches, distributed, training
 from support.checkpoint import NO_CHECKPOINT, Checkpoint, open_checkpoint
 
 
@@ -174,6 +174,27 @@ def test_nothing_is_overwritten_unless_asked(tmp_path, monkeypatch):
         open_checkpoint(args(tmp_path), out)
     assert open_checkpoint(args(tmp_path, dry_run=True), out).folder is None
     assert out.read_text() == "precious"
+
+
+def test_other_pictures_under_the_same_names_are_noticed(tmp_path):
+    out, files = tmp_path / "s.safetensors", [tmp_path / name for name in ("a.png", "b.png")]
+    for file in files:
+        file.write_bytes(b"1")
+    open_checkpoint(args(tmp_path), out, [files]).save({"step": 3})
+    resumed = open_checkpoint(args(tmp_path, resume=True), out, [files])
+    assert resumed.load() == {"step": 3}
+    files[1].write_bytes(b"2")
+    with pytest.raises(ValueError, match="was begun with other pictures in these folders"):
+        open_checkpoint(args(tmp_path, resume=True), out, [files])
+
+
+def test_as_many_at_once_after_a_stop_as_before(model, tmp_path, monkeypatch):
+    """On a GPU it follows from what is free, and names the parts."""
+    checkpoint, size = Checkpoint(tmp_path, {}), (128, 128)
+    for free in (5, 3):
+        monkeypatch.setattr(batches, "samples_at_once", lambda *_: free)
+        assert training.samples_at_once(Namespace(batch=8), model, size, checkpoint) == 5
+    assert training.samples_at_once(Namespace(batch=8), model, size, NO_CHECKPOINT) == 3
 
 
 def test_processes_have_parts_of_their_own_and_one_state(tmp_path, monkeypatch):
