@@ -162,7 +162,7 @@ class Slider(nn.Module):
         parts = [part for group in self.groups for part in group]
         flat = lambda weights: torch.cat([w.flatten() for w in weights])
         k = [p.multiplier * (1.0 if torch.is_tensor(self.scale) else self.scale) for p in parts]
-        times = lambda w, k: torch.add(w.new_zeros(()), w, alpha=k)  # autograd keeps w for w * k
+        times = lambda w, k: torch.add(w.new_zeros(()), w, alpha=k)  # w * k, without keeping w
         A, B = flat(p.A for p in parts), [p.B for p in parts]
         B_k = times(flat(B), k[0]) if len(set(k)) == 1 else flat(map(times, B, k))
         each_B = iter(B_k.to(dtype).split([w.numel() for w in B]))

@@ -129,7 +129,7 @@ def sample(
                 each step, as null-text inversion makes it (invert.py).
     steps:      as in timesteps.
     sliders:    pairs (slider, scale), or triples (slider, scale, start). A scale is a number, or a
-                tensor (B,) with one for each picture. What is not attached is, for the while.
+                tensor (B,) with one for each picture. Unattached ones are attached meanwhile.
     start:      delayed LoRA: the scale is 0 while t > t_on = (1 - start) T, so that the frozen
                 model lays out the picture. 0.3 is the paper's code's start_noise = 700.
     delta:      function (x_t, t (B,)) -> (B, 4, h, w), added to eps from `start` on in the place of

@@ -123,7 +123,7 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, c):
         super().__init__()
-        dropout = nn.Identity()  # the checkpoint counts it
+        dropout = nn.Identity()  # so that net.2 stays net.2
         self.net = nn.Sequential(GEGLU(c, 4 * c), dropout, nn.Linear(4 * c, c))
 
     def forward(self, x):

@@ -341,8 +341,8 @@ def adapter_config(path: Path, metadata: dict[str, str]) -> dict[str, dict]:
 
 
 def adapter_alpha(adapter: dict, layer: str, delta: Delta) -> float:
-    """alpha of a layer by peft's settings: "alpha_pattern" by its name, or "lora_alpha", scaled by
-    alpha / sqrt(r) with "use_rslora"; without them as it was."""
+    """alpha of a layer by peft's settings: "alpha_pattern" by its name, or "lora_alpha", times
+    sqrt(r) with "use_rslora"; without either, the file's own."""
     alpha = adapter.get("lora_alpha")
     for pattern, value in (adapter.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", layer):

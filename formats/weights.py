@@ -192,7 +192,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def is_out_of_memory(error) -> bool:
-    """A CPU's and MPS's running out of memory has no class of its own."""
+    """Whether memory ran out: on a CPU and MPS only the message tells."""
     says = ("allocate memory", "out of memory")
     return isinstance(error, MemoryError) or any(words in str(error) for words in says)
 
@@ -298,7 +298,7 @@ def base_folder(path: Path, base, parts, half: bool) -> Path | None:
 
 def cached_tokenizers(vocabulary: int) -> list[Path]:
     """Two folders of CLIP's tokenizer, with so many tokens, in huggingface_hub's cache: SDXL's two,
-    or one of another model that has it, twice. None if there are none; the network is not used."""
+    or one of another model that has it, twice. [] if there are none; the network is not used."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     alone: list[Path] = []

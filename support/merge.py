@@ -1,8 +1,7 @@
 """Sliders and LoRAs added to the weights for good, and what is left of them there.
 
-bfloat16 holds 8 digits of a number, so W + D keeps nothing of a D that is under W's last digit,
-and a rounded one of a D just above it. Summed over a layer a share of D survives; the rest is
-noise."""
+bfloat16 holds 8 bits of a number, so W + D keeps nothing of a D that is under W's last bit, and a
+rounded one of a D just above it. Summed over a layer a share of D survives; the rest is noise."""
 
 from collections import defaultdict
 

@@ -1,4 +1,4 @@
-"""The options of the trainers: what they are called, what they may be, and prompts made of them."""
+"""The options of the trainers and of slider.py, their checks, and the prompts made of them."""
 
 import itertools
 import warnings

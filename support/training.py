@@ -1,5 +1,5 @@
-"""What the trainers share: their options and defaults, all that surrounds student.fit, and what is
-said and written at the end."""
+"""What the trainers share: their defaults, all that surrounds student.fit, and what is said and
+written at the end."""
 
 import os
 import time
@@ -96,9 +96,9 @@ def layers_of_bank(args, model) -> dict:
 
 
 def samples_at_once(args, model, size, checkpoint) -> int:
-    """How many go through the frozen UNet together: without a backward pass four times as many as
-    in a step fit into memory. After a stop as many as before it, whatever is free by then: the
-    checkpoint's parts are named by it, and the sums are rounded by it."""
+    """How many go through the frozen UNet together: on a CPU four times a step's batch, on a GPU
+    what fits. After a stop as many as before it, whatever is free by then: the checkpoint's parts
+    are named by it, and rounding depends on it."""
     shape = model.latent_shape(size)
     count = lambda: batches.samples_at_once(model.unet, shape, 4 * args.batch)
     return checkpoint.remember_number("samples_at_once", count)

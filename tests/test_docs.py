@@ -3,9 +3,13 @@ tests/test_docs.py` brings the line numbers up to date."""
 
 import ast
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from docs_check import commands
+
+from miniature import compose
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -65,3 +69,22 @@ if __name__ == "__main__":
         if (text := relinked(page)) != page.read_text():
             page.write_text(text)
             print(f"{page}: written")
+
+
+def options_of(words: list[str]) -> dict[str, list[str]]:
+    """{--option: its values}, but for --out and, as it follows from the ends, --prompt."""
+    found: dict[str, list[str]] = {}
+    for word in words[1:]:
+        found.setdefault(word, []) if word.startswith("--") else found[[*found][-1]].append(word)
+    return {
+        option: values for option, values in found.items() if option not in ("--out", "--prompt")
+    }
+
+
+def test_what_is_measured_are_the_sliders_that_a_reader_is_told_to_train():
+    """experiments/defaults.py and bench/published.py train miniature/compose.py's words."""
+    pages = "".join((ROOT / page).read_text() for page in ("README.md", "docs/guide.md"))
+    told = [shlex.split(command)[1:] for command, alone in commands(pages) if alone]
+    told = [options_of(words) for words in told if words[0] == "train_text.py"]
+    for attribute in ("age", "smile", "eye_size"):
+        assert options_of(compose.command(attribute)) in told, attribute

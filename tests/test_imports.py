@@ -1,5 +1,5 @@
-"""Imports point one way: commands to the method, the method to the model, never back. Those inside
-functions count too."""
+"""Imports point one way: commands to the method and the model, never back. Those inside functions
+count too."""
 
 import ast
 import graphlib
