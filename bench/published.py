@@ -224,7 +224,7 @@ def train_and_measure(
     out = folder / f"{who}_{attribute}_{'pairs' if from_pairs else 'text'}_{seed}"
     out.mkdir()
     if from_pairs:
-        for i, group in enumerate(pairs.draw(attribute, (0.7, 1.5), 16)):
+        for i, group in enumerate(pairs.draw(attribute, (0.7, 1.5), 16, seed)):
             for end, picture in zip(("neg", "pos"), group):
                 images.save_image(picture, out / "pairs" / end / f"{i:03}.png")
     log, common = out / "log", (attribute, from_pairs)
@@ -271,11 +271,9 @@ def cells(rows: list[dict]) -> list[str]:
     return [f"{mean('cost'):,.0f}", f"{mean('seconds'):.0f}", moved, ordered, others]
 
 
-def plot(done: list[dict], path: Path):
+def plot(plt, done: list[dict], path: Path):
     """Attribute moved (full lines) and the most moved other (dashed) over evaluations and over
     seconds, a row for each slider."""
-    import matplotlib.pyplot as plt
-
     names = list(dict.fromkeys(run["slider"] for run in done))
     _, axes = plt.subplots(len(names), 2, figsize=(8, 2.2 * len(names)), squeeze=False)
     for run_ in done:
@@ -345,6 +343,11 @@ def main():
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         whose = prepare(args, folder)
+        try:
+            import matplotlib.pyplot as plt  # before hours of training, not after them
+        except ImportError:
+            remedy = "pip install matplotlib"
+            raise ValueError(f"matplotlib is needed for the picture: {remedy}") from None
         model = SDXL.load(device="cpu")
         if "ai-toolkit" in whose:
             for picture, i in zip(generate(model, PERSON, seeds=PICTURES), PICTURES):
@@ -362,7 +365,7 @@ def main():
             done.sort(key=place)
             cli.write_text(args.json, json.dumps(done, indent=1))
     print_table(done)
-    plot(done, args.json.with_suffix(".png"))
+    plot(plt, done, args.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ NAMES = ("text_sliders", "visual_sliders", "ablations", "activation", "compositi
 SEEDS = (0, 1)  # side by side: two experiments of one seed would train the same sliders twice
 ALL = ["defaults"]
 ALL += [f"{name} --seed {seed}" for name in (*NAMES, "inversion", "space") for seed in SEEDS]
-ALL += [f"guidance --seed {seed} --pictures 16 --dtype float32" for seed in SEEDS]
+ALL += [f"guidance --seed {seed}" for seed in SEEDS]
 ALL += [f"stylegan.sliders --seed {seed}" for seed in SEEDS]
 OTHERS = ("full_width.json", "full_width.png")  # not of the bundled miniature
 DONE = RESULTS / "done.txt"
@@ -46,25 +46,24 @@ def done() -> list[str]:
     return [model]
 
 
-def run(line: str):
+def run(line: str) -> int:
     print(f"\n$ python -m experiments.{line}", flush=True)
     name, *options = line.split()
-    subprocess.run([sys.executable, "-m", f"experiments.{name}", *options], check=True)
+    return subprocess.run([sys.executable, "-m", f"experiments.{name}", *options]).returncode
 
 
 def main():
     p = cli.plain_parser(__doc__)
     p.add_argument("--jobs", type=int, default=1, help=default_help("experiments at once"))
     args = p.parse_args()
-    finished = done()
-    try:
-        for (line,), _ in at_once(args.jobs, run, [(x,) for x in ALL if x not in finished]):
-            finished.append(line)
-            cli.write_text(DONE, "\n".join(finished) + "\n")
-    except subprocess.CalledProcessError as failed:
-        sys.exit(failed.returncode)
+    finished, failed = done(), []
+    for (line,), status in at_once(args.jobs, run, [(x,) for x in ALL if x not in finished]):
+        (failed if status else finished).append(line)
+        cli.write_text(DONE, "\n".join(finished) + "\n")
     report.main()
     claims.main()
+    if failed:
+        sys.exit("\n".join(f"failed: python -m experiments.{line}" for line in failed))
 
 
 if __name__ == "__main__":

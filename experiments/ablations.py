@@ -3,7 +3,7 @@
     python -m experiments.ablations
 
 The age slider, which the miniature's world entangles with glasses and hats, trained with ranks 1
-to 64 and in full, and with P empty and not. Compared at the scale at which each moves age by the
+to 48 and in full, and with P empty and not. Compared at the scale at which each moves age by the
 same amount (0.25 of its range, found by interpolation between scales), since a weaker slider
 disturbs less whatever its kind. Sky and rust have no P: on SDXL age is used too."""
 
@@ -12,7 +12,7 @@ import numpy as np
 from experiments.common import Lab
 from support import cli
 
-RANKS = [1, 2, 4, 16, 64]
+RANKS = [1, 2, 4, 16, 48]  # 48: the full rank of its narrowest layers
 AMOUNT = 0.25
 SCALES = [0.5, 1.0, 2.0, 3.0]
 

@@ -22,9 +22,9 @@ def load(name: str) -> list[dict]:
     return [json.loads(file.read_text()) for file in files if file.exists()]
 
 
-def percent(values) -> str:
+def percent(values, digits=0) -> str:
     """ "54 to 91%": the range of the values; one number if it is one."""
-    low, high = (f"{100 * f(values):.0f}" for f in (min, max))
+    low, high = (f"{100 * f(values):.{digits}f}" for f in (min, max))
     return f"{low}%" if low == high else f"{low} to {high}%"
 
 
@@ -72,11 +72,11 @@ def guidance():
 
 def repair():
     rate = lambda what, scale: percent(
-        [r[f"{what}: scale {scale}"]["wrong"]["mean"] for r in load("repair")]
+        [r[f"{what}: scale {scale}"]["wrong"]["mean"] for r in load("repair")], 1
     )
-    cuts = "cuts malformed faces from {} to {}"
-    yield cuts, rate("faces", 0), rate("faces", 2)
-    yield "the other wrong hands from {} to {}", rate("hands", 0), rate("hands", 2)
+    for what in ("faces", "hands"):
+        sentence = f"of {what} {{}} are wrong without the slider, {{}} with it"
+        yield sentence, rate(what, 0), rate(what, 2)
 
 
 def inversion():

@@ -19,6 +19,7 @@ import train_text
 from extras import metrics
 from miniature import effect
 from miniature.compose import PERSON, SLIDERS
+from sdxl import MINIATURE as MINIATURE_FOLDER
 from support import cli, images, options, training
 from support.options import default_help
 
@@ -90,10 +91,15 @@ class Lab:
         p.add_argument("--seed", type=int, default=0, help=seed)
         pictures = default_help("seeds that are measured")
         p.add_argument("--pictures", type=int, default=count, help=pictures)
-        p.add_argument("--out", default=str(RESULTS), help=default_help("folder of results"))
-        sliders = default_help("folder of trained sliders, used again if they are there")
-        p.add_argument("--sliders", default="out/experiments", help=sliders)
+        results = "folder of results (default: experiments/results; out/MODEL of another model)"
+        p.add_argument("--out", help=results)
+        sliders = "folder of trained sliders, used again (default: out/experiments; out/MODEL)"
+        p.add_argument("--sliders", help=sliders)
         self.args = p.parse_args()
+        bundled = Path(self.args.model).resolve() == MINIATURE_FOLDER
+        of_other = f"out/{Path(self.args.model).stem}"
+        self.args.out = self.args.out or (str(RESULTS) if bundled else of_other)
+        self.args.sliders = self.args.sliders or ("out/experiments" if bundled else of_other)
         self.args.dtype = self.args.dtype or dtype or cli.fast_dtype()
         self.model = cli.load_model(self.args)
         self.small = training.is_small(self.model.unet)
@@ -111,7 +117,9 @@ class Lab:
         self.seed = self.args.seed
         first = effect.SEEDS[0] + 1000 * self.seed
         self.seeds = list(range(first, first + self.args.pictures))
-        self.path = Path(self.args.out) / f"{name}{f'_seed{self.seed}' if self.seed else ''}.json"
+        name += f"_seed{self.seed}" if self.seed else ""
+        name += f"_{self.args.pictures}_pictures" if self.args.pictures != count else ""
+        self.path = Path(self.args.out) / f"{name}.json"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.results = json.loads(self.path.read_text()) if self.path.exists() else {}
 
@@ -173,6 +181,11 @@ class Lab:
         lora.save(path, slider, {"meter": reading})
         return lora.load(path, unet)
 
+    def prompts_for(self, concept: str) -> list[str]:
+        """Those of the prompts that do not hold the concept's attribute fast."""
+        attribute = self.all_concepts[concept].attribute
+        return effect.prompts_without(attribute) if self.small else self.prompts
+
     def draw(self, columns, prompts=None, **settings):
         """A list of pictures, one for each seed, for each of `columns` (slider.sweep's)."""
         return effect.pictures(self.model, columns, self.seeds, prompts or self.prompts, **settings)
@@ -208,16 +221,18 @@ class Lab:
         images.save_image(images.contact_sheet(rows, columns, row_names), path)
 
 
-def moved(before, after, attribute: str) -> dict:
+def moved(before, after, attribute: str, among: tuple[str, ...] = ()) -> dict:
     """By the measuring stick: mean change of the attribute in units of its range, with its
     interval; of the other attributes' mean changes, without their signs, the largest and the mean;
-    the share of malformed faces after the edit."""
+    the share of malformed pictures after the edit. among: beginnings of the names of the others
+    that the pictures have."""
     a, b = effect.attributes(before), effect.attributes(after)
     change = {name: (b[name] - a[name]) / effect.span(name) for name in a}
     others = {
         name: abs(float(c.mean()))
         for name, c in change.items()
         if name not in (attribute, "malformed") and not effect.related(attribute, name)
+        if not among or name.startswith(among)
     }
     worst = max(others, key=others.get)
     return {

@@ -11,21 +11,16 @@ attribute moved by the measuring stick, on other models the change in CLIP score
 from collections import Counter
 
 from experiments.common import TEN, Lab, moved
+from miniature.compose import NEUTRAL
 from support import cli, images
 
 COUNTS = [1, 2, 5, 10, 20, 30, 40, 50]
 START = 0.15  # sex and glasses are laid out early
-PROMPTS = [  # that name none of the attributes
-    "a photo of a person",
-    "a picture of a person",
-    "a portrait of a person",
-    "a person",
-]
 
 
 def main():
     lab = Lab(__doc__, "composition", count=24)
-    concepts, prompts = list(TEN if lab.small else lab.concepts), PROMPTS if lab.small else None
+    concepts, prompts = list(TEN if lab.small else lab.concepts), NEUTRAL if lab.small else None
     shorter = dict(steps=lab.recipe["steps"] // 2, trajectories=8)
     sliders = []  # pairs (concept, slider)
     for i in range(COUNTS[-1]):

@@ -43,10 +43,11 @@ def train(attribute: str, from_pairs: bool, seed: int, file: Path):
     """The slider in `file`, unless it is there."""
     if file.exists():
         return
-    about = ["--out", file, "--seed", seed, "--probe", 0]
+    # What a stop left of its training is begun anew.
+    about = ["--out", file, "--seed", seed, "--probe", 0, "--overwrite"]
     if from_pairs:
         pairs = file.with_suffix("")
-        run("-m", "miniature.pairs", "--attribute", attribute, "--out", pairs)
+        run("-m", "miniature.pairs", "--attribute", attribute, "--seed", seed, "--out", pairs)
         ends = ["--neg", pairs / "0.7", "--pos", pairs / "1.5"]
         return run("train_pairs.py", *ends, "--prompt", PERSON, *about)
     run(*command(attribute), *about)

@@ -53,17 +53,19 @@ def change(unet, slider, samples):
 
 
 def main():
-    lab, shown = Lab(__doc__, "guidance"), []
-    plain = functools.cache(lambda g: lab.draw([[]], guidance=g)[0])
+    lab, shown = Lab(__doc__, "guidance", count=16, dtype="float32"), []
+    plain = functools.cache(lambda g, prompts: lab.draw([[]], prompts, guidance=g)[0])
     for concept in lab.concepts:
         slider = lab.text_slider(concept)
         lab.once(concept, lambda: changes(lab, concept, slider))
         for g in GUIDANCE:
             # Drawn once, be it measured, shown or both.
-            draw = functools.cache(lambda: lab.draw([[(slider, 2.0)]], guidance=g)[0])
-            lab.once(f"{concept}: guidance {g:g}", lambda: lab.edit(concept, plain(g), draw()))
+            prompts = tuple(lab.prompts_for(concept))
+            draw = functools.cache(lambda: lab.draw([[(slider, 2.0)]], prompts, guidance=g)[0])
+            edit = lambda: lab.edit(concept, plain(g, prompts), draw())
+            lab.once(f"{concept}: guidance {g:g}", edit)
             if concept == "age" and g in (1, 5, 10):
-                shown += [(f"guidance {g:g}", plain(g)), ("age 2", draw())]
+                shown += [(f"guidance {g:g}", plain(g, prompts)), ("age 2", draw())]
     names, columns = zip(*shown)
     lab.sheet(columns, names)
 

@@ -85,6 +85,8 @@ def main():
             }
 
         lab.once(method, measure)
+    if len(shown) > 2:
+        lab.sheet(list(shown.values()), list(shown), rows=6)
 
     def edit_all(method, one) -> list[list]:
         """The inverted pictures with the slider `one`: a list for each of SCALES."""
@@ -117,8 +119,6 @@ def main():
                 return result
 
             lab.once(f"{concept} by {method}", measure_edit)
-    if len(shown) > 2:
-        lab.sheet(list(shown.values()), list(shown), rows=6)
 
 
 if __name__ == "__main__":

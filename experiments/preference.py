@@ -14,6 +14,8 @@ import random
 from math import comb
 from pathlib import Path
 
+import numpy as np
+
 from extras import metrics
 from support import cli, images
 from support.options import default_help
@@ -48,28 +50,37 @@ def read_votes(files: list[Path]) -> list[dict]:
     for vote in last.values():
         if vote["choice"] not in ("a", "b", "") or vote["side"] not in ("0", "1", "2"):
             known = "only a, b and nothing are known"
-            raise ValueError(f"{files[0]}: a vote for {vote['choice']!r}: {known}")
+            raise ValueError(
+                f"{', '.join(map(str, files))}: a vote for {vote['choice']!r}: {known}"
+            )
     return list(last.values())
 
 
 def count(files: list[Path]) -> dict:
-    """{"a", "b", "neither": votes, "raters", "share": Wilson interval of b among a and b, "p":
-    two-sided sign test, "left": share of votes for the left side, which is near a half where
-    raters look at the pictures}. ValueError for a file that is no CSV of votes."""
+    """{"a", "b", "neither": votes, "raters", "share": of b among a and b, the mean over the
+    pairs and its bootstrap interval, "p": two-sided sign test of the pairs' majorities (votes on
+    one pair are not independent of one another), "left": share of votes for the left side, which is
+    near a half where raters look at the pictures}. ValueError for a file that is no CSV of
+    votes."""
     votes = read_votes(files)
     n = {choice: sum(vote["choice"] == choice for vote in votes) for choice in ("a", "b", "")}
-    decided = n["a"] + n["b"]
-    if not decided:
-        raise ValueError(f"{files[0]}: holds no vote for either side")
-    tail = sum(comb(decided, k) for k in range(max(n["a"], n["b"]), decided + 1)) / 2**decided
+    for_b: dict[str, list[bool]] = {}  # pair -> its decided votes
+    for vote in votes:
+        if vote["choice"]:
+            for_b.setdefault(vote["pair"], []).append(vote["choice"] == "b")
+    if not for_b:
+        raise ValueError(f"{', '.join(map(str, files))}: no vote for either side")
+    shares = np.array([np.mean(of_pair) for of_pair in for_b.values()])
+    won, lost = int((shares > 0.5).sum()), int((shares < 0.5).sum())
+    tail = sum(comb(won + lost, k) for k in range(max(won, lost), won + lost + 1))
     return {
         "a": n["a"],
         "b": n["b"],
         "neither": n[""],
         "raters": len({vote["rater"] for vote in votes}),
-        "share": metrics.wilson(n["b"], decided),
-        "p": min(1.0, 2 * tail),
-        "left": sum(vote["side"] == "1" for vote in votes) / decided,
+        "share": metrics.interval(shares),
+        "p": min(1.0, 2 * tail / 2 ** (won + lost)),
+        "left": sum(vote["side"] == "1" for vote in votes) / (n["a"] + n["b"]),
     }
 
 

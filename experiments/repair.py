@@ -3,11 +3,11 @@
     python -m experiments.repair
 
 One slider toward well-made faces, one toward well-made hands with the paper's prompts as they
-stand. The same seeds from plain prompts with and without each: how many faces are malformed, how
-many hands have not five fingers (Wilson's intervals), FID to well-made pictures, what else moved,
-and how many pictures keep who they show. On another model (--model) there is no measuring stick:
-the pairs of pictures go to the preference study (experiments/preference.py), FID to the folder
---good."""
+stand. The same seeds from plain prompts with and without each: how many faces and hands are
+malformed, or have not five fingers (Wilson's intervals), FID to well-made pictures, what else
+moved, and how many pictures keep who they show. On another model (--model) there is no measuring
+stick: the pairs of pictures go to the preference study (experiments/preference.py), FID to the
+folder --good."""
 
 import functools
 from pathlib import Path
@@ -41,27 +41,30 @@ PLAIN_SDXL = {
         "a woman with her hand on her chin",
     ],
 }
-# Who a face shows, in words and yes/no.
-IDENTITY = ["sex", "hair", "background", "glasses", "hat", "hair_length"]
+# Who is shown, in words and yes/no.
+IDENTITY = {
+    "faces": ["sex", "hair", "background", "glasses", "hat", "hair_length"],
+    "hands": ["background"],  # of the other attributes a hand has skin alone
+}
+OF_HANDS = ("background", "skin", "face")
 
 
 def wrong(readings: dict, what: str) -> np.ndarray:
-    """(N,) bool: a malformed face, or a hand without exactly five fingers; a picture of something
-    else is wrong too."""
-    if what == "faces":
-        return (readings["malformed"] > 0.5) | (readings["kind"] != "face")
-    return (readings["fingers"] != 5) | (readings["kind"] != "hand")
+    """(N,) bool: malformed faces and hands, hands without exactly five fingers, pictures of
+    something else."""
+    found = (readings["malformed"] > 0.5) | (readings["kind"] != what[:-1])
+    return found | (readings["fingers"] != 5) if what == "hands" else found
 
 
-def same_identity(before: dict, after: dict) -> float:
-    """Share of pictures in which none of IDENTITY changes."""
+def same_identity(before: dict, after: dict, names: list[str]) -> float:
+    """Share of pictures in which none of `names` changes."""
 
     def same(name):
         a, b = before[name], after[name]
         is_word = a.dtype.kind == "U"
         return a == b if is_word else (a > 0.5) == (b > 0.5)
 
-    return float(np.mean(np.logical_and.reduce([same(name) for name in IDENTITY])))
+    return float(np.mean(np.logical_and.reduce([same(name) for name in names])))
 
 
 def well_made(lab, what: str) -> list | None:
@@ -87,9 +90,9 @@ def measured(lab, what: str, good, before, after) -> dict:
         "wrong": metrics.wilson(int(wrong_after.sum()), len(after)),
         "mended": int((wrong_before & ~wrong_after).sum()),
         "broken": int((~wrong_before & wrong_after).sum()),
-        "kept": same_identity(a, b),
+        "kept": same_identity(a, b, IDENTITY[what]),
     }
-    others = moved(before, after, "malformed")
+    others = moved(before, after, "malformed", OF_HANDS if what == "hands" else ())
     return found | {name: value for name, value in others.items() if "other" in name}
 
 

@@ -135,17 +135,26 @@ def inversion(results: dict) -> str:
     return table(drawn_head, drawn) + "\n\n" + table(edited_head, edited)
 
 
-def space(results: dict) -> str:
-    parts = [space_sets({kind: r for kind, r in results.items() if "sliders" in r})]
-    parts += ["The independent ones:", space_sliders(results["independent"]["sliders"])]
+def space(*runs: dict) -> str:
+    """Of each seed: its sliders stand by themselves, as another seed finds others."""
+    parts = [both(*map(space_sets, runs))]
+    for i, results in enumerate(runs):
+        seed = f", seed {i}" if len(runs) > 1 else ""
+        parts += [f"The independent ones{seed}:"]
+        parts += [space_sliders(results["independent"]["sliders"])]
     parts += ["With all eight at random scales between -2 and 2:"]
+    return "\n\n".join([*parts, both(*map(space_diversity, runs))])
+
+
+def space_diversity(results: dict) -> str:
     rows = []
     for key, r in results.get("diversity", {}).items():
         rows.append([key, f"{r['distance']:.2f}", f"{r['malformed']:.0%}"])
-    return "\n\n".join([*parts, table(" | mean distance between two | malformed", rows)])
+    return table(" | mean distance between two | malformed", rows)
 
 
-def space_sets(sets: dict) -> str:
+def space_sets(results: dict) -> str:
+    sets = {kind: r for kind, r in results.items() if "sliders" in r}
     head = "directions | cosine with their own (lowest) | between sliders | in order over -2 ... 2"
     head += " | move one attribute at least 1.5 times as far as any other"
     rows = []
@@ -199,8 +208,10 @@ def defaults(results: dict) -> str:
 # ------------------------------------------------------------------------------ seed 0 with seed 1
 
 
-def both(one: str, two: str) -> str:
+def both(one: str, two: str | None = None) -> str:
     """One table of two alike, of two training seeds: where a cell differs, both values."""
+    if two is None:
+        return one
     lines = []
     for a, b in zip(one.splitlines(), two.splitlines(), strict=True):
         pairs = zip(a.split(" | "), b.split(" | "), strict=True)
@@ -304,11 +315,17 @@ def filled(name: str) -> str | None:
     if name == "seeds":
         return seeds(None)
     files = [RESULTS / f"{name}{seed}.json" for seed in ("", "_seed1")]
-    found = [KINDS[name](json.loads(file.read_text())) for file in files if file.exists()]
-    return both(*found) if len(found) == 2 else next(iter(found), None)
+    results = [json.loads(file.read_text()) for file in files if file.exists()]
+    if not results:
+        return None
+    return space(*results) if name == "space" else both(*map(KINDS[name], results))
 
 
 def main():
+    text = "".join(path.read_text() for path in PAGES)
+    for name in KINDS:
+        if filled(name) and f"<!-- {name} -->" not in text:
+            print(f"experiments/results/{name}.json is in none of the pages")
     for path in PAGES:
         page = path.read_text()
         for name in set(re.findall(r"<!-- (\w+) -->", page)) - {"end"}:

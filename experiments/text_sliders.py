@@ -2,8 +2,8 @@
 
     python -m experiments.text_sliders
 
-Four concepts. All methods edit the same seeds, whose prompts (miniature/effect.py's eight) no
-training used:
+Four concepts. All methods edit the same seeds, whose prompts (miniature/effect.py's eight, less
+those that name the attribute) no training used:
 * slider: rank 4, at scales 1 and 2, on from 30% of the denoising;
 * prompt: the words of the positive end are added to the prompt;
 * eq. (8) itself while sampling, at twice the eta that the sliders were trained with, from the same
@@ -20,22 +20,24 @@ from train_text import ends_difference
 
 def main():
     lab = Lab(__doc__, "text_sliders")
-    (before,) = lab.draw([[]])
-    shown = [before]
+    plain = functools.cache(lambda prompts: lab.draw([[]], prompts)[0])
+    shown = [plain(tuple(lab.prompts))]
     full = dict(full=True, lr=lab.recipe["lr"] / 400)
     for concept, (_, pos, _, _, _) in lab.concepts.items():
+        prompts = tuple(lab.prompts_for(concept))
+        before = plain(prompts)
 
         def by_slider(scale, **kind):
             slider = lab.text_slider(concept, **kind)
-            return lab.draw([[(slider, scale)]])[0]
+            return lab.draw([[(slider, scale)]], prompts)[0]
 
         def by_prompt():
-            return lab.draw([[]], [f"{prompt}, {pos}" for prompt in lab.prompts])[0]
+            return lab.draw([[]], [f"{prompt}, {pos}" for prompt in prompts])[0]
 
         def by_eq_8():
             _, ends, _ = lab.encode(concept)
             delta = lambda x_t, t: ends_difference(lab.model.unet, x_t, t, ends)
-            return lab.draw([[]], delta=delta, etas=[2 * lab.recipe["eta"]])[0]
+            return lab.draw([[]], prompts, delta=delta, etas=[2 * lab.recipe["eta"]])[0]
 
         at_2 = functools.cache(lambda: by_slider(2.0))  # measured and shown
         methods = {

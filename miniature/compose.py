@@ -29,6 +29,8 @@ SLIDERS = {  # attribute -> words of its positive and of its negative end, what 
     "hair red": ("red hair", "black hair", ["man, woman"]),
     "background blue": ("blue background", "pink background", ["man, woman"]),
 }
+# Prompts that name none of the attributes.
+NEUTRAL = [PERSON, "a picture of a person", "a portrait of a person", "a person"]
 PAIRS = [("age", "smile"), ("smile", "eye_size"), ("age", "eye_size")]
 
 
@@ -75,7 +77,7 @@ def main():
             )
 
     columns = [[(s, scale) for s in sliders.values()] for scale in (-1.0, 0.0, 1.0)]
-    table = readings(model, columns, args.seeds, steps=args.steps)
+    table = readings(model, columns, args.seeds, NEUTRAL, steps=args.steps)
     print(f"all ten at scale    {'-1':>8}{'0':>8}{'1':>8}")
     for name in (*SLIDERS, "malformed", "face"):
         print(f"{name:20}" + "".join(f"{m:8.2f}" for m in table[name].mean(1)))

@@ -31,6 +31,8 @@ PROMPTS = [
 # What PROMPTS say of these they hold fast.
 SEX = {"man", "woman", "male", "female"}
 NAMED = {"hair_length": {"long", "short"}, "skin": {"skin"}, "sex": SEX}
+NAMED |= {f"hair {word}": set(WORDS["hair"]) for word in WORDS["hair"]}
+NAMED |= {f"background {word}": {"background"} for word in WORDS["background"]}
 SCALES = [-3, -2, -1, 0, 1, 2, 3]
 # Noises that no training begins with: those of train_text.py are 1000 and up, of train_space.py
 # 0 to 511, of train_pairs.py 100,000 and up.
@@ -118,13 +120,15 @@ def related(one: str, other: str) -> bool:
 
 
 def summary(table, attribute, scales=SCALES) -> dict:
+    """moved: how far the attribute rises from the first scale to the last, of its range (below 0:
+    it falls). Of the others how far each moves at all."""
     means = table[attribute].mean(1)
     others = {name: moved(rows, name) for name, rows in table.items() if name != attribute}
     return {
         "attribute": attribute,
         "scales": list(scales),
         "means": [round(float(m), 4) for m in means],
-        "moved": moved(table[attribute], attribute),
+        "moved": float(means[-1] - means[0]) / span(attribute),
         "monotonic": bool((np.diff(means) > 0).all()),
         "worst_other": max(others, key=others.get),
         "worst_other_moved": max(others.values()),

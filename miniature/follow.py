@@ -64,8 +64,8 @@ def main():
     face = measure(slider.generate(model, "a photo of a person", seeds))
     hand = measure(slider.generate(model, "a photo of a hand", seeds))
     print(f"{np.mean(face['malformed'] > 0.5):6.1%}  of faces from the plain prompt are malformed")
-    wrong = "of hands from the plain prompt do not have five fingers"
-    print(f"{np.mean(hand['fingers'] != 5):6.1%}  {wrong}")
+    wrong = (hand["fingers"] != 5) | (hand["malformed"] > 0.5)
+    print(f"{np.mean(wrong):6.1%}  of hands have not five fingers, or one that grows elsewhere")
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def measure(pictures: list[Image.Image]) -> dict[str, np.ndarray]:
     readings = {}
     for i, name in enumerate(NUMBERS):
         low, high = world.RANGES[name]
-        readings[name] = (low + (out[:, i] + 1) / 2 * (high - low)).numpy()
+        readings[name] = (low + (out[:, i].clamp(-1, 1) + 1) / 2 * (high - low)).numpy()
     for i, name in enumerate(CHANCES, len(NUMBERS)):
         readings[name] = out[:, i].sigmoid().numpy()
     at = len(NUMBERS) + len(CHANCES)

@@ -2,12 +2,15 @@
 the committed results."""
 
 import json
+import os
 import sys
 
 import numpy as np
 import pytest
+import torch
 
 import lora
+from experiments import __main__ as everything
 from experiments import claims, common, report
 from experiments.common import Lab
 from miniature import world
@@ -31,9 +34,53 @@ def test_what_is_done_is_not_done_again(lab, tmp_path):
     again = lab()
     assert again.once("a", lambda: pytest.fail("made again")) == {"x": 1}
     assert again.once("b", lambda: 2) == 2
-    assert json.loads((tmp_path / "results" / "name.json").read_text()) == {"a": {"x": 1}, "b": 2}
+    # Not the default's number of pictures: not the committed file.
+    written = tmp_path / "results" / "name_2_pictures.json"
+    assert json.loads(written.read_text()) == {"a": {"x": 1}, "b": 2}
     assert lab("--seed", "1").once("a", lambda: 3) == 3  # another seed, another file
-    assert (tmp_path / "results" / "name_seed1.json").exists()
+    assert (tmp_path / "results" / "name_seed1_2_pictures.json").exists()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_one_failure_does_not_stop_the_others(tmp_path, monkeypatch, jobs):
+    model = "a model"
+    for name, value in dict(
+        RESULTS=tmp_path,
+        DONE=tmp_path / "done.txt",
+        SLIDERS=tmp_path / "sliders",
+        ALL=["a --seed 0", "b --seed 0", "c --seed 0"],
+    ).items():
+        monkeypatch.setattr(everything, name, value)
+    monkeypatch.setattr(everything.hashes, "model_hash", lambda path: model)
+    monkeypatch.setattr(everything.report, "main", lambda: None)
+    monkeypatch.setattr(everything.claims, "main", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["x", "--jobs", str(jobs)])
+    ran = []
+    fails = lambda line: ran.append(line) or int(line.startswith("b"))
+    monkeypatch.setattr(everything, "run", fails)
+    threads = torch.get_num_threads(), dict(os.environ)
+    (tmp_path / "old.json").write_text("another model's")
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="failed: python -m experiments.b --seed 0"):
+            everything.main()
+    torch.set_num_threads(threads[0])
+    for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT"):
+        os.environ.pop(name, None)
+    os.environ |= threads[1]
+    assert sorted(ran) == ["a --seed 0", "b --seed 0", "b --seed 0", "c --seed 0"]
+    assert not (tmp_path / "old.json").exists()
+
+
+def test_directions_of_two_seeds_are_not_put_into_one_row():
+    slider = dict(share=0.1, words=["+ a"], moved=0.5, next="hat", next_moved=0.1, along=[0.0])
+    slider |= dict(cosine=0.9, monotonic=True)
+
+    def run(attribute):
+        sliders = [slider | {"attribute": attribute}]
+        return {"independent": {"sliders": sliders, "mean_cosine": 0.9, "between": 0.1}}
+
+    table = report.space(run("skin"), run("smile"))
+    assert "| skin 50% |" in table and "| smile 50% |" in table and "skin 50%<br>" not in table
 
 
 def test_sliders_are_trained_once(lab, monkeypatch):

@@ -86,10 +86,13 @@ def test_count(tmp_path):
     again = write(tmp_path / "2.csv", votes[:5])  # the same votes saved a second time
     found = preference.count([one, again])
     assert (found["a"], found["b"], found["neither"], found["raters"]) == (2, 8, 1, 2)
-    assert found["p"] == pytest.approx(2 * (comb(10, 8) + comb(10, 9) + 1) / 1024)
+    assert found["p"] == pytest.approx(2 * (comb(9, 8) + 1) / 512)  # 8 pairs for b, one for a
+    assert found["share"]["mean"] == pytest.approx(8 / 9)
+    assert found["share"]["low"] < 8 / 9 < found["share"]["high"] == 1
     assert found["left"] == pytest.approx(0.1)
     # The bounds of Wilson's interval solve |k/n - p| = z sd(p).
-    for p in (found["share"]["low"], found["share"]["high"]):
+    of_ten = metrics.wilson(8, 10)
+    for p in (of_ten["low"], of_ten["high"]):
         assert abs(0.8 - p) == pytest.approx(1.96 * (p * (1 - p) / 10) ** 0.5)
     assert metrics.wilson(0, 7)["low"] == 0 and metrics.wilson(7, 7)["high"] == 1
 

@@ -26,15 +26,17 @@ class Channel(NamedTuple):
         return faces.drawn(self.layer, self.channel, by)
 
 
-def draw_pairs(model, channel: Channel, count: int, folder: Path):
+def draw_pairs(model, channel: Channel, count: int, folder: Path, seed: int):
     """folder/neg and folder/pos: at most `count` faces of the generator with the channel moved
-    either way, each drawn again by `model`."""
-    faces = Faces(load(), CANDIDATES, seed=20)
+    either way, each drawn again by `model`. ValueError where something else changes in all."""
+    faces = Faces(load(), CANDIDATES, seed=20 + 100 * seed)
+
+    noises = range(20_000 + 1000 * seed, 20_000 + 1000 * seed + CANDIDATES)
 
     def draw_again(drawn):
         latents = lambda rows: model.encode([drawn[i] for i in rows])
         settings = slider.sdedit(model, latents, STRENGTH, 20) | dict(steps=20, guidance=3.0)
-        return slider.sweep(model, PROMPT, range(CANDIDATES), [[]], **settings)[0]
+        return slider.sweep(model, PROMPT, noises, [[]], **settings)[0]
 
     ends = [draw_again(channel.drawn(faces, sign * channel.by)) for sign in (-1, 1)]
     low, high = map(read, ends)
@@ -47,6 +49,8 @@ def draw_pairs(model, channel: Channel, count: int, folder: Path):
     good = np.flatnonzero(alone)[:count]
     pairs = f"in {alone.sum()} of {CANDIDATES} pairs nothing else changes"
     print(f"{attribute}: {pairs}; {len(good)} are used", flush=True)
+    if not len(good):
+        raise ValueError(f"{attribute}: in every one of the pairs something else changes")
     for name, drawn in zip(("neg", "pos"), ends):
         for i in good:
             images.save_image(drawn[i], folder / name / f"{i:03}.png")

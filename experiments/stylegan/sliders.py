@@ -43,24 +43,27 @@ ROOT = Path(__file__).parent.parent.parent
 def train(lab, channel: Channel, count: int, file: Path):
     """The slider in `file`, from pairs in the folder beside it."""
     pairs = file.with_suffix("")
-    draw_pairs(lab.model, channel, count, pairs)
+    draw_pairs(lab.model, channel, count, pairs, lab.seed)
     command = ["train_pairs.py", "--neg", pairs / "neg", "--pos", pairs / "pos"]
-    command += ["--prompt", PROMPT, "--out", file, "--seed", lab.seed, "--probe", 0]
+    command += ["--prompt", PROMPT, "--out", file, "--seed", lab.seed, "--probe", 0, "--overwrite"]
     command = [str(word) for word in command]
     print(" ".join(command), flush=True)
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
 
 
-def measured(columns, attribute: str) -> dict:
-    """What `read` says of a column of pictures for each scale."""
+def measured(columns, attribute: str, direction: float = 0.0) -> dict:
+    """What `read` says of a column of pictures for each scale. direction: 1 or -1, which way the
+    attribute is to go; 0 for the way it goes."""
     tables = [read(column) for column in columns]
     means = {name: np.array([t[name].mean() for t in tables]) for name in tables[0]}
     moved = {name: float(np.ptp(m)) / span(name) for name, m in means.items()}
-    steps = np.diff(means[attribute])
+    of_it = means[attribute]
+    direction = direction or float(np.sign(of_it[-1] - of_it[0]))
     found = {
-        "means": means[attribute].round(3).tolist(),
-        "moved": moved[attribute],
-        "monotonic": bool((steps > 0).all() or (steps < 0).all()),
+        "means": of_it.round(3).tolist(),
+        "moved": direction * float(of_it[-1] - of_it[0]) / span(attribute),
+        "monotonic": bool((direction * np.diff(of_it) > 0).all()),
+        "direction": direction,
     }
     return found | most_moved_other(moved, attribute)
 
@@ -97,7 +100,7 @@ def main():
     args, model = lab.args, lab.model
     channels = chosen_channels(args)
     if args.only_pairs:
-        return draw_pairs(model, channels[0], args.count, Path(args.only_pairs))
+        return draw_pairs(model, channels[0], args.count, Path(args.only_pairs), lab.seed)
     rows, names = [], []
     for channel in channels:
         number, attribute = f"{channel.layer}.{channel.channel}", channel.attribute
@@ -111,9 +114,10 @@ def main():
             drawn = lab.draw(columns, start=START)
             faces = Faces(load(), args.pictures, seed=21)
             generated = [channel.drawn(faces, channel.by * scale / 3) for scale in SCALES]
+            of_channel = measured(generated, attribute)
             return {
-                "slider": measured(drawn, attribute),
-                "generator": measured(generated, attribute),
+                "slider": measured(drawn, attribute, of_channel["direction"]),
+                "generator": of_channel,
                 "prompts": effect.PROMPTS,
             }
 
