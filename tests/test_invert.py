@@ -50,6 +50,40 @@ def test_backwards_against_a_closed_form():
     assert errors[1] < 0.2 * errors[0] < 0.02
 
 
+def test_pictures_go_on_until_the_worst_is_good_enough():
+    """Of two the first is there at once, the second never."""
+    alpha_bar = torch.linspace(0.999, 0.01, 1000)
+    unet = lambda x, t, context, *_: x + context.mean((1, 2)).view(-1, 1, 1, 1)
+    cond = (torch.randn(1, 77, 8), torch.zeros(1, 4), torch.zeros(1, 6))
+    null, x_T = tuple(map(torch.zeros_like, cond)), torch.zeros(2, 4, 2, 2)
+    settings = dict(alpha_bar=alpha_bar, guidance=3.0)
+    x_0 = sampler.sample(unet, x_T, cond, null, steps=[500], **settings)
+    pivot = torch.stack([x_T, x_0 + torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)])
+    two = sampler.expand(cond, 2)
+    found = invert.null_text(unet, pivot, [500], two, null, inner=2, **settings)
+    assert found.evaluations == 2 + (2 + 2) * 2
+
+
+def test_editing_begins_with_the_picture(model, picture, tmp_path):
+    """Inverted, it is drawn again, which the same seed's noise does not; by SDEdit it begins where
+    the picture is noised to."""
+    how = dict(steps=10, guidance=5.0, size=(128, 128))
+    options = dict(strength=None, invert="negative-prompt", steps=10, guidance=5.0, negative="")
+    args = SimpleNamespace(prompt=picture[1], out=str(tmp_path), **options)
+    settings = slider.edit_settings(model, args, picture[0], (128, 128))
+
+    def off(**settings):
+        (drawn,) = slider.generate(model, args.prompt, [0], **how, **settings)
+        return np.abs(np.asarray(drawn, float) - np.asarray(picture[0])).mean()
+
+    assert off(**settings) < off() / 2
+    z = model.encode([picture[0]])
+    half = slider.sdedit(model, lambda seeds: z, 0.5, 10)
+    level = torch.tensor([sampler.timesteps(10)[5]])
+    x_t = sampler.add_noise(z, sampler.noise([3], z.shape[1:]), level, model.alpha_bar)
+    assert half["skip"] == 5 and torch.equal(half["start_from"]([3]), x_t)
+
+
 def test_a_step_up_undoes_a_step_down():
     alpha_bar = torch.linspace(0.999, 0.01, 1000)
     x, eps = torch.randn(2, 1, 4, 3, 3, dtype=torch.float64)

@@ -24,6 +24,27 @@ def test_alpha_bar_is_the_product_of_one_minus_beta():
     assert torch.allclose(ALPHA_BAR, torch.tensor(expected), rtol=1e-5)
 
 
+def test_a_walk_in_two_parts_has_each_steps_own_uncond_and_a_late_delta():
+    """As a sweep makes it: the steps before the start once, then the others."""
+    unet = lambda x, t, c, *_: x + c.view(-1, 1, 1, 1)
+    cond = lambda value: (torch.full((1,), float(value)),) * 3
+    nulls = [cond(i) for i in range(6)]
+    settings = dict(alpha_bar=ALPHA_BAR, steps=6, guidance=3.0)
+    walk = lambda x, **part: sampler.sample(unet, x, cond(9), nulls, **settings, **part)
+    x_T = sampler.noise([0], (4, 2, 2))
+    assert torch.equal(walk(walk(x_T, stop=2), skip=2), walk(x_T))
+    late = dict(alpha_bar=ALPHA_BAR, steps=[500, 250], guidance=1, start=0.6)
+    change = lambda x, t: torch.ones_like(x)
+    plain, guided = (
+        sampler.sample(unet, x_T, cond(9), delta=delta, stop=1, **late) for delta in (None, change)
+    )
+    assert torch.equal(plain, guided)  # at t = 500 it is not on yet
+    plain, guided = (
+        sampler.sample(unet, x_T, cond(9), delta=delta, **late) for delta in (None, change)
+    )
+    assert not torch.equal(plain, guided)
+
+
 @pytest.mark.parametrize("steps", [1, 4, 30, 50, 77])
 def test_schedule_and_steps_agree_with_diffusers(steps):
     diffusers = pytest.importorskip("diffusers")

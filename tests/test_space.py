@@ -3,6 +3,7 @@ gradient against finite differences."""
 
 from copy import copy, deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,6 +125,8 @@ def test_samples_survive_a_stop_and_x_t_lie_on_the_way(model, conds, six, tmp_pa
     assert calls == [4, 2, 2]  # the first batch was not drawn again
     assert torch.equal(six.x_0, again.x_0) and torch.equal(six.x_t, again.x_t)
     assert six.x_t.shape == (6, 2, 4, 16, 16)
+    # Spread over the five of the six steps that come after the start.
+    assert six.t[0].tolist() == [sampler.timesteps(6)[i] for i in (1, 3)]
     monkeypatch.undo()
     settings = dict(alpha_bar=model.alpha_bar, steps=6, guidance=3.0)
     for m in range(2):
@@ -133,6 +136,41 @@ def test_samples_survive_a_stop_and_x_t_lie_on_the_way(model, conds, six, tmp_pa
         stop = sampler.timesteps(6).index(t)
         reached = sampler.sample(model.unet, x_T, *conds, **settings, stop=stop)
         assert torch.allclose(reached[0], six.x_t[5, m], atol=1e-3)
+
+
+def test_rows_of_a_space_of_higher_rank(model, conds, three):
+    """Every x_t with every direction either way, each once; each slider has its ranks side by
+    side, and the meter reads pictures that no row stands for."""
+    common = dict(rank=2, guidance=3.0, batch=4)
+    space = train_space.Space(model, encoder(), three, *conds, two_directions(), **common)
+    bank, rows = SimpleNamespace(), []
+    with torch.no_grad():
+        signs = torch.tensor([1.0, -1.0])
+        _, wanted = space.change(bank, torch.tensor([0, 1]), torch.tensor([1, 0]), signs)
+    assert bank.scale.tolist() == [[0, 0, 1, 1], [-1, -1, 0, 0]] * 2  # twice: guidance
+    assert torch.equal(wanted, torch.stack([space.v[1], -space.v[0]]))
+
+    def change(bank, x, i, sign):
+        rows.extend(zip(x.tolist(), i.tolist(), torch.as_tensor(sign).tolist()))
+        return (torch.ones(len(x), 1),) * 2
+
+    space.change = change
+    space.loss(bank, torch.arange(len(space)))
+    assert len(set(rows)) == len(space) == 2 * 2 * space.n and {s for *_, s in rows} == {1, -1}
+    trained_on = {x for x, *_ in rows}
+    rows.clear()
+    space.meter(lora.Slider({}, {}, {}), 4)
+    assert rows and not trained_on & {x for x, *_ in rows}
+
+
+def test_prompts_take_turns(model, conds, monkeypatch):
+    monkeypatch.setattr(train_space, "HELD_OUT", 1)
+    two = model.condition(["a photo of a person", "a photo of a hand"])
+    samples = collect(model, (two, conds[1]), samples=3, batch=3)
+    assert samples.prompt.tolist() == [0, 1, 0]
+    common = dict(rank=1, guidance=1.0, batch=4)
+    space = train_space.Space(model, encoder(), samples, two, conds[1], two_directions(), **common)
+    assert space.prompt.tolist() == [0, 0, 1, 1, 0, 0]
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from argparse import Namespace
 
 import pytest
 import torch
+from test_lora import trained_slider
 from test_networks import UNET, randomise, unet_inputs
 
 import lora
@@ -50,11 +51,15 @@ def test_what_is_measured_begins_with_no_noise_that_is_trained_on(model, monkeyp
     few = dict(trajectories=2, per_trajectory=1, denoising_steps=2, eta=1.0, batch=8, size=(64, 64))
     for seed in range(3):
         train_text.teach(model, prompts, seed=seed, **few)
-    begun = {
-        first + i for first in seen for i in range(256)
-    }  # as many trajectories as one may want
+    assert len(seen) == len(set(seen)) == 3 * 3  # nor does the meter: two to train on, one for it
+    begun = {first + i for first in seen for i in range(256)}
     for training_seed in (0, 1):  # experiments/common.py: of the second, 1000 later
         assert not begun & {seed + 1000 * training_seed for seed in effect.SEEDS}
+
+
+def test_prompts_are_told_the_size(model):
+    for cond in train_text.encode(model, [TARGET], POS, NEG, [], (64, 96)):
+        assert cond[2].unique(dim=0).tolist() == [[64, 96, 0, 0, 64, 96]]
 
 
 @pytest.mark.parametrize("preserve", [[], PRESERVE], ids=["nothing", "concepts"])
@@ -92,6 +97,45 @@ def test_x_t_lie_on_the_frozen_models_own_way(model, targets):
         reached = sampler.sample(model.unet, x_T, cond, uncond, **settings, stop=stop)
         assert (reached[i // 4] - targets.x_t[i]).abs().max() < 1e-4
     assert targets.prompt.tolist() == 2 * ([0] * 4 + [1] * 4 + [0] * 4)
+    # One in each quarter of the way, at a place of each trajectory's own.
+    step = torch.tensor([sampler.timesteps(8).index(t) for t in targets.t[:12].tolist()]).view(3, 4)
+    assert (step // 2 == torch.arange(4)).all()
+    one = collect(model, [], trajectories=6, per_trajectory=1)
+    assert len(set(one.t.tolist())) > 2
+
+
+def test_a_prediction_is_the_unets_at_each_samples_scale_and_prompt(model, targets):
+    rows = targets[torch.tensor([0, 5, 17])]
+    slider = trained_slider(model.unet).attach(model.unet)
+    with torch.no_grad():
+        found = student.predict(model.unet, slider, rows)
+        for i in range(3):
+            cond = (part[rows.prompt[i]][None] for part in rows.cond)
+            with slider.at(float(rows.scale[i])):
+                alone = model.unet(rows.x_t[i : i + 1], rows.t[i : i + 1], *cond)
+            assert torch.allclose(found[i], alone[0], atol=1e-4)
+    slider.detach()
+    assert rows.prompt.unique().numel() == 2 and rows.scale.unique().numel() == 2
+
+
+def test_the_loss_is_the_error_in_units_of_the_teachers_change(model, targets):
+    few = targets[torch.tensor([0, 5, 17])]
+    slider = trained_slider(model.unet).attach(model.unet)
+    with torch.no_grad():
+        loss = student.make_loss(model.unet, slider, few)(torch.tensor([2, 0]))
+        error = student.predict(model.unet, slider, few) - few.target
+    slider.detach()
+    whole = (few.target - few.eps_0).square().mean()
+    expected = error.square().mean((1, 2, 3))[[2, 0]] / whole
+    assert torch.allclose(loss, expected, rtol=1e-3)
+
+
+def test_every_sample_comes_once_before_any_comes_again():
+    state = student.TrainingState(torch.nn.Linear(1, 1), lr=1.0)
+    rows = torch.cat([state.draw(7, 3) for _ in range(7)]).view(3, 7)
+    assert (rows.sort(1).values == torch.arange(7)).all()
+    rates = [student.learning_rate(i, 40, 1.0) for i in (0, 1, 20, 30, 39)]
+    assert rates == pytest.approx([0.5, 1, 1, 0.5, 0.05])
 
 
 def test_meter_reads_what_is_there(model, targets):
@@ -119,7 +163,6 @@ def test_meter_reads_what_is_there(model, targets):
     slider.detach()
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize("both_ends", [True, False])
 def test_the_student_learns_unseen_x_t_and_touches_nothing_else(model, both_ends):
