@@ -42,7 +42,7 @@ def invert(
         raise ValueError(f"method: {method!r} is not one of {', '.join(METHODS)}")
     cond, ts = sampler.expand(cond, len(x_0)), sampler.timesteps(steps, len(alpha_bar))
     pivot = sampler.ddim_inversion(unet, x_0, cond, alpha_bar=alpha_bar, steps=steps)
-    if method == "null-text" and guidance != 1:
+    if method == "null-text" and guidance != 1:  # at guidance 1 there is no eps_u to fit
         settings |= dict(alpha_bar=alpha_bar, guidance=guidance)
         return null_text(unet, pivot, ts, cond, uncond, **settings)
     return Inversion(pivot[0], [uncond if method == "ddim" else cond] * len(ts), len(ts) * len(x_0))
@@ -83,17 +83,17 @@ def null_text(
     steps, B = len(ts), pivot.shape[1]
     lr = lr * cond[0].float().std().item()
     time_ids = uncond[2].expand(B, -1)
-    as_condition = lambda *null: (*(part.to(time_ids.dtype) for part in null), time_ids)
+    as_condition = lambda context, pooled: (context.to(time_ids), pooled.to(time_ids), time_ids)
 
     def fit(i, x_t, null):
         """The embeddings that lead from x_t to the pivot's next latents, and where they do lead."""
-        t, t_next = [*ts, -1][i : i + 2]
+        t, t_next = [*ts, -1][i : i + 2]  # -1: the end
         null = [part.clone().requires_grad_() for part in null]
         optimizer = torch.optim.Adam(null, lr=lr * (1 - i / (2 * steps)))
         settings = dict(alpha_bar=alpha_bar, guidance=guidance)
         with torch.no_grad():
             eps_c = unet(x_t, torch.full((B,), t, device=x_t.device), *cond)
-        for j in range(inner + 1):
+        for j in range(inner + 1):  # once more than it optimizes: to see where that leads
             uncond_t = as_condition(*null)
             x_next, loss = step_loss(
                 unet, x_t, t, t_next, eps_c, uncond_t, pivot[i + 1], **settings

@@ -55,16 +55,16 @@ class LowRank(nn.Module):
         nn.init.kaiming_uniform_(self.lora_down.weight, a=1)
         nn.init.zeros_(self.lora_up.weight)  # B = 0: an untrained slider changes nothing
         self.register_buffer("alpha", torch.tensor(float(alpha)))
-        self.multiplier = float(alpha) / rank  # alpha / r, as a number: no tensor is read per call
+        self.alpha_over_r = float(alpha) / rank  # a number: reading `alpha` would wait for the GPU
 
     A, B = property(lambda self: self.lora_down.weight), property(lambda self: self.lora_up.weight)
 
     def delta(self) -> slider_files.Delta:
         """What a slider file holds of it: A, B, alpha."""
-        return slider_files.Delta(self.A.detach(), self.B.detach(), self.multiplier * len(self.A))
+        return slider_files.Delta(self.A.detach(), self.B.detach(), self.alpha_over_r * len(self.A))
 
-    def state(self, dtype):
-        """What a copy of A and B in `dtype` depends on."""
+    def cast_key(self, dtype):
+        """While it stays the same, so does a copy in `dtype`. _version counts in-place changes."""
         return dtype, torch.is_grad_enabled(), self.A._version, self.B._version
 
 
@@ -77,14 +77,14 @@ def add_up(y, h, B):
     """y + B h: (b, ..., out); of a convolution (b, out, h', w')."""
     if B.ndim == 4:
         return y + F.conv2d(h, B)
-    return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.T).view_as(y)  # the sum comes free
+    return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.T).view_as(y)  # y + h B^T in one call
 
 
-def same_input(parts) -> list[list]:
-    """The values of pairs (layer's name, value) in groups whose layers see the same x:
+def group_by_input(parts) -> list[list]:
+    """The LowRanks of pairs (kohya name, LowRank) in groups whose layers see the same x:
     self-attention's q, k, v; cross-attention's k, v; each other layer by itself."""
     groups: dict[str, list] = {}
-    for name, part in parts:
+    for name, part in parts:  # "..._attn1_to_q" -> "..._attn1_to_"
         shared = re.sub(r"(?<=attn1_to_)[qkv]$|(?<=attn2_to_)[kv]$", "", name)
         groups.setdefault(shared, []).append(part)
     return list(groups.values())
@@ -119,11 +119,11 @@ class Slider(nn.Module):
     @scale.setter
     def scale(self, value):
         self._scale = value
-        self._weights, self._h = {}, {}  # what _cast made; A x of layers that are still to come
+        self._weights, self._h = {}, {}  # {LowRank: (cast_key, A, B)}, {LowRank: A x}, until used
 
     def layers_of(self, unet: nn.Module) -> list[tuple[LowRank, Layer]]:
         """Each LowRank with the layer of `unet` that it changes. ValueError if one is missing."""
-        layers = layers_by_kohya_name(unet)
+        layers = layers_by_kohya_name(unet)  # {kohya name: (name, layer)}
         if missing := [name for name, _ in self.named_children() if name not in layers]:
             raise ValueError(f"this model lacks {len(missing)} layers of it, e.g. {missing[0]}")
         return [(part, layers[name][1]) for name, part in self.named_children()]  # type: ignore
@@ -131,8 +131,8 @@ class Slider(nn.Module):
     def attach(self, unet: nn.Module) -> "Slider":
         """Add the change to `unet`'s layers, at `scale`. ValueError if one is missing."""
         layers = dict(self.layers_of(unet))
-        self.groups, self.handles = same_input(self.named_children()), []
-        self.handles.append(graphs.note_attached(unet, self))
+        self.groups, self.handles = group_by_input(self.named_children()), []
+        self.handles.append(graphs.note_attached(unet, self))  # a CUDA graph without it is stale
         for group in self.groups:
             for part in group:
                 self.handles.append(layers[part].register_forward_hook(self._hook(part, group)))
@@ -142,12 +142,12 @@ class Slider(nn.Module):
     def _hook(self, part: LowRank, group: list[LowRank]):
         def add(layer, inputs, y):  # y = W x
             if not torch.is_tensor(self.scale) and not self.scale:
-                return None
-            if part not in self._weights or self._weights[part][0] != part.state(y.dtype):
+                return None  # y stays
+            if part not in self._weights or self._weights[part][0] != part.cast_key(y.dtype):
                 self._cast(y.dtype)
             _, A, B = self._weights[part]
-            if part not in self._h:  # the first of its group
-                self._h = dict(zip(group, self._down(inputs[0], A, layer, group)))
+            if part not in self._h:  # the first of its group: A x for all of it, at once
+                self._h = dict(zip(group, self._scaled_down(inputs[0], A, layer, group)))
             return add_up(y, self._h.pop(part), B)
 
         return add
@@ -161,25 +161,26 @@ class Slider(nn.Module):
         UNet has 346 such layers. It is done again when `scale` is set or a weight has changed."""
         parts = [part for group in self.groups for part in group]
         flat = lambda weights: torch.cat([w.flatten() for w in weights])
-        k = [p.multiplier * (1.0 if torch.is_tensor(self.scale) else self.scale) for p in parts]
+        scale = 1.0 if torch.is_tensor(self.scale) else self.scale  # a tensor: in _scaled_down
+        ks, Bs = [p.alpha_over_r * scale for p in parts], [p.B for p in parts]
         times = lambda w, k: torch.add(w.new_zeros(()), w, alpha=k)  # w * k, without keeping w
-        A, B = flat(p.A for p in parts), [p.B for p in parts]
-        B_k = times(flat(B), k[0]) if len(set(k)) == 1 else flat(map(times, B, k))
-        each_B = iter(B_k.to(dtype).split([w.numel() for w in B]))
-        rows = A.to(dtype).split([sum(p.A.numel() for p in group) for group in self.groups])
-        for group, A in zip(self.groups, rows):
+        B_k = times(flat(Bs), ks[0]) if len(set(ks)) == 1 else flat(map(times, Bs, ks))
+        each_B = iter(B_k.to(dtype).split([B.numel() for B in Bs]))
+        lengths = [sum(p.A.numel() for p in group) for group in self.groups]
+        for group, A in zip(self.groups, flat(p.A for p in parts).to(dtype).split(lengths)):
             for p in group:
                 p_A, p_B = A.view(-1, *p.A.shape[1:]), next(each_B).view(p.B.shape)
-                self._weights[p] = p.state(dtype), p_A, p_B
+                self._weights[p] = p.cast_key(dtype), p_A, p_B
 
-    def _down(self, x, A, layer, group):
+    def _scaled_down(self, x, A, layer, group):
         """A x for each layer of the group: h (b, ..., r). Where each sample has a scale it comes in
         here, where there is least to multiply."""
-        h, conv = down(x, A, layer), A.ndim == 4  # (b, ..., sum of r) or (b, r, h', w')
+        h = down(x, A, layer)  # (b, ..., sum of r) or, of a convolution, (b, r, h', w')
         if torch.is_tensor(self.scale):
+            ones = [1] * (h.ndim - 2)
             scale = self.scale.to(h.dtype).view(len(h), -1)  # (b, 1) or (b, r)
             scale = scale.repeat(1, len(group)) if scale.shape[1] > 1 else scale
-            h = h * scale.view(len(h), *([-1, 1, 1] if conv else [1] * (h.ndim - 2) + [-1]))
+            h = h * scale.view(len(h), *([-1, *ones] if A.ndim == 4 else [*ones, -1]))
         return h.split([len(part.A) for part in group], -1) if len(group) > 1 else [h]
 
     def detach(self):
@@ -199,8 +200,7 @@ class Slider(nn.Module):
 
 
 def save(path, slider: Slider, metadata: dict, **options):
-    """Write fp16 safetensors in kohya's naming. metadata: JSON values; options:
-    slider_files.write's."""
+    """Write fp16 safetensors, named as kohya's. metadata: JSON values. options: write's."""
     deltas = {name: part.delta() for name, part in slider.named_children()}  # type: ignore
     slider_files.write(path, deltas, metadata, **options)
 
@@ -208,7 +208,7 @@ def save(path, slider: Slider, metadata: dict, **options):
 def load(path, unet: nn.Module) -> Slider:
     """Read a slider or LoRA file of any common naming, for `unet`; not attached yet. Rank, alpha
     and layers come from the file. ValueError, naming the file, for one that does not fit."""
-    file, known = slider_files.read(path, unet), layers_by_kohya_name(unet)
+    file, known = slider_files.read(path, unet), layers_by_kohya_name(unet)  # stem: (name, layer)
     by_name = {known[stem][0]: delta for stem, delta in file.deltas.items()}
     layers = dict(known[stem] for stem in file.deltas)
     ranks = {name: len(delta.down) for name, delta in by_name.items()}

@@ -81,7 +81,7 @@ def predict_eps(unet, alpha_bar):
     appendix D), returns eps to every caller.
 
     In float32 at least, and so is every x_t that follows from it: implied_x_0 divides by sqrt(a_t),
-    and with it what a half dtype would have rounded off eps or x_t."""
+    which near pure noise would blow up what a half dtype rounds off eps or x_t."""
 
     def hook(unet, inputs, v):
         v, x_t = at_least_float32(v), at_least_float32(inputs[0])  # (B, 4, h, w) each
@@ -140,12 +140,12 @@ def sample(
     T = len(alpha_bar)
     ts = timesteps(steps, T)
     x_t, cond = x_T, expand(cond, len(x_T))
-    sliders = [(*entry, start)[:3] for entry in sliders]
-    doubled = uncond is not None and guidance != 1  # guided_eps repeats the batch
-    repeat = lambda scale: torch.cat([scale] * (1 + doubled)) if torch.is_tensor(scale) else scale
+    sliders = [(*entry, start)[:3] for entry in sliders]  # `start` for those without their own
+    copies = 1 if uncond is None or guidance == 1 else 2  # of the batch, in guided_eps
+    repeat = lambda scale: torch.cat([scale] * copies) if torch.is_tensor(scale) else scale
     to_detach = [slider.attach(unet) for slider, _, _ in sliders if not slider.attached]
     try:
-        for i, t in list(enumerate(ts))[skip:stop]:
+        for i, (t, t_next) in list(enumerate(zip(ts, [*ts[1:], -1])))[skip:stop]:  # -1: the end
             for slider, scale, slider_start in sliders:
                 slider.scale = repeat(scale) if t <= (1 - slider_start) * T else 0.0
             u = uncond[i] if isinstance(uncond, list) else uncond
@@ -155,7 +155,7 @@ def sample(
                 eps = eps + delta(x_t, torch.full((len(x_t),), t, device=x_t.device)).to(eps.dtype)
             if on_step:
                 on_step(i, t, x_t, eps_c)
-            x_t = ddim_step(x_t, eps, t, [*ts, -1][i + 1], alpha_bar)
+            x_t = ddim_step(x_t, eps, t, t_next, alpha_bar)
     finally:
         for slider, _, _ in sliders:
             slider.scale = 0.0
@@ -177,11 +177,11 @@ def ddim_inversion(unet, x_0, cond, *, alpha_bar, steps=30):
     A step up from t' to t wants eps(x_t, t) while x_t is not known yet. eps(x_{t'}, t) stands in
     for it, since the two differ little when steps are short (Song et al. 2021, section 4.3)."""
     ts, trajectory = timesteps(steps, len(alpha_bar)), [x_0]
-    for t, t_next in reversed(list(zip(ts, [*ts[1:], -1]))):
-        x_t = trajectory[-1]
+    for t, t_lower in reversed(list(zip(ts, [*ts[1:], -1]))):
+        x_lower = trajectory[-1]  # x_{t'}, of level t_lower
         levels = torch.full((len(x_0),), t, device=x_0.device)
-        eps = unet(x_t, levels, *expand(cond, len(x_0)))
-        trajectory.append(ddim_step(x_t, eps, t_next, t, alpha_bar))
+        eps = unet(x_lower, levels, *expand(cond, len(x_0)))  # level t: x_lower stands in for x_t
+        trajectory.append(ddim_step(x_lower, eps, t_lower, t, alpha_bar))
     return torch.stack(trajectory[::-1])
 
 

@@ -35,8 +35,8 @@ import lora
 import sampler
 from formats import slider_files
 from support import cli, distributed, images, inversions, options, sheets, sizes, training
-from support import sweep as latent_sweep
 from support.infotext import Infotext
+from support.sweep import sweep as sweep_latents
 from train_text import encode, ends_difference
 
 
@@ -74,7 +74,7 @@ def sweep(
     mine, drawn = distributed.shard(seeds), [[] for _ in columns]
     for i in range(0, len(mine), batch):
         x_T = (start_from or noise)(mine[i : i + batch])
-        for c, x_0 in latent_sweep.sweep(model.unet, x_T, cond, uncond, columns, **settings):
+        for c, x_0 in sweep_latents(model.unet, x_T, cond, uncond, columns, **settings):
             drawn[c] += model.decode(x_0)
     return [distributed.all_gather(column, len(seeds)) for column in drawn]
 
@@ -104,9 +104,9 @@ def sdedit(model, latents, strength: float, steps) -> dict:
     skip = len(ts) - max(1, round(strength * len(ts)))
 
     def noised(seeds):
-        z, t = latents(seeds), torch.full((len(seeds),), ts[skip], device=model.device)
-        eps = sampler.noise(seeds, z.shape[1:], model.device, model.dtype)
-        return sampler.add_noise(z, eps, t, model.alpha_bar)
+        x_0, t = latents(seeds), torch.full((len(seeds),), ts[skip], device=model.device)
+        eps = sampler.noise(seeds, x_0.shape[1:], model.device, model.dtype)
+        return sampler.add_noise(x_0, eps, t, model.alpha_bar)
 
     return dict(start_from=noised, skip=skip)
 
@@ -162,8 +162,8 @@ def even_scales(draw, low: float, high: float, count: int = 7) -> list[float]:
     pixels = [np.stack([np.asarray(p, dtype=np.float32) for p in c]) for c in draw(fine)]
     distance = np.cumsum([0.0] + [np.abs(b - a).mean() for a, b in zip(pixels, pixels[1:])])
     middle, end = distance[fine.index(zero)], distance[-1]
-    left = round((count - 1) * middle / max(end, 1e-9))
-    left = min(max(left, int(low < 0)), count - 1 - int(high > 0))
+    left = round((count - 1) * middle / max(end, 1e-9))  # steps below 0, in proportion
+    left = min(max(left, int(low < 0)), count - 1 - int(high > 0))  # one on either side at least
     at = [*np.linspace(0, middle, left + 1), *np.linspace(middle, end, count - left)[1:]]
     return [round(float(s), 2) for s in np.interp(at, distance, fine)]
 
@@ -184,14 +184,14 @@ def main(captions=None):
         picture, size = open_picture(model, args.image, args.size)
         if args.strength is None:  # an inversion is one noise, not many
             args.seeds, rows = [0], [Path(args.image).stem]
-    model.latent_shape(size), sampler.timesteps(args.steps)  # refuse what cannot be
-    sliders = [
-        (lora.load(path, model.unet), fixed, args.start if start is None else start)
-        for given, fixed, start in args.slider
-        for path in slider_files.list_files(given)
-    ]
-    files = (path for given, *_ in args.slider for path in slider_files.list_files(given))
-    named = {s: Path(path).stem for (s, *_), path in zip(sliders, files)}
+    model.latent_shape(size)  # ValueError for what cannot be, before anything is drawn
+    sampler.timesteps(args.steps)
+    sliders, named = [], {}  # triples (slider, its fixed scale or None: it sweeps, its start)
+    for given, fixed, start in args.slider:
+        for path in slider_files.list_files(given):
+            slider = lora.load(path, model.unet)
+            sliders.append((slider, fixed, args.start if start is None else start))
+            named[slider] = Path(path).stem
     infotext = Infotext(args, size or (model.size, model.size), named)
     settings = {k: getattr(args, k) for k in ("steps", "guidance", "start", "negative")}
     settings |= dict(size=size, batch=args.batch or (16 if training.is_small(model.unet) else 4))
@@ -221,8 +221,9 @@ def main(captions=None):
 
     names = [images.scale_label(scale) for scale in scales]
     if args.each:
-        of = lambda s, fixed, start: [[(s, x if fixed is None else fixed, start)] for x in scales]
-        drawn = [draw(of(*slider)) for slider in sliders]
+        drawn = []  # for each slider what the others have once
+        for s, fixed, start in sliders:
+            drawn.append(draw([[(s, x if fixed is None else fixed, start)] for x in scales]))
     elif args.random:
         rng, shape = np.random.default_rng(args.seeds[0]), (args.random, len(sweeping))
         at_random = rng.uniform(min(scales), max(scales), shape).round(2).tolist()

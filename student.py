@@ -23,7 +23,7 @@ class Targets:
     t: torch.Tensor  # (n,) noise levels
     scale: torch.Tensor  # (n,) the slider's scale there
     prompt: torch.Tensor  # (n,) row of `cond` that belongs to each
-    eps_0: torch.Tensor  # (n, 4, h, w) the frozen model's own prediction
+    eps_0: torch.Tensor  # (n, 4, h, w) the frozen model's prediction: 0 is the scale, not a level
     target: torch.Tensor  # (n, 4, h, w) what the model with the slider is to predict
     cond: tuple  # context (m, 77, d), pooled (m, p), time_ids (m, 6) of the m prompts
 
@@ -31,7 +31,7 @@ class Targets:
         return len(self.t)
 
     def __getitem__(self, rows) -> "Targets":
-        samples = [getattr(self, f.name)[rows] for f in fields(self)[:-1]]
+        samples = [getattr(self, f.name)[rows] for f in fields(self)[:-1]]  # all but cond
         return Targets(*samples, self.cond)  # type: ignore[call-arg]
 
     @property
@@ -41,7 +41,7 @@ class Targets:
 
 def predict(unet, slider, batch: Targets):
     """eps_{theta, s}(x_t, c_t, t) with the attached slider at each sample's scale: (b, 4, h, w).
-    It stays set: with gradient checkpointing, the way back runs the UNet's parts again."""
+    The scale stays set: gradient checkpointing runs parts of the UNet again during backward."""
     slider.scale = batch.scale  # (b,)
     return unet(batch.x_t, batch.t, *(c[batch.prompt] for c in batch.cond))
 
@@ -107,14 +107,14 @@ def fit(state: TrainingState, loss, n: int, *, steps: int, batch: int, capture=l
     loss: function of rows (batch,) of the n samples -> (batch,), such as make_loss's. capture:
     makes a CUDA graph of a function (support/graphs.py). The rest is support/training.train's."""
 
-    def gradients(rows):
-        total = loss(rows).sum() / batch
+    def loss_and_gradients(rows):
+        total = loss(rows).sum() / batch  # not mean(): each of several processes has some of rows
         return total.detach(), *torch.autograd.grad(total, state.parameters)
 
-    gradients = capture(gradients)
+    loss_and_gradients = capture(loss_and_gradients)
     while state.step < steps:
-        total, *found = gradients(state.draw(n, batch))
-        for p, gradient in zip(state.parameters, found):
+        total, *gradients = loss_and_gradients(state.draw(n, batch))
+        for p, gradient in zip(state.parameters, gradients):
             p.grad = gradient
         state.optimizer.param_groups[0]["lr"] = learning_rate(state.step, steps, state.lr)
         state.optimizer.step()
@@ -142,9 +142,9 @@ def meter(unet, slider, held_out: Targets, batch: int) -> dict[str, float]:
 
     with slider.at(0.0):  # predict sets the scale; this restores it afterwards
         found = in_batches(products, len(held_out), batch)["products"]  # (n, 3)
-    dot, wanted_2, made_2 = found.T
-    share = lambda rows: (dot[rows].sum() / wanted_2[rows].sum().clamp(min=1e-12)).item()
+    dot, wanted_sq, made_sq = found.T  # (n,) each: <made, wanted>, |wanted|^2, |made|^2
+    share = lambda rows: (dot[rows].sum() / wanted_sq[rows].sum().clamp(min=1e-12)).item()
     positive = held_out.scale > 0
-    cosine = (dot.sum() / (wanted_2.sum() * made_2.sum()).sqrt().clamp(min=1e-12)).item()
+    cosine = (dot.sum() / (wanted_sq.sum() * made_sq.sum()).sqrt().clamp(min=1e-12)).item()
     shares = {"share": share(slice(None)), "plus": share(positive), "minus": share(~positive)}
     return shares | {"cosine": cosine}

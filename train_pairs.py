@@ -3,11 +3,11 @@
     python train_pairs.py --neg small_eyes/ --pos big_eyes/ --prompt "a photo of a person"
 
 For what words do not say well: pairs of pictures, matched by file name, that differ in one thing.
-With A a picture of the negative and B of the positive folder, theta the frozen model and alpha
-Delta W the slider at scale alpha, the paper's loss is (--target noise)
+With A a picture of the negative and B of the positive folder, and eps_{theta, s} the frozen model
+with the slider at scale s (the paper's alpha), the paper's loss is (--target noise)
 
-    L  =  || eps_{theta, -alpha Delta W}(x_t^A, t) - eps ||^2
-        + || eps_{theta, +alpha Delta W}(x_t^B, t) - eps ||^2
+    L  =  || eps_{theta, -1}(x_t^A, t) - eps ||^2
+        + || eps_{theta, +1}(x_t^B, t) - eps ||^2
 
 with the same noise eps and noise level t for A and B. Most of that eps is nothing that the slider
 should learn: it is the model's error in denoising just these pictures, there at scale 0 as well.
@@ -40,8 +40,8 @@ def shared_prediction(eps_0, scales):
     every s, as eps is, drops out for scales that sum to 0: the same D fits eps_bar - eps_0. But
     eps_bar leaves a low-rank slider, which cannot fit everything, nothing else to be tempted by.
     """
-    off = scales - scales.mean()
-    weights = 1 / len(scales) - scales.mean() * off / off.square().sum()  # (k,)
+    centred = scales - scales.mean()  # weights: of the predictions in the line's value at 0
+    weights = 1 / len(scales) - scales.mean() * centred / centred.square().sum()  # (k,)
     return (weights.view(1, -1, 1, 1, 1) * eps_0.float()).sum(1, keepdim=True)
 
 
@@ -63,8 +63,8 @@ def collect(
 
     scales: (k,). cond: one row. target: "shared" for eps_bar; "noise" for eps, as the paper has it.
     batch, remember: as in support/batches.py."""
-    n, k, T = *latents.shape[:2], len(model.alpha_bar)
-    device, N = model.device, n * noises
+    n, k = latents.shape[:2]  # n pairs of k = 2 pictures, or groups of more
+    T, device, N = len(model.alpha_bar), model.device, n * noises
     offsets = torch.rand(n, generator=torch.Generator().manual_seed(seed))
     t = ((torch.arange(noises) + offsets[:, None]) / noises * T).long().flatten().to(device)  # (N,)
     seeds = range(seed * 100_000, seed * 100_000 + N)
@@ -78,8 +78,8 @@ def collect(
         c = sampler.expand(cond, len(rows))
         return {"eps_0": model.unet(x_t[rows], t_k[rows], *c)}
 
-    share = dict(remember=remember, name=f"seed{seed}_teacher", desc="teacher", device=device)
-    eps_0 = in_batches(predict, len(x_t), batch, **share)["eps_0"].unflatten(0, (N, k))
+    common = dict(remember=remember, name=f"seed{seed}_teacher", desc="teacher", device=device)
+    eps_0 = in_batches(predict, len(x_t), batch, **common)["eps_0"].unflatten(0, (N, k))
     goal = eps[:, None].float() if target == "noise" else shared_prediction(eps_0, scales)
     return Targets(
         x_t=x_t,
@@ -112,18 +112,18 @@ def main():
     # Some pairs are the meter's alone; of very few pairs, only noises that the slider never sees.
     n_held_out = len(groups) // 8
     seen, held_out = latents[n_held_out:], latents[:n_held_out] if n_held_out else latents
-    held_out_noises = max(1, -(-16 // len(held_out)))
-    evaluations = len(held_out) * len(scales) * held_out_noises
-    teacher = len(seen) * len(scales) * args.noises + evaluations
-    plan = cost.estimate(args, teacher, evaluations)
+    held_out_noises = -(-16 // len(held_out))  # 16 / len(held_out), rounded up
+    n_meter = len(held_out) * len(scales) * held_out_noises
+    n_teacher = len(seen) * len(scales) * args.noises + n_meter
+    plan = cost.estimate(args, n_teacher, n_meter)
     if args.dry_run:
         return cost.dry_run(args, model, slider, cond, plan)
 
     at, seed = torch.tensor(scales, device=model.device), 2 * args.seed + 1
     at_once = training.samples_at_once(args, model, size, checkpoint)
     settings = dict(batch=at_once, remember=checkpoint.remember)
-    seen_by = dict(noises=args.noises, seed=seed, target=args.target)
-    train = collect(model, seen, at, cond, **seen_by, **settings)
+    trained_on = dict(noises=args.noises, seed=seed, target=args.target)  # the meter: eps_bar
+    train = collect(model, seen, at, cond, **trained_on, **settings)
     unseen = collect(model, held_out, at, cond, noises=held_out_noises, seed=seed + 1, **settings)
 
     slider.attach(model.unet)

@@ -78,16 +78,16 @@ def collect(
     each, evenly spread over the steps in which sliders are on. batch, remember: as in
     support/batches.py. ValueError for more x_t than there are such steps."""
     first, count = sampler.steps_before(start, steps), len(sampler.timesteps(steps))
-    levels = [first + int(i * (count - first) / per_sample) for i in range(per_sample)]
-    if len(set(levels)) < per_sample:
+    keep = [first + int(i * (count - first) / per_sample) for i in range(per_sample)]  # which steps
+    if len(set(keep)) < per_sample:
         on = f"sliders are on in only {count - first} of the {count} denoising steps"
         raise ValueError(f"--per-sample {per_sample}: {on}")
 
     def draw(rows):
         kept, prompt = [], rows % len(cond[0])
 
-        def on_step(j, t, x_t, eps_c):
-            if j in levels:
+        def on_step(i, t, x_t, eps_c):
+            if i in keep:
                 kept.append((x_t, torch.full((len(x_t),), t)))
 
         shape, seeds = model.latent_shape(size), (seed * 1_000_000 + rows).tolist()
@@ -98,8 +98,8 @@ def collect(
         x_t, t = (torch.stack(part, 1) for part in zip(*kept))  # (b, m, 4, h, w), (b, m)
         return {"x_0": x_0, "x_t": x_t, "t": t, "prompt": prompt}
 
-    share = dict(remember=remember, desc="samples", device=model.device)
-    return Samples(**in_batches(draw, samples, batch, **share))
+    common = dict(remember=remember, desc="samples", device=model.device)
+    return Samples(**in_batches(draw, samples, batch, **common))
 
 
 def directions(f, k: int, independent: bool = False):
@@ -111,15 +111,15 @@ def directions(f, k: int, independent: bool = False):
     their span, to those along which the pictures vary independently."""
     centred = (f - f.mean(0)).cpu().double()  # not every device has float64
     _, S, Vh = torch.linalg.svd(centred, full_matrices=False)
-    along = S[:k, None] / (len(f) - 1) ** 0.5 * Vh[:k]  # (k, d): as long as its deviation, each
-    if independent:
-        along = independent_rotation(centred @ torch.linalg.pinv(along)) @ along
-        along = along[along.norm(dim=1).argsort(descending=True)]
-    skewness = (centred @ torch.linalg.pinv(along)).pow(3).sum(0)
-    along = along * torch.sign(skewness)[:, None]
-    sigma = along.norm(dim=1)
+    sigma_v = S[:k, None] / (len(f) - 1) ** 0.5 * Vh[:k]  # (k, d), rows sigma_i v_i
+    if independent:  # centred @ pinv: the pictures' coordinates (n, k), whitened
+        sigma_v = independent_rotation(centred @ torch.linalg.pinv(sigma_v)) @ sigma_v
+        sigma_v = sigma_v[sigma_v.norm(dim=1).argsort(descending=True)]
+    skewness = (centred @ torch.linalg.pinv(sigma_v)).pow(3).sum(0)
+    sigma_v = sigma_v * torch.sign(skewness)[:, None]
+    sigma = sigma_v.norm(dim=1)
     share = sigma.square() * (len(f) - 1) / S.square().sum()
-    return tuple(x.float().to(f.device) for x in (along / sigma[:, None], sigma, share))
+    return tuple(x.float().to(f.device) for x in (sigma_v / sigma[:, None], sigma, share))
 
 
 def independent_rotation(z, rounds: int = 200):
@@ -154,8 +154,8 @@ class Space:
         self.alpha_bar = model.alpha_bar.to(self.x_t.device)
         self.n = len(self.x_t) - HELD_OUT * self.m  # x_t to train on
         with torch.no_grad():
-            f_0 = lambda rows: {"f": clip.features(model, encoder, self.predict_x_0(rows))}
-            self.f_0 = in_batches(f_0, len(self.x_t), batch, desc="teacher")["f"]  # (N, d)
+            see = lambda rows: {"f": clip.features(model, encoder, self.predict_x_0(rows))}
+            self.f_0 = in_batches(see, len(self.x_t), batch, desc="teacher")["f"]  # (N, d)
 
     def __len__(self):
         return 2 * self.k * self.n  # every x_t with every direction, either way
@@ -170,32 +170,32 @@ class Space:
         x_t, eps = sampler.at_least_float32(x_t), sampler.at_least_float32(eps)
         return sampler.implied_x_0(x_t, eps, a_t)
 
-    def change(self, bank, x, i, sign):
-        """What slider i (b,), at scale sign (b,), changes in the features of x_t number x (b,):
+    def change(self, bank, row, i, sign):
+        """What slider i (b,), at scale sign (b,), changes in the features of x_t[row], row (b,):
         (b, d); and where it should go: (b, d)."""
         i, sign = i.to(self.v.device), sign.to(self.v)
         scale = (i[:, None] == torch.arange(self.k, device=i.device)) * sign[:, None]  # (b, k)
         scale = scale.repeat_interleave(self.rank, 1)  # (b, k r): one for each rank
         bank.scale = scale if self.guidance == 1 else torch.cat([scale, scale])
-        f = clip.features(self.model, self.encoder, self.predict_x_0(x))
-        return f - self.f_0[x], sign[:, None] * self.v[i]
+        f = clip.features(self.model, self.encoder, self.predict_x_0(row))
+        return f - self.f_0[row], sign[:, None] * self.v[i]
 
     def loss(self, bank, rows):
-        """1 - cos(f - f_0, v_i) for each of rows (b,): (b,)."""
-        x, i, negative = rows % self.n, rows // self.n % self.k, rows // self.n // self.k
-        made, wanted = self.change(bank, x, i, 1.0 - 2.0 * negative)
+        """1 - cos(f - f_0, +-v_i), (b,), for rows (b,) = (negative * k + i) * n + x_row."""
+        x_row, i, negative = rows % self.n, rows // self.n % self.k, rows // self.n // self.k
+        made, wanted = self.change(bank, x_row, i, 1.0 - 2.0 * negative)
         # An untrained slider changes nothing but by rounding. The floor under lengths keeps the
         # first steps from following it.
         return 1 - F.cosine_similarity(made, wanted, dim=-1, eps=1e-3)
 
     @torch.no_grad()
     def meter(self, bank, batch: int) -> dict:
-        """On the held-out x_t: the mean cosine of each slider's change with its direction;
-        "share", the mean way along it, in units of the features' length."""
-        x = torch.tensor([self.n + i * self.m + i % self.m for i in range(HELD_OUT)])
-        every = torch.cartesian_prod(torch.tensor([1, -1]), torch.arange(self.k), x)
+        """On one x_t of each held-out picture: the mean cosine of each slider's change with its
+        direction; "share", the mean way along it, in units of the features' length."""
+        x_rows = torch.tensor([self.n + p * self.m + p % self.m for p in range(HELD_OUT)])
+        every = torch.cartesian_prod(torch.tensor([1, -1]), torch.arange(self.k), x_rows)
         with bank.at(0.0):
-            pairs = [self.change(bank, x, i, s) for s, i, x in (p.T for p in every.split(batch))]
+            pairs = [self.change(bank, r, i, s) for s, i, r in (b.T for b in every.split(batch))]
         made, wanted = (torch.cat(part) for part in zip(*pairs))
         cosine = F.cosine_similarity(made, wanted, dim=-1).view(2, self.k, HELD_OUT).mean((0, 2))
         share = (made * wanted).sum(-1).mean().item()
@@ -242,16 +242,16 @@ def calibrate(model, encoder, slider, v, sigma: float, cond, uncond, *, size, se
     f = {i: clip.features(model, encoder, x_0).mean(0) for i, x_0 in drawn}
     negative, positive = torch.stack([f[i] for i in sorted(f)]).view(2, len(tried), -1)
     change = positive - negative  # (scales, d)
-    along = F.cosine_similarity(change, v[None], dim=1) > 0.3  # beyond, pictures break down
-    moved = [0.0, *torch.where(along, (change @ v) / 2, 0.0).tolist()]
+    intact = F.cosine_similarity(change, v[None], dim=1) > 0.3  # beyond, pictures break down
+    moved = [0.0, *torch.where(intact, (change @ v) / 2, 0.0).tolist()]  # / 2: -s to s is twice s
     if max(moved) == 0:
         return False
-    factor = float(np.interp(sigma, np.maximum.accumulate(moved), [0.0, *tried])) / 2
+    scale = float(np.interp(sigma, np.maximum.accumulate(moved), [0.0, *tried]))  # moves by sigma
     if max(moved) < sigma:
-        factor = tried[moved.index(max(moved)) - 1] / 2
-    for part in slider.children():
-        part.alpha *= factor
-        part.multiplier *= factor
+        scale = tried[moved.index(max(moved)) - 1]  # moves farthest
+    for part in slider.children():  # what `scale` did, scale 2 is to do
+        part.alpha *= scale / 2
+        part.alpha_over_r *= scale / 2
     return True
 
 

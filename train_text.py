@@ -26,12 +26,12 @@ from support.batches import in_batches
 from support.checkpoint import RESUME_HINT, open_checkpoint
 
 
-def encode(model, targets: list[str], pos: str, neg: str, preserve: list[str], size):
+def encode(model, target_prompts: list[str], pos: str, neg: str, preserve: list[str], size):
     """The prompts of eq. (8) as three conditionings, each a tuple (context, pooled, time_ids): c_t
     (m rows); the ends, (c+, p) for each p, then (c-, p) for each p (2|P| rows, 2 where P is
     empty); the empty prompt (1 row)."""
     ends = [f"{end}, {p}" if p else end for end in (pos, neg) for p in preserve or [""]]
-    return tuple(model.condition(prompts, size) for prompts in (targets, ends, [""]))
+    return tuple(model.condition(prompts, size) for prompts in (target_prompts, ends, [""]))
 
 
 def ends_difference(unet, x_t, t, ends):
@@ -40,7 +40,7 @@ def ends_difference(unet, x_t, t, ends):
     x_t (B, 4, h, w), t (B,). ends: from `encode`, 2|P| rows."""
     n, difference = len(ends[0]) // 2, 0.0
     for p in range(n):  # one at a time: memory does not grow with |P|
-        ends_p = (e[p::n].repeat_interleave(len(x_t), 0) for e in ends)  # c+ for all x_t, then c-
+        ends_p = (e[p::n].repeat_interleave(len(x_t), 0) for e in ends)  # row p: c+, row n + p: c-
         eps_pos, eps_neg = unet(x_t.repeat(2, 1, 1, 1), t.repeat(2), *ends_p).float().chunk(2)
         difference = difference + (eps_pos - eps_neg) / n
     return difference
@@ -90,28 +90,28 @@ def collect(
     eq. (8)'s target, and at -1, which the paper leaves untrained, with its mirror image.
 
     prompts: from `encode`. batch: samples through the UNet at once (twice that with guidance).
-    remember: as in support/batches.py."""
+    remember: Checkpoint.remember, so that a stopped run goes on; None keeps nothing."""
     cond, ends, uncond = prompts
     device, k = model.device, per_trajectory
     prompt = (torch.arange(trajectories) % len(cond[0])).to(device)  # the target prompts in turn
     offsets = torch.rand(trajectories, generator=torch.Generator().manual_seed(seed))
-    keep = ((torch.arange(k) + offsets[:, None]) * denoising_steps / k).long()  # (n, k)
+    keep = ((torch.arange(k) + offsets[:, None]) * denoising_steps / k).long()  # (trajectories, k)
     settings = dict(size=size, denoising_steps=denoising_steps, guidance=guidance)
 
     def walk(rows):
-        seeds, target = (seed * 1000 + rows).tolist(), tuple(part[prompt[rows]] for part in cond)
-        return denoise(model, seeds, target, uncond, keep[rows], **settings)
-
-    def difference(rows):
-        return {"difference": ends_difference(model.unet, x_t[rows], t[rows], ends)}
+        seeds, c_t = (seed * 1000 + rows).tolist(), tuple(part[prompt[rows]] for part in cond)
+        return denoise(model, seeds, c_t, uncond, keep[rows], **settings)
 
     common = dict(remember=remember, device=device)
     walked = in_batches(walk, trajectories, batch, name=f"seed{seed}_trajectories", **common)
     x_t, t, eps_0 = (walked[key].flatten(0, 1) for key in ("x_t", "t", "eps_0"))  # (n, ...)
+
+    def difference(rows):
+        return {"difference": ends_difference(model.unet, x_t[rows], t[rows], ends)}
+
     common |= dict(name=f"seed{seed}_ends", desc="both ends")
     both_ends = in_batches(difference, len(t), max(1, batch // 2), **common)
     delta = eta * both_ends["difference"]  # (n, 4, h, w)
-
     one = torch.ones(len(t), device=device)
     twice = lambda x: torch.cat([x, x])
     return Targets(
@@ -129,11 +129,11 @@ def teach(
     model, prompts, *, seed: int, trajectories: int = 16, per_trajectory: int = 4, **settings
 ):
     """(targets to train on, unseen ones for the meter). prompts, settings: as in `collect`."""
-    # Seeds 2 s + 1 and 2 s + 2: the meter never sees a noise that is trained on.
-    return tuple(
-        collect(model, prompts, trajectories=n, per_trajectory=per_trajectory, seed=s, **settings)
-        for s, n in enumerate(training.split_trajectories(trajectories), 2 * seed + 1)
-    )
+    n_train, n_meter = training.split_trajectories(trajectories)
+    settings |= dict(per_trajectory=per_trajectory)
+    # Seeds of their own: the meter never sees a noise that is trained on.
+    train = collect(model, prompts, trajectories=n_train, seed=2 * seed + 1, **settings)
+    return train, collect(model, prompts, trajectories=n_meter, seed=2 * seed + 2, **settings)
 
 
 def main():
@@ -147,7 +147,8 @@ def main():
     targets, preserve = options.target_prompts(args), options.combinations(args.preserve)
     print(f"target: {' | '.join(targets)}\npositive: {args.pos}\nnegative: {args.neg}")
     print(f"preserved: {' | '.join(preserve) or 'nothing'}")
-    prompts = cond, ends, uncond = encode(model, targets, args.pos, args.neg, preserve, size)
+    prompts = encode(model, targets, args.pos, args.neg, preserve, size)
+    cond, ends, uncond = prompts
     model.release(vae=not args.preview)
     plan = cost.text_slider(args, n_ends=len(ends[0]))
     if args.dry_run:
@@ -161,7 +162,7 @@ def main():
     if args.positive_only:
         train = train[train.scale > 0]
 
-    slider.attach(model.unet)
+    slider.attach(model.unet)  # training.fit: student.fit with a meter, previews and checkpoints
     reading = training.fit(args, model, slider, train, held_out, cond, uncond, checkpoint)
     about = {"kind": "text slider", "prompts": targets, "preserved": preserve}
     about["difference"] = (train.delta.norm() / args.eta / train.eps_0.float().norm()).item()

@@ -329,7 +329,7 @@ def test_alpha_in_diffusers_metadata_is_in_force(model, pipeline, tmp_path):
     try:
         ours, theirs = pictures_of_both(model, pipeline, slider, 1.0)
         assert ((ours - theirs).abs().max() / theirs.abs().max()) < 1e-3
-        assert {part.multiplier for part in slider.children()} == {0.25}
+        assert {part.alpha_over_r for part in slider.children()} == {0.25}
     finally:
         pipeline.unet.delete_adapters("theirs")
 
