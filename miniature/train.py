@@ -360,15 +360,23 @@ def contradict(a, rng):
 
 
 def true_and_wrong(a, rng, wrong=3):
-    """A caption of `a`, and the same caption `wrong` times with one thing in it untrue (the same
-    again if it says next to nothing)."""
+    """A caption of `a`, and `wrong` captions with one thing in them untrue (the true one again if
+    none is found; now and then one that only leaves that thing out).
+
+    They are the true one otherwise, so that its words count; but the last says other things of the
+    picture, so that words which are alike count too: no other pair of captions tells "without
+    glasses" from "without a hat"."""
     seed, mention = rng.integers(2**31), rng.uniform(0.1, 0.8)
-    say = lambda a: world.caption(a, np.random.default_rng(seed), mention)
-    captions = [say(a)]
-    for _ in range(wrong):
+    say = lambda a, seed: world.caption(a, np.random.default_rng(seed), mention)
+    captions = [say(a, seed)]
+    for i in range(wrong):
         for _ in range(12):
-            if (caption := say(contradict(a, rng))) != captions[0]:
+            other = rng.integers(2**31) if i == wrong - 1 else seed
+            caption = say(contradict(a, rng), other)
+            if caption != say(a, other):
                 break
+        else:
+            caption = captions[0]
         captions.append(caption)
     return captions
 
@@ -477,14 +485,17 @@ def train_clip(pictures, attributes, device, steps=1500, batch=64, lr=2e-3, wron
     write_json(MODEL / "image_encoder" / "config.json", config | {"outputs": 128})
     save_half(vision.state_dict(), MODEL / "image_encoder" / "model.safetensors")
     for tower, folder in zip(texts, ("text_encoder", "text_encoder_2")):
-        state = {weights.released(folder, k): v for k, v in tower.state_dict().items()}
-        _, kind = MODEL_INDEX[folder]
-        if kind == "CLIPTextModel":
-            del state["text_projection.weight"]
-        config = tower.config.to_diff_dict() | {"architectures": [kind]}
+        config = tower.config.to_diff_dict() | {"architectures": [MODEL_INDEX[folder][1]]}
         write_json(MODEL / folder / "config.json", config)
-        save_half(state, MODEL / folder / "model.safetensors")
+        save_text_encoder(tower, folder)
     log("clip: done")
+
+
+def save_text_encoder(tower, folder: str):
+    state = {weights.released(folder, k): v for k, v in tower.state_dict().items()}
+    if MODEL_INDEX[folder][1] == "CLIPTextModel":
+        state.pop("text_projection.weight", None)
+    save_half(state, MODEL / folder / "model.safetensors")
 
 
 # -------------------------------------------------------------------------------------------- judge
@@ -625,9 +636,16 @@ SAMPLE_PROMPTS = [
 ]
 
 
-def train_unet(attributes, latents, device, steps=7000, batch=48):
+def train_unet(attributes, latents, device, steps=6000, batch=48):
     """eps-prediction: minimize |eps_theta(x_t, c, t) - eps|^2 (Ho et al. 2020), prompts dropped
-    one time in ten for guidance."""
+    one time in ten for guidance.
+
+    The first text encoder learns along. (SDXL's stay frozen. But these have seen drawings alone,
+    and to tell those apart, "without glasses" and "without a hat" may be nearly the same words. The
+    second one stays what it is to the image encoder.)
+
+    In the second half of the steps, half of the captions say little but what is worn, and t is more
+    often large, where that is decided: glasses and hats are the last to follow the prompt."""
     torch.manual_seed(3)
     path = MODEL / "unet" / "diffusion_pytorch_model.safetensors"
     # An untrained folder first, so that the model's own code loads it and encodes the prompts.
@@ -641,8 +659,11 @@ def train_unet(attributes, latents, device, steps=7000, batch=48):
     average_fn = torch.optim.swa_utils.get_ema_multi_avg_fn(0.99)
     ema = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=average_fn)
     opt = Optimizer(unet, 0.01, 1e-3)
-    checkpoint = Checkpoint("unet", unet=unet, ema=ema, opt=opt)
-    alpha_bar = model.alpha_bar
+    text = model.text_encoders[0].requires_grad_(True)
+    text_opt = torch.optim.AdamW(text.parameters(), weight_decay=0.0)
+    encode = SDXL.encode_prompt.__wrapped__  # the same, with gradients
+    checkpoint = Checkpoint("unet", unet=unet, ema=ema, opt=opt, text=text, text_opt=text_opt)
+    alpha_bar, (_, _, time_ids) = model.alpha_bar, model.condition([""] * batch)
     # Eyes and mouths are a few latents out of 256: the middle counts four times. (A weight on
     # places does not move the minimum, which is the same conditional mean at every place; it moves
     # what is learned first.)
@@ -651,23 +672,33 @@ def train_unet(attributes, latents, device, steps=7000, batch=48):
     middle /= middle.mean()
     started, average = time.time(), None
     for step in range(checkpoint.load(), steps):
-        rng = np.random.default_rng((6, step))
+        rng, late = np.random.default_rng((6, step)), step >= steps // 2
         torch.manual_seed(1_000_000 + step)
         index = rng.choice(len(latents), batch, replace=False)
-        captions = [world.caption(attributes[i], rng) if rng.random() > 0.1 else "" for i in index]
+        of_worn = dict(mention=0.15, worn=4)  # glasses and hats named in three captions of five
+        captions = []
+        for i in index:
+            kind = of_worn if late and rng.random() < 0.5 else {}
+            captions.append(world.caption(attributes[i], rng, **kind) if rng.random() > 0.1 else "")
         x_0 = latents[index].to(device).float()  # (B, 4, 16, 16)
-        # One t in each B-th of the schedule.
-        t = ((torch.randperm(batch) + torch.rand(batch)) / batch * 1000).long().to(device)
+        # One t in each B-th of the schedule; late, their density grows with t.
+        u = (torch.randperm(batch) + torch.rand(batch)) / batch
+        t = (1000 * (u.sqrt() if late else u)).long().clamp(max=999).to(device)
         eps = torch.randn_like(x_0)
         snr = alpha_bar[t] / (1 - alpha_bar[t])
         weight = snr.clamp(max=5) / snr  # min-SNR-5
         # For so few tokens plain attention is faster than the fused one.
         with torch.autocast(device, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             x_t = sampler.add_noise(x_0, eps, t, alpha_bar)
-            prediction = unet(x_t, t, *model.condition(captions))
+            prediction = unet(x_t, t, *encode(model, captions), time_ids)
         errors = (middle * (prediction.float() - eps).square()).mean((1, 2, 3))
         loss = (weight * errors).mean()
-        opt.step(loss, unet, warm_then_cosine(step, steps))
+        factor = warm_then_cosine(step, steps)
+        text_opt.param_groups[0]["lr"] = 3e-4 * factor
+        text_opt.zero_grad()
+        opt.step(loss, unet, factor)
+        torch.nn.utils.clip_grad_norm_(text.parameters(), 1.0)
+        text_opt.step()
         if step % 4 == 0:
             ema.update_parameters(unet)
         average = loss.item() if average is None else 0.99 * average + 0.01 * loss.item()
@@ -676,6 +707,7 @@ def train_unet(attributes, latents, device, steps=7000, batch=48):
         if (step + 1) % 250 == 0 or step + 1 == steps:
             checkpoint.save(step + 1)
             save_half(ema.module.state_dict(), path)
+            save_text_encoder(text, "text_encoder")
         if (step + 1) % 1000 == 0:
             samples(WORK / "unet.png")
 

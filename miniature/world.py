@@ -195,13 +195,14 @@ def _smile_words(smile, rng):
     return str(rng.choice(["with a big frown", "frowning", "very sad", "very unhappy"]))
 
 
-def caption(a: dict, rng, mention: float = 0.42) -> str:
+def caption(a: dict, rng, mention: float = 0.42, worn: float = 1.6) -> str:
     """Describe `a` in ordinary words; every clause is dropped at random so that short prompts work
     too.
 
-    `mention` is the chance of each clause. One caption in ten says nothing but what it is. Whatever
-    `a` is, as many numbers are drawn from `rng`: with the same seed, attributes that differ in one
-    thing get captions that differ in its words alone (and in their order).
+    `mention` is the chance of each clause, `worn` how many times it is that for glasses and for
+    hats. One caption in ten says nothing but what it is. Whatever `a` is, as many numbers are drawn
+    from `rng`: with the same seed, attributes that differ in one thing get captions that differ in
+    its words alone (and in their order).
     """
     if rng.random() < 0.1:
         mention = 0.0
@@ -218,7 +219,7 @@ def caption(a: dict, rng, mention: float = 0.42) -> str:
     if a["kind"] == "hand":
         head = _hand_head(a, rng, says, clauses)
     else:
-        head = _face_head(a, rng, says, clauses)
+        head = _face_head(a, rng, says, clauses, worn)
     rng.shuffle(clauses)
     text = lead + head
     can_follow = ("with ", "without ", "wearing ", "on ")  # without a comma
@@ -228,7 +229,7 @@ def caption(a: dict, rng, mention: float = 0.42) -> str:
     return text
 
 
-def _face_head(a, rng, says, clauses):
+def _face_head(a, rng, says, clauses, worn):
     men, women = ["man", "man", "male person"], ["woman", "woman", "female person"]
     noun = str(rng.choice(men if a["sex"] else women))
     if not says(1.4):
@@ -249,10 +250,10 @@ def _face_head(a, rng, says, clauses):
     named = [w for w in (length if says() else "", colour if says() else "") if w]
     if named:
         clauses.append("with " + " ".join(named) + " hair")
-    if says(1.6):
+    if says(worn):
         wears = str(rng.choice(["with glasses", "wearing glasses"]))
         clauses.append(wears if a["glasses"] else "without glasses")
-    if says(1.6):
+    if says(worn):
         wears = str(rng.choice(["with a hat", "wearing a hat"]))
         clauses.append(wears if a["hat"] else "without a hat")
     _quality(a, rng, clauses, BAD_FACE, GOOD_FACE)
