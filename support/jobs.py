@@ -14,9 +14,7 @@ def at_once(n: int, function, tasks):
         return
     threads = max(1, (os.cpu_count() or 1) // n)
     torch.set_num_threads(threads)  # what `function` computes itself, too
-    # A thread that waits soon gives its core up: by libgomp's default it waits in a busy loop, and
-    # two trainings at once are many times slower than one after the other.
-    os.environ |= {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "20000"}
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     with ThreadPoolExecutor(n) as pool:
         running = {pool.submit(function, *task): task for task in tasks}
         try:
