@@ -351,3 +351,157 @@ def test_null_text_inversion_of_a_picture_from_pure_noise(model, zero_snr_model)
         off.append(((again - z).norm() / z.norm()).item())
     plain, from_pure_noise = off
     assert plain < 0.05 and from_pure_noise < 1.5 * plain + 0.01, off
+
+
+def test_all_of_it_in_bfloat16(tmp_path):
+    """x_t and eps are float32 all the same: teachers, meter, inversion and edits take them so. What
+    is drawn is the float32 model's, as nearly as bfloat16's weights allow."""
+    said = dict(prediction_type="v_prediction", **v_network.ZERO_SNR)
+    path, drawn = v_network.folder(tmp_path / "m", **said), []
+    for dtype in (torch.float32, torch.bfloat16):
+        m = SDXL.load(path, device="cpu", dtype=dtype)
+        settings = dict(alpha_bar=m.alpha_bar, steps=sampler.timesteps(4, spacing=m.spacing))
+        cond, uncond = m.condition([TARGET], (64, 64)), m.condition([""], (64, 64))
+        x_T = sampler.noise([0], (4, 8, 8), dtype=dtype)
+        drawn.append(sampler.sample(m.unet, x_T, cond, uncond, guidance=1, **settings))
+    x_0 = drawn[1]
+    assert x_0.dtype == torch.float32 and relative_error(x_0, drawn[0]) < 0.1
+    targets = teach(m, trajectories=1, per_trajectory=2, denoising_steps=2)
+    assert targets.t.tolist() == [999, 499] * 2
+    assert {targets.x_t.dtype, targets.target.dtype} == {torch.float32}
+    made = lora.Slider(lora.target_layers(m.unet)).attach(m.unet)
+    student.make_loss(m.unet, made, targets)(torch.arange(2)).sum().backward()
+    assert all(p.grad.isfinite().all() for p in made.parameters())
+    made.detach()
+    few = dict(guidance=3.0, inner=1)
+    found = invert.invert(m.unet, m.encode([m.decode(x_0)[0]]), cond, uncond, **few, **settings)
+    assert found.x_T.dtype == torch.float32
+    assert {part.dtype for part in found.uncond[0]} == {torch.bfloat16}
+    slider.generate(m, TARGET, [0], steps=2, size=(64, 64))
+
+
+# -------------------------------------------------------------------------- what a model says of it
+
+
+def test_a_folder_says_it_and_the_option_overrules(tmp_path):
+    said = dict(prediction_type="v_prediction", **v_network.ZERO_SNR)
+    path = v_network.folder(tmp_path / "v", **said)
+    load = lambda path, **options: SDXL.load(path, device="cpu", vae=False, **options)
+    ours = load(path)
+    assert (ours.prediction, ours.spacing) == ("v", "trailing")
+    assert torch.equal(ours.alpha_bar, ZERO_SNR)
+    with pytest.warns(
+        UserWarning, match="--prediction epsilon: this model says that it predicts v"
+    ):
+        assert load(path, prediction="epsilon").prediction == "epsilon"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = load(MINIATURE, prediction="v")
+        load(MINIATURE, prediction="epsilon")
+    assert (ours.prediction, ours.spacing) == ("v", "leading")
+    assert len(ours.unet._forward_hooks) == 1
+    with pytest.raises(ValueError, match="prediction: 'x' is neither"):
+        load(MINIATURE, prediction="x")
+
+
+@pytest.mark.parametrize("kind", ["sample", "flow_prediction", None, ["v"]])
+def test_other_predictions_are_refused(kind):
+    with pytest.raises(ValueError, match="prediction_type .* is not supported; --prediction"):
+        schedule.check(CONFIG | {"prediction_type": kind})
+    assert schedule.check(CONFIG | {"prediction_type": kind}, "v")["prediction_type"] == "v"
+
+
+@pytest.mark.parametrize(
+    "odd, what",
+    [
+        ({"beta_schedule": "linear"}, "beta_schedule"),
+        ({"beta_start": None}, "missing or odd numbers"),
+        ({"num_train_timesteps": 2.5}, "missing or odd numbers"),
+        ({"beta_end": "0.1"}, "missing or odd numbers"),
+        ({"timestep_spacing": "log"}, "timestep_spacing 'log' is none of leading, trailing"),
+        ({"timestep_spacing": []}, "timestep_spacing"),
+    ],
+)
+def test_odd_schedules_are_refused(odd, what):
+    with pytest.raises(ValueError, match=f"scheduler: {what}"):
+        schedule.check(CONFIG | odd)
+
+
+def test_a_single_file_s_marks(tmp_path):
+    """As tensors, as its metadata has them, and over what --base says."""
+
+    def read(more=(), metadata=None, base=MINIATURE):
+        path = tmp_path / "m.safetensors"
+        one_file(path, lambda tensors: tensors | {k: torch.zeros(0) for k in more}, metadata)
+        return schedule.check(weights.find_weights(path, base).configs["scheduler"])
+
+    plain, v, zero = read(), read(["v_pred"]), read(["v_pred", "ztsnr"])
+    assert plain == schedule.check(json.loads((MINIATURE / SCHEDULER).read_text()))
+    assert v == plain | {"prediction_type": "v"}
+    assert zero == v | v_network.ZERO_SNR
+    assert read(metadata={"modelspec.prediction_type": "v"}) == v
+    base = v_network.folder(tmp_path / "base", prediction_type="v_prediction")
+    assert read(base=base) == v
+    assert read(metadata={"modelspec.prediction_type": "epsilon"}, base=base) == plain
+    assert read(metadata={"modelspec.prediction_type": ""}, base=base) == v
+    assert "prediction_type" not in schedule.of_single_file([], {})
+    assert single_file.SDXL["scheduler"]["prediction_type"] == "epsilon"  # as it was
+    with pytest.raises(ValueError, match="prediction_type 'sample'"):
+        read(metadata={"modelspec.prediction_type": "sample"})
+
+
+SCHEDULER = "scheduler/scheduler_config.json"
+
+
+def test_a_marked_single_file_is_loaded(tmp_path):
+    marks = {name: torch.zeros(0) for name in ("v_pred", "ztsnr")}
+    file = one_file(tmp_path / "m.safetensors", lambda tensors: tensors | marks)
+    ours = SDXL.load(file, device="cpu", base=MINIATURE, vae=False)
+    assert (ours.prediction, ours.spacing) == ("v", "trailing")
+    assert torch.equal(ours.alpha_bar, ZERO_SNR)
+
+
+def test_command_lines(tmp_path):
+    path = v_network.folder(tmp_path / "v", prediction_type="v_prediction")
+    few = f"--seeds 0 --steps 1 --no-metadata --out {tmp_path}/o"
+    done = run(f"slider.py --prompt 'a man' --model {path} --size 64 {few}")
+    assert done.returncode == 0 and not done.stderr.count("warning"), done.stderr
+    picture = (tmp_path / "o" / "seed0.png").read_bytes()
+    done = run(f"slider.py --prompt 'a man' --model {path} --prediction epsilon --size 64 {few}")
+    assert done.returncode == 0
+    assert done.stderr.count("warning: --prediction epsilon: this model says") == 1
+    assert (tmp_path / "o" / "seed0.png").read_bytes() != picture
+    done = run(f"slider.py --prompt 'a man' --prediction v --size 64 {few}")
+    assert done.returncode == 0 and (tmp_path / "o" / "seed0.png").read_bytes() == picture
+    path = v_network.folder(tmp_path / "sample", prediction_type="sample")
+    for command in ("slider.py --prompt 'a man'", "train_text.py --pos 'a, b' --neg 'a, c'"):
+        done = run(f"{command} --model {path} --out {tmp_path}/{command[:3]}.safetensors")
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        line = done.stderr.strip().splitlines()[-1]
+        assert line.startswith("error: scheduler: prediction_type 'sample' is not supported")
+        assert "--prediction v" in line
+    done = run("train_pairs.py --prediction x")
+    assert done.returncode == 2 and "--prediction" in done.stderr
+
+
+def test_a_trainer_keeps_the_option_and_like_asks_for_it_again(tmp_path):
+    small = "--trajectories 1 --per-trajectory 1 --denoising-steps 2 --size 64"
+    small += " --steps 1 --batch 2 --probe 0"
+    file = tmp_path / "a.safetensors"
+    done = run(f"{TRAIN} --prediction v {small} --out {file}")
+    assert done.returncode == 0, done.stderr
+    assert "--out out/a --prediction v\n" in done.stdout  # the command that is suggested
+    with safe_open(file, "pt") as f:
+        assert f.metadata()["modelspec.prediction_type"] == "v"
+    done = run(f"train_text.py --like {file} --out {tmp_path}/b.safetensors")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "was trained with a --prediction of its own: name it here too" in done.stderr
+
+
+def test_an_inversion_kept_for_one_prediction_is_not_taken_for_another(tmp_path):
+    load = lambda **options: SDXL.load(device="cpu", vae=False, **options)
+    z, models = torch.zeros(1, 4, 8, 8), [load(), load(), load(prediction="v")]
+    a, again, b = (inversions.cache_key(m, z, "a man") for m in models)
+    assert a == again != b
+    zero = SDXL.load(v_network.folder(tmp_path / "z", **v_network.ZERO_SNR), device="cpu")
+    assert inversions.cache_key(zero, z, "a man") not in (a, b)
