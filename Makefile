@@ -18,10 +18,6 @@ PY := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2  # two processes of one thread are faster than one of two
 
-# PyTorch's threads wait for one another in a busy loop: with other work beside it, a training would
-# take many times as long.
-export GOMP_SPINCOUNT ?= 20000
-
 .PHONY: demo test test-slow test-gpu lint sizes coverage docs-check test-full test-oldest bench experiments miniature clean
 
 # The versions that the project is tested with: the pins in requirements-test.txt.

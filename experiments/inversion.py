@@ -68,25 +68,31 @@ def main():
         pairs = zip(parts, cond_parts)
         return [invert.invert(model.unet, z[part], c, empty, **how) for part, c in pairs]
 
-    shown = {"original": originals, "VAE": roundtrip}
-    for method in reversed(invert.METHODS):
+    @functools.cache
+    def drawn(method) -> list:
+        """The inverted pictures drawn again, without a slider."""
+        pictures = []
+        for c, inversion in zip(cond_parts, inverted(method)):
+            x_T, uncond = inversion.x_T, inversion.uncond
+            pictures += model.decode(sampler.sample(model.unet, x_T, c, uncond, **settings))
+        return pictures
+
+    methods = list(reversed(invert.METHODS))
+    some_are_new = any(method not in lab.results for method in methods)
+    for method in methods:
 
         def measure():
-            drawn = []
-            for c, inversion in zip(cond_parts, inverted(method)):
-                x_T, uncond = inversion.x_T, inversion.uncond
-                drawn += model.decode(sampler.sample(model.unet, x_T, c, uncond, **settings))
-            shown[method] = drawn
             evaluations = sum(inversion.evaluations for inversion in inverted(method))
             return {
-                "psnr": metrics.interval(metrics.psnr(originals, drawn)),
-                "lpips": lab.lpips(originals, drawn),
+                "psnr": metrics.interval(metrics.psnr(originals, drawn(method))),
+                "lpips": lab.lpips(originals, drawn(method)),
                 "evaluations": evaluations / len(originals),
             }
 
         lab.once(method, measure)
-    if len(shown) > 2:
-        lab.sheet(list(shown.values()), list(shown), rows=6)
+    if some_are_new:
+        columns = [originals, roundtrip, *map(drawn, methods)]
+        lab.sheet(columns, ["original", "VAE", *methods], rows=6)
 
     def edit_all(method, one) -> list[list]:
         """The inverted pictures with the slider `one`: a list for each of SCALES."""

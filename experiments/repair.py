@@ -17,7 +17,7 @@ import numpy as np
 from experiments.common import Lab, moved
 from extras import metrics
 from miniature import world
-from miniature.measure import measure
+from miniature.measure import measure, wrong
 from support import cli, images
 
 SCALE = 2.0
@@ -49,13 +49,6 @@ IDENTITY = {
 OF_HANDS = ("background", "skin", "face")
 
 
-def wrong(readings: dict, what: str) -> np.ndarray:
-    """(N,) bool: malformed faces and hands, hands without exactly five fingers, pictures of
-    something else."""
-    found = (readings["malformed"] > 0.5) | (readings["kind"] != what[:-1])
-    return found | (readings["fingers"] != 5) if what == "hands" else found
-
-
 def same_identity(before: dict, after: dict, names: list[str]) -> float:
     """Share of pictures in which none of `names` changes."""
 
@@ -85,7 +78,7 @@ def measured(lab, what: str, good, before, after) -> dict:
     if not lab.small:
         return found
     a, b = measure(before), measure(after)
-    wrong_before, wrong_after = wrong(a, what), wrong(b, what)
+    wrong_before, wrong_after = wrong(a, what[:-1]), wrong(b, what[:-1])
     found |= {
         "wrong": metrics.wilson(int(wrong_after.sum()), len(after)),
         "mended": int((wrong_before & ~wrong_after).sum()),
@@ -106,7 +99,7 @@ def save_pairs(lab, what: str, before, after):
 
 def save_sheet(lab, what: str, before, after):
     """Twelve wrong pictures, whatever became of them; then four good ones."""
-    bad = np.flatnonzero(wrong(measure(before), what)) if lab.small else np.arange(16)
+    bad = np.flatnonzero(wrong(measure(before), what[:-1])) if lab.small else np.arange(16)
     good = [i for i in range(len(before)) if i not in bad]
     chosen = [*bad[:12], *good[:4]]
     rows = []

@@ -8,7 +8,7 @@ import numpy as np
 
 import slider
 from miniature import world
-from miniature.measure import measure
+from miniature.measure import measure, wrong
 from support import cli
 
 # Prompt -> the attribute that it names, and its value: 1 above the middle, 0 below it, or the word.
@@ -63,9 +63,9 @@ def main():
     seeds = range(500, 500 + 4 * args.pictures)
     face = measure(slider.generate(model, "a photo of a person", seeds))
     hand = measure(slider.generate(model, "a photo of a hand", seeds))
-    print(f"{np.mean(face['malformed'] > 0.5):6.1%}  of faces from the plain prompt are malformed")
-    wrong = (hand["fingers"] != 5) | (hand["malformed"] > 0.5)
-    print(f"{np.mean(wrong):6.1%}  of hands have not five fingers, or one that grows elsewhere")
+    print(f"{np.mean(wrong(face, 'face')):6.1%}  of faces from the plain prompt are malformed")
+    rate = np.mean(wrong(hand, "hand"))
+    print(f"{rate:6.1%}  of hands have not five fingers, or one that grows elsewhere")
 
 
 if __name__ == "__main__":

@@ -104,6 +104,13 @@ def measure(pictures: list[Image.Image]) -> dict[str, np.ndarray]:
     return readings | {"fingers": np.array(fingers), "eye_pixels": np.array(widths)}
 
 
+def wrong(readings: dict, kind: str) -> np.ndarray:
+    """(N,) bool, of pictures that should show a `kind`, "face" or "hand": malformed ones, hands
+    without exactly five fingers, pictures of something else."""
+    found = (readings["malformed"] > 0.5) | (readings["kind"] != kind)
+    return found | (readings["fingers"] != 5) if kind == "hand" else found
+
+
 # ----------------------------------------------------------------------------------------- geometry
 
 
@@ -174,21 +181,22 @@ def eye_pixels(picture: Image.Image) -> float:
     return float(np.mean(widths)) if widths else 0.0
 
 
-def check(n: int = 1000, model=None) -> dict[str, float]:
-    """Correlation (numbers) or accuracy (the rest) on n renders that no training saw; with an SDXL,
-    on what its VAE makes of them."""
+def held_out(n: int = 1000) -> tuple[list[dict], list[Image.Image]]:
+    """The attributes of n renders that no training saw, and the renders."""
     rng = np.random.default_rng(987654321)
     truth = [world.sample(rng) for _ in range(n)]
-    pictures = [world.draw(a) for a in truth]
-    if model:
-        parts = [pictures[i : i + 50] for i in range(0, n, 50)]
-        pictures = [seen for part in parts for seen in model.decode(model.encode(part))]
+    return truth, [world.draw(a) for a in truth]
+
+
+def check(truth: list[dict], pictures: list[Image.Image]) -> dict[str, float]:
+    """How well pictures of the attributes `truth` are read: correlation (numbers) or accuracy (the
+    rest)."""
     readings = measure(pictures)
     faces = np.array([a["kind"] == "face" for a in truth])
-    everything = np.ones(n, bool)
+    everything = np.ones(len(truth), bool)
 
     def true(name, of):
-        """The attribute `name` of those pictures that the mask `of` (n,) picks."""
+        """The attribute `name` of those pictures that the mask `of` (N,) picks."""
         return np.array([a[name] for a, picked in zip(truth, of) if picked])
 
     result = {}
@@ -208,8 +216,15 @@ def check(n: int = 1000, model=None) -> dict[str, float]:
     return {name: float(value) for name, value in result.items()}
 
 
-if __name__ == "__main__":
-    decoded = check(model=SDXL.load())
+def main():
+    truth, pictures = held_out()
+    model = SDXL.load()
+    parts = [pictures[i : i + 50] for i in range(0, len(pictures), 50)]
+    decoded = check(truth, [seen for part in parts for seen in model.decode(model.encode(part))])
     print(f"{'':12} drawn  through the VAE")
-    for name, value in check().items():
+    for name, value in check(truth, pictures).items():
         print(f"{name:12} {value:.3f}  {decoded[name]:.3f}")
+
+
+if __name__ == "__main__":
+    main()
