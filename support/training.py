@@ -22,7 +22,7 @@ METER_EVERY = 25  # optimizer steps
 # Defaults, as measured: for a small UNet on the miniature, for one of SDXL's size by
 # experiments/full_width.py. PUBLISHED are the paper's code's (--recipe published).
 SMALL, LARGE = dict(lr=4e-3, batch=8, steps=60), dict(lr=1e-3, batch=8, steps=60)
-ETA = 0.5  # of eq. (8): -3 ... 3 is then a useful range of scales
+ETA = 0.6  # of eq. (8): -3 ... 3 is then a useful range of scales
 PUBLISHED = dict(lr=2e-4, batch=2, steps=500, eta=4.0)
 
 
