@@ -14,6 +14,7 @@ those that name the attribute) no training used:
 import functools
 
 from experiments.common import Lab
+from miniature import effect
 from support import cli
 from train_text import ends_difference
 
@@ -21,7 +22,6 @@ from train_text import ends_difference
 def main():
     lab = Lab(__doc__, "text_sliders")
     plain = functools.cache(lambda prompts: lab.draw([[]], prompts)[0])
-    shown = [plain(tuple(lab.prompts))]
     full = dict(full=True, lr=lab.recipe["lr"] / 400)
     for concept, (_, pos, _, _, _) in lab.concepts.items():
         prompts = tuple(lab.prompts_for(concept))
@@ -39,19 +39,20 @@ def main():
             delta = lambda x_t, t: ends_difference(lab.model.unet, x_t, t, ends)
             return lab.draw([[]], prompts, delta=delta, etas=[2 * lab.recipe["eta"]])[0]
 
-        at_2 = functools.cache(lambda: by_slider(2.0))  # measured and shown
         methods = {
             "slider, scale 1": lambda: by_slider(1.0),
-            "slider, scale 2": at_2,
+            "slider, scale 2": lambda: by_slider(2.0),
             "prompt": by_prompt,
             "eq. (8)": by_eq_8,
             "full fine-tuning": lambda: by_slider(2.0, **full),
         }
         for method, draw in methods.items():
             lab.once(f"{concept}: {method}", lambda: lab.edit(concept, before, draw()))
-        if len(shown) < 5:
-            shown.append(at_2())
-    lab.sheet(shown, ["plain", *list(lab.concepts)[:4]])
+    concepts = list(lab.concepts)[:4]
+    sliders = [lab.text_slider(concept) for concept in concepts]
+    columns = [[(slider, 2.0 * (slider is on)) for slider in sliders] for on in (None, *sliders)]
+    free = [p for p in lab.prompts if all(p in lab.prompts_for(concept) for concept in concepts)]
+    lab.sheet(effect.pictures(lab.model, columns, lab.seeds[:4], free), ["plain", *concepts])
 
 
 if __name__ == "__main__":

@@ -29,12 +29,17 @@ def sweep(
     are done.
 
     columns: for each a list of pairs (slider, scale) or triples (slider, scale, start). All
-    columns name the same sliders in the same order. The steps before the first of them switches on
-    are walked once for all columns. batch: pictures denoised at once. cond, uncond: of one row (or
-    n, for one column). delta, etas: as in sampler.sample, times an eta for each column. settings:
-    the rest of sample's."""
+    columns name the same sliders in the same order, each with one start; ValueError otherwise. The
+    steps before the first of them switches on are walked once for all columns. batch: pictures
+    denoised at once. cond, uncond: of one row (or n, for one column). delta, etas: as in
+    sampler.sample, times an eta for each column. settings: the rest of sample's."""
     n, T = len(x_T), len(alpha_bar)
     columns = [[(*entry, start)[:3] for entry in column] for column in columns]
+    sliders_of = lambda column: [slider for slider, _, _ in column]
+    if any(sliders_of(column) != sliders_of(columns[0]) for column in columns):
+        raise ValueError("columns name different sliders: one that is off in a column has scale 0")
+    if any(len({s for _, scale, s in entries if scale}) > 1 for entries in zip(*columns)):
+        raise ValueError("a slider has one start in all columns")
     etas = etas or [0.0] * len(columns)
     starts = [s for column in columns for _, scale, s in column if scale] + [start] * any(etas)
     if starts and len(columns) > 1:

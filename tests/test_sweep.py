@@ -110,6 +110,16 @@ def test_scale_0_in_a_sweep_is_the_untouched_model_bit_for_bit(model, several, m
     assert all(map(torch.equal, swept[1], untouched))
 
 
+def test_columns_of_a_sweep_that_name_different_sliders_are_refused(model, several):
+    one, other = several[:2]
+    for columns in ([[(one, 1.0)], [(other, 1.0)]], [[], [(one, 1.0)]]):
+        with pytest.raises(ValueError, match="columns name different sliders"):
+            slider.sweep(model, "a photo of a person", [1], columns, steps=4)
+    with pytest.raises(ValueError, match="one start"):
+        columns = [[(one, 1.0, 0.2)], [(one, 1.0, 0.6)]]
+        slider.sweep(model, "a photo of a person", [1], columns, steps=4)
+
+
 def test_every_slider_has_its_own_start(model, several, monkeypatch):
     """A slider that starts at 0.8 leaves the x_t before that as they were with the other slider
     alone."""
