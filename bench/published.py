@@ -7,10 +7,11 @@ and its image trainer (train_lora-scale-xl.py). --ai-toolkit names a clone of
 github.com/ostris/ai-toolkit: its concept slider, for which the frozen model draws the pictures that
 it noises. They run in processes of their own, on temporary copies in which SUBSTITUTIONS are made
 and nothing else; they are printed. All have the same words, rank, layers and eta, and the same
-preserved concepts, which ai-toolkit has no place for; each has its own defaults for the rest: of
-the authors' their config files', of ai-toolkit its interface's. Left out are what does not change
-weights: samples while training, gradient checkpointing, our search for the useful range. Ours is
-trained anew for each number of steps, theirs are read as they train.
+preserved concepts, which ai-toolkit has no place for. Each has its own defaults for the rest:
+ai-toolkit its interface's; the authors' their config files', but 500 iterations, the default of
+their config class, where those files say 1000. Left out are what does not change weights: samples
+while training, gradient checkpointing, our search for the useful range. Ours is trained anew for
+each number of steps, theirs are read as they train.
 
 What passes through the UNet is counted by a hook (driver.py); the pictures that ai-toolkit noises
 are not, as a user has some. Sliders are read by our loader and measured by the measuring stick on
@@ -46,6 +47,7 @@ MEASURING = threading.Lock()  # one slider at a time on the one model
 DRIVER = Path(__file__).with_name("driver.py")
 OUR_STEPS = (15, 30, 60, 120)  # 60 is the default
 SEEDS = effect.SEEDS[:32]  # of the pictures that are measured
+SCALES = (-3, -1.5, 0, 1.5, 3)
 KINDS = [("age", False), ("smile", False), ("eye_size", False), ("eye_size", True)]  # from pairs?
 PICTURES = list(range(5000, 5032))  # seeds of those that ai-toolkit noises
 
@@ -208,9 +210,9 @@ def run(python: str, log: Path, seed: int, command: list, cwd: Path = ROOT) -> l
 def measured(model, row: dict, attribute: str) -> dict:
     """A line of the log, with what the slider in its file does in place of the file's name."""
     slider = lora.load(row["file"], model.unet)
-    columns = [[(slider, scale)] for scale in effect.SCALES]
+    columns = [[(slider, scale)] for scale in SCALES]
     prompts = effect.prompts_without(attribute)
-    found = effect.summary(effect.readings(model, columns, SEEDS, prompts), attribute)
+    found = effect.summary(effect.readings(model, columns, SEEDS, prompts), attribute, SCALES)
     keep = ("means", "moved", "monotonic", "worst_other", "worst_other_moved")
     cost = row["frozen"] + 3 * row["trained"]
     kept = {k: v for k, v in row.items() if k != "file"} | {k: found[k] for k in keep}
@@ -297,7 +299,7 @@ def parser():
     of_trainings = dict(default=[0, 1], help="of trainings (default: 0,1)")
     p.add_argument("--seeds", type=cli.seed_list, **of_trainings)
     for option, default, what in (
-        ("--iterations", 1000, "of the authors' trainers"),
+        ("--iterations", 500, "of the authors' trainers"),
         ("--every", 100, "of them between readings"),
         ("--ai-steps", 3000, "of ai-toolkit's"),
         ("--ai-every", 500, "of them between readings"),
