@@ -239,7 +239,7 @@ def space(checkpointing):
 
 OTHERS = {
     "teacher": (
-        "UNet, 8 samples of 512 pixels (the teacher at --batch 2)",
+        "UNet, 8 samples of 512 pixels (the teacher at --batch 1)",
         lambda: evaluate(64, 8),
     ),
     "one": ("UNet, 1 sample of 512 pixels", lambda: evaluate(64, 1)),

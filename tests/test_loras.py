@@ -267,6 +267,7 @@ def test_a_slider_names_its_model_in_kohyas_keys_and_no_path(plain, tmp_path, mo
     low, high = json.loads(about["probe"])["range"]
     assert about["modelspec.usage_hint"] == f"useful at most from scale {low:+g} to {high:+g}"
     assert "smiling" in about["modelspec.description"]
+    assert about["ss_seed"] == "0" and about["ss_max_train_steps"] == "1"
     done = run(f"train_text.py --like {out} --out {tmp_path}/b.safetensors")
     assert done.returncode == 2 and "--model of its own: name it here too" in done.stderr
 
