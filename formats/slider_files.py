@@ -489,7 +489,7 @@ def tool_metadata(deltas: dict[str, Delta], metadata: dict[str, str]) -> dict[st
         "modelspec.title": metadata.get("kind", "slider"),
     }
     keys = {"ss_learning_rate": "lr", "ss_max_train_steps": "steps", "ss_seed": "seed"}
-    out |= {key: str(settings[name]) for key, name in keys.items() if settings.get(name) is not None}
+    out |= {k: str(settings[name]) for k, name in keys.items() if settings.get(name) is not None}
     if size := settings.get("size"):
         out["modelspec.resolution"] = str(size) if "x" in str(size) else f"{size}x{size}"
     prompts = settings.get("prompt") or []
