@@ -183,7 +183,7 @@ def main(captions=None):
     if args.image:
         picture, size = open_picture(model, args.image, args.size)
         if args.strength is None:  # an inversion is one noise, not many
-            args.seeds, rows = [0], [Path(args.image).stem]
+            args.seeds, rows = args.seeds[:1], [Path(args.image).stem]
     model.latent_shape(size)  # ValueError for what cannot be, before anything is drawn
     sampler.timesteps(args.steps)
     sliders, named = [], {}  # triples (slider, its fixed scale or None: it sweeps, its start)
@@ -212,7 +212,7 @@ def main(captions=None):
         return [(s, next(values) if fixed is None else fixed, start) for s, fixed, start in sliders]
 
     def draw(columns, **more):
-        infotext.columns = columns
+        infotext.columns, infotext.etas = columns, more.get("etas")
         return sweep(model, args.prompt, args.seeds, columns, **settings, **more)
 
     def draw_scales(scales):
@@ -240,7 +240,7 @@ def main(captions=None):
     if not distributed.is_main_process():
         return
     if args.html:
-        titles = [Path(p).stem for p, fixed, _ in args.slider if fixed is None] or ["eq. (8)"]
+        titles = [named[s] for s in sweeping] or ["eq. (8)"]
         titles = titles if args.grid else [", ".join(titles)]
         sheets.write_page(args.html, args.prompt, titles, rows, scales, drawn, captions)
     if args.each:

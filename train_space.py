@@ -29,7 +29,7 @@ import lora
 import sampler
 from formats import slider_files
 from support import cli, clip, cost, distributed, images, options, probe, training
-from support.batches import in_batches
+from support.batches import SPACE, in_batches
 from support.checkpoint import RESUME_HINT, open_checkpoint, resume_or_new
 from support.sweep import sweep
 
@@ -264,7 +264,8 @@ def main():
     checkpoint = open_checkpoint(args, cli.output_file(out / "space.json"))
     model = cli.load_model(args)
     encoder, encode = clip.towers(args.clip, model)
-    size = training.prepare(args, model, training.recipe(model.unet, SMALL, LARGE))
+    recipe = training.recipe(model.unet, SMALL, LARGE)
+    size = training.prepare(args, model, recipe, SPACE)
     training.set_checkpointing(model.vae, args.checkpointing)
     layers = training.layers_of_bank(args, model)
     cond, uncond = model.condition(args.prompt, size), model.condition([""], size)

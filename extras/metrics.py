@@ -133,7 +133,7 @@ def real_judges(
 
     @functools.cache
     def load_clip():
-        net = CLIPModel.from_pretrained(clip).eval().to(device)
+        net = CLIPModel.from_pretrained(clip).float().eval().to(device)
         return net, CLIPProcessor.from_pretrained(clip)
 
     @functools.cache

@@ -133,7 +133,7 @@ def merge(args, unet):
         A, B = A.view(-1, *first.down.shape[1:]), B.view(*B.shape[:2], *first.up.shape[2:])
         merged[name] = Delta(A, B, float(len(A)))
     about = {"kind": "merged sliders", "of": [Path(file).name for file in args.files]}
-    slider_files.write(args.out, merged, about, dtype=cli.DTYPES[args.store])
+    slider_files.write(args.out, merged, about, args.to, unet, cli.DTYPES[args.store])
     print(f"{args.out}: written, rank {max(len(delta.down) for delta in merged.values())}")
 
 
@@ -166,7 +166,7 @@ def extract(args, unet):
             stem = slider_files.kohya_name(name.removesuffix(".weight"))
             deltas[stem] = Delta(A.view(-1, *W.shape[1:]), B, float(len(A)))
     about = {"kind": "extracted", "of": Path(tuned_path).name}
-    slider_files.write(args.out, deltas, about, dtype=cli.DTYPES[args.store])
+    slider_files.write(args.out, deltas, about, args.to, unet, cli.DTYPES[args.store])
     share = 1 - lost / total if total else 1
     holds = f"rank {args.rank} holds {share:.1%} of the squared change of {len(deltas)} layers"
     print(f"{args.out}: written; {holds}")
@@ -227,7 +227,7 @@ def main():
     p.add_argument("files", nargs="+", metavar="FILE[:WEIGHT]", help=files)
     p.add_argument("--out", help="file to write (bake: what --model is, a folder or a file)")
     p.add_argument("--overwrite", action="store_true", help="replace --out if it is there")
-    to = "convert: naming (default: %(default)s)"
+    to = "naming (convert, merge, extract; default: %(default)s)"
     p.add_argument("--to", choices=slider_files.NAMINGS, default="kohya", help=to)
     rank = "merge, extract: rank of the result (extract: 16; merge: all there is)"
     p.add_argument("--rank", type=int, help=rank)
@@ -238,6 +238,8 @@ def main():
     args = p.parse_args()
     if args.merge:
         raise ValueError("--merge is for training and drawing; here, bake does it")
+    if args.dtype:
+        raise ValueError("--dtype is for training and drawing; here, --store names the file's")
     if args.what != "info" and not args.out:
         raise ValueError("--out is needed: the file to write")
     if args.what in ("convert", "merge", "extract"):

@@ -193,7 +193,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def is_out_of_memory(error) -> bool:
     """Whether memory ran out: on a CPU and MPS only the message tells."""
-    says = ("allocate memory", "out of memory")
+    says = ("allocate memory", "out of memory", "ALLOC_FAILED")  # the last of cuBLAS and cuDNN
     return isinstance(error, MemoryError) or any(words in str(error) for words in says)
 
 
@@ -408,6 +408,8 @@ def load_tokenizers(path_or_id, files: ModelFiles) -> list:
         both = [load(folder) for folder in files.tokenizers]
         if files.tokenizers[0] == files.tokenizers[1]:  # another model's, lent
             both[1].pad_token = "!"  # as SDXL's second one has it
+        for tokenizer in both:  # without a tokenizer_config.json it knows no end
+            tokenizer.model_max_length = min(tokenizer.model_max_length, 77)
         return both
     except Exception as error:  # of a damaged one the tokenizers library raises Exception itself
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -26,6 +26,8 @@ def main():
     args = p.parse_args()
     model = cli.load_model(args)
     slider = lora.load(args.slider, model.unet)
+    if missing := {"prompts", "preserved", "meter"} - slider.metadata.keys():
+        raise ValueError(f"{args.slider}: not a text slider of ours: it says no {min(missing)}")
     told = {
         name: json.loads(slider.metadata[name])
         for name in ("settings", "meter", "prompts", "preserved")

@@ -663,7 +663,7 @@ def train_unet(attributes, latents, device, steps=6000, batch=48):
     text_opt = torch.optim.AdamW(text.parameters(), weight_decay=0.0)
     encode = SDXL.encode_prompt.__wrapped__  # the same, with gradients
     checkpoint = Checkpoint("unet", unet=unet, ema=ema, opt=opt, text=text, text_opt=text_opt)
-    alpha_bar, (_, _, time_ids) = model.alpha_bar, model.condition([""] * batch)
+    alpha_bar, (_, _, time_ids) = model.alpha_bar.to(device), model.condition([""] * batch)
     # Eyes and mouths are a few latents out of 256: the middle counts four times. (A weight on
     # places does not move the minimum, which is the same conditional mean at every place; it moves
     # what is learned first.)

@@ -9,6 +9,7 @@ from support import distributed
 # channel of the first level and each byte of the dtype (python -m bench.gpu): without gradients,
 # in training, and in training with --checkpointing.
 FROZEN, TRAINED, CHECKPOINTED = 16, 540, 80
+SPACE = 3100  # in train_space.py, with VAE and CLIP: 7.6 GiB at 512 pixels (bench.unet, on a CPU)
 MOST = 64  # samples at once: by then a GPU has long been busy (docs/speed.md)
 
 

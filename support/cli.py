@@ -97,7 +97,14 @@ def parse_args(p: argparse.ArgumentParser):
     settings.pop("device", None)
     for action in actions:
         if getattr(args, action.dest) is None:
-            setattr(args, action.dest, settings.get(action.dest, action.default))
+            value = settings.get(action.dest, action.default)
+            if action.type and isinstance(value, str | int | float):
+                try:
+                    value = action.type(str(value))
+                except (ValueError, argparse.ArgumentTypeError):
+                    odd = f"--{action.dest.replace('_', '-')} {value!r}"
+                    raise ValueError(f"{args.like}: its settings say {odd}") from None
+            setattr(args, action.dest, value)
     return args
 
 
@@ -133,8 +140,8 @@ def file_and_scale(text: str) -> tuple[str, float | None]:
         raise argparse.ArgumentTypeError("no file is named")
     path, colon, scale = text.rpartition(":")
     try:
-        return (path, float(scale)) if colon and path else (text, None)
-    except ValueError:
+        return (path, number(scale)) if colon and path else (text, None)
+    except argparse.ArgumentTypeError:
         if Path(path).exists() and not Path(text).exists():
             odd = f"{text}: {scale!r} after the colon is no number"
             raise argparse.ArgumentTypeError(odd) from None
@@ -279,7 +286,9 @@ def run(main, when_stopped: str = ""):
     except (*mendable, RuntimeError, MemoryError) as error:
         line = " ".join(str(error).split())
         if is_out_of_memory(error):
-            line = f"not enough memory: a smaller --size or --batch needs less ({line})"
+            options = "--text-on-cpu, --checkpointing in training, --vae-tile 512 in drawing"
+            less = f"a smaller --size or --batch needs less, and so do {options}"
+            line = f"not enough memory: {less} ({line})"
         elif not isinstance(error, mendable):
             raise
         print(f"error{distributed.process_name()}: {line}", file=sys.stderr)

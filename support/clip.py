@@ -11,6 +11,8 @@ from torch import nn
 
 import sampler
 
+SIDE = 128  # of the pictures that it takes
+
 
 class ConvolutionalEncoder(nn.Module):
     """Pictures (B, 3, 128, 128) in [-1, 1] -> (B, outputs). Half the size four times, then two
@@ -53,10 +55,11 @@ def towers(clip: str | None, model):
             what = "a CLIP model, folder or Hub id, such as openai/clip-vit-large-patch14"
             raise ValueError(f"--clip is needed: {what}")
         encode = lambda prompts: model.encode_prompt(prompts)[1].cpu()
-        return load_encoder(folder).to(model.device), encode
+        encoder = load_encoder(folder).to(model.device)
+        return lambda x: encoder(F.adaptive_avg_pool2d(x, SIDE)), encode
     from transformers import CLIPModel, CLIPTokenizer
 
-    net = CLIPModel.from_pretrained(clip).eval().requires_grad_(False).to(model.device)
+    net = CLIPModel.from_pretrained(clip).float().eval().requires_grad_(False).to(model.device)
     tokenizer = CLIPTokenizer.from_pretrained(clip)
     side = net.config.vision_config.image_size
     row = lambda *numbers: torch.tensor(numbers, device=model.device).view(1, 3, 1, 1)
@@ -81,8 +84,7 @@ def tensor_of(output):
 
 def features(model, clip, x_0):
     """Unit-length CLIP features (b, d), float32, of latents x_0 (b, 4, h, w), with gradients."""
-    pictures = model.vae.decode(x_0.to(next(model.vae.parameters()).dtype))
-    return F.normalize(clip(sampler.at_least_float32(pictures)), dim=-1)
+    return F.normalize(clip(sampler.at_least_float32(model.pixels(x_0))), dim=-1)
 
 
 @torch.no_grad()

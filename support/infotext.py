@@ -14,12 +14,13 @@ from support import training
 
 
 class Infotext:
-    """What slider.py's options say of its pictures. columns, to be set: those that were drawn last,
-    as slider.sweep takes them. pictures and sheets: Pillow's options that put the text in."""
+    """What slider.py's options say of its pictures. columns, etas, to be set: those that were drawn
+    last, as slider.sweep takes them. picture and sheet: Pillow's options that put the text in."""
 
     def __init__(self, args, size: tuple[int, int], sliders: dict):
         """size: (height, width). sliders: {lora.Slider: its name}."""
-        self.args, self.sliders, self.columns = args, sliders, []
+        self.args, self.sliders = args, sliders
+        self.columns, self.etas = [], None
         about = training.provenance(args)
         self.fields = {
             "Steps": args.steps if isinstance(args.steps, int) else len(args.steps),
@@ -28,18 +29,21 @@ class Infotext:
             "Seed": None,
             "Size": f"{size[1]}x{size[0]}",
             "Model hash": about.get("ss_sd_model_hash"),
-            "Model": Path(about["ss_sd_model_name"]).stem,
+            "Model": about["ss_sd_model_name"].removesuffix(".safetensors"),
+            "Merged": "; ".join(f"{Path(p).name} {1 if w is None else w:g}" for p, w in args.merge),
             "Denoising strength": args.strength,
             "Inversion": args.invert if args.image and args.strength is None else None,
             "Noise levels": None if isinstance(args.steps, int) else args.steps,
             "Eq. (8)": args.guide and f"+ {args.guide[0]} - {args.guide[1]}",
+            "Preserved": "; ".join(args.preserve),
         }
 
     def picture(self, c: int, r: int) -> dict:
         """Of row r in column c."""
         on = [(self.sliders[s], scale, start) for s, scale, start in self.columns[c] if scale]
         sliders = "; ".join(f"{name} {scale:g} from {start:g} on" for name, scale, start in on)
-        return self.chunk({"Seed": self.args.seeds[r], "Sliders": sliders})
+        eta = f"{self.etas[c]:g}" if self.etas else None
+        return self.chunk({"Seed": self.args.seeds[r], "Sliders": sliders, "Eta": eta})
 
     def sheet(self, names: list[str], r: int | None = None) -> dict:
         """Of several pictures: all rows, or row r; names of the columns."""

@@ -25,12 +25,13 @@ class Rounding:
     def add(self, W, change, dtype=None) -> torch.Tensor:
         """W + change, rounded once to `dtype` (W's own if None). change: float32, of W's shape."""
         exact = W.float() + change.view(W.shape)
-        for name, kind in DTYPES.items():
+        stored = dtype or W.dtype  # one that DTYPES does not name, perhaps
+        for name, kind in (DTYPES | {str(stored).removeprefix("torch."): stored}).items():
             made = (exact.to(kind).float() - W.float()).flatten()
             wanted = change.flatten()
             dots = [made @ wanted, wanted @ wanted, made @ made]
-            self.products[name] += torch.stack(dots).double().cpu()
-        return exact.to(dtype or W.dtype)
+            self.products[name] += torch.stack(dots).cpu().double()  # MPS has no float64
+        return exact.to(stored)
 
     def kept(self, dtype: str) -> float:
         """The share of the change that is made: 1 is all of it."""
@@ -47,12 +48,12 @@ class Rounding:
         keeps more, to be chosen by `option`."""
         if self.kept(dtype) >= 0.95:
             return None
-        better = next(name for name in ("float16", "float32") if self.kept(name) >= 0.95)
         lost = f"{dtype} keeps {self.kept(dtype):.0%} of this change"
-        return (
-            f"{lost} (cosine {self.cosine(dtype):.2f}); "
-            f"{option} {better} keeps {self.kept(better):.0%}"
-        )
+        lost += f" (cosine {self.cosine(dtype):.2f})"
+        better = [name for name in ("float16", "float32") if self.kept(name) >= 0.95]
+        if not better:
+            return f"{lost}: it is too small for any dtype"
+        return f"{lost}; {option} {better[0]} keeps {self.kept(better[0]):.0%}"
 
 
 def by_layer(unet: nn.Module, pairs) -> dict[Layer, list]:

@@ -1,5 +1,6 @@
 """The options of the trainers and of slider.py, their checks, and the prompts made of them."""
 
+import argparse
 import itertools
 import warnings
 from pathlib import Path
@@ -119,6 +120,8 @@ def text_slider(doc: str):
             f"--per-trajectory {args.per_trajectory}: a trajectory of --denoising-steps "
             f"{args.denoising_steps} has no more x_t than that"
         )
+    if args.trajectories > 1000:
+        raise ValueError("--trajectories can be at most 1000: then come the meter's noises")
     if args.trajectories < distributed.world_size():
         at_least = f"at least {distributed.world_size()}, one for each process"
         raise ValueError(f"--trajectories must be {at_least}")
@@ -183,8 +186,8 @@ def scales_and_folders(args) -> tuple[list[float], list[Path]]:
     """What --neg, --pos and --at name, in the order of the scales. ValueError unless it can be
     fitted."""
     try:
-        given = [(float(scale), Path(folder)) for scale, folder in args.at]
-    except ValueError:
+        given = [(cli.number(scale), Path(folder)) for scale, folder in args.at]
+    except argparse.ArgumentTypeError:
         words = " ".join(args.at[0])
         raise ValueError(f"--at wants a number and a folder, not {words!r}") from None
     ends = ((-1.0, args.neg), (1.0, args.pos))
@@ -338,6 +341,8 @@ def check_slider(args):
     if not args.image and (args.strength is not None or args.invert != "null-text"):
         name = "invert" if args.strength is None else "strength"
         raise ValueError(f"--{name} belongs to --image")
+    if args.strength is not None and args.invert != "null-text":
+        raise ValueError("--strength does not invert: leave --invert out")
     if args.strength is not None and not 0 < args.strength <= 1:
         raise ValueError(f"--strength must be above 0 and at most 1, not {args.strength}")
     if sum(modes.values()) > 1:
@@ -345,12 +350,16 @@ def check_slider(args):
     for name in ("each", "random"):
         if modes[name] and not sweeping:
             raise ValueError(f"--{name} needs sliders without a scale of their own")
+    if args.even and not (sweeping or args.guide):
+        raise ValueError("--even needs sliders without a scale of their own, or --guide")
     if args.grid and sweeping != 2:
         raise ValueError("--grid needs two sliders without a scale of their own")
     if args.html and (args.each or args.random):
         raise ValueError("--html shows a sweep or a --grid, not --each or --random")
     if args.html:
         cli.output_file(args.html, ".html")
+    if args.html and not (sweeping or args.guide):
+        raise ValueError("--html needs something to drag: a slider without a scale of its own")
     if args.image and not Path(args.image).exists():
         raise ValueError(f"{args.image}: no such file")
     if args.image and Path(args.image).resolve().parent == Path(args.out).resolve():

@@ -7,6 +7,8 @@ from pathlib import Path
 from support import cli, page
 from support.images import contact_sheet, save_gif, save_image, scale_label
 
+MOST_OF_GIF = 65535  # the format has 16 bits for a side
+
 
 def write_strip(out: Path, infotext, rows: list[str], columns, names: list[str], original=None):
     """Single files; of more than one column a strip and a GIF that goes there and back."""
@@ -21,9 +23,11 @@ def write_strip(out: Path, infotext, rows: list[str], columns, names: list[str],
     save_image(strip, out / "strip.png", **infotext.sheet(names))
     if len(names) == 1:
         return print(f"{out / 'strip.png'}: written")
-    frames = [contact_sheet([column], rows, [name]) for name, column in zip(names, columns)]
-    save_gif(frames + frames[-2:0:-1], out / "sweep.gif")
     print(f"{out / 'strip.png'}: rows are {', '.join(rows)}; columns are scales {', '.join(names)}")
+    frames = [contact_sheet([column], rows, [name]) for name, column in zip(names, columns)]
+    if frames[0].height > MOST_OF_GIF:
+        return print(f"no sweep.gif: a GIF is at most {MOST_OF_GIF} pixels high")
+    save_gif(frames + frames[-2:0:-1], out / "sweep.gif")
     print(f"{out / 'sweep.gif'}: the same in motion")
 
 

@@ -60,7 +60,8 @@ def sweep(
         for entries in zip(*(columns[c] for c in group)):  # one slider in these columns
             scales = [scale for _, scale, _ in entries]
             scale = scales[0] if len(set(scales)) == 1 else per_picture(scales)
-            sliders.append((entries[0][0], scale, entries[0][2]))
+            starts = [s for _, scale_here, s in entries if scale_here]  # all the same
+            sliders.append((entries[0][0], scale, starts[0] if starts else start))
         more = {}
         if any(etas[c] for c in group):
             eta = per_picture([etas[c] for c in group]).view(-1, 1, 1, 1)

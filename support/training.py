@@ -45,9 +45,10 @@ def split_trajectories(trajectories: int) -> tuple[int, int]:
     return trajectories, max(-(-trajectories // 4), distributed.world_size())
 
 
-def prepare(args, model, recipe: dict) -> tuple[int, int]:
-    """Fill in the defaults of `recipe`; returns the size in pixels (height, width). ValueError for
-    a size that the model cannot make."""
+def prepare(args, model, recipe: dict, sample=batches.TRAINED) -> tuple[int, int]:
+    """Fill in the defaults of `recipe`; returns the size in pixels (height, width). sample: what
+    one takes in training (support/batches.py). ValueError for a size that the model cannot
+    make."""
     args.size = args.size or str(min(model.size, 512))
     size = sizes.height_width(args.size)
     shape = model.latent_shape(size)
@@ -56,7 +57,7 @@ def prepare(args, model, recipe: dict) -> tuple[int, int]:
     for name, value in recipe.items():
         least = distributed.world_size() if name == "batch" else value
         setattr(args, name, getattr(args, name) or max(value, least))
-    if not args.checkpointing and not fits(args.batch, model.unet, shape):
+    if not args.checkpointing and not fits(args.batch, model.unet, shape, sample):
         print("--checkpointing is on: without it this batch does not fit into the GPU's memory")
         args.checkpointing = True
     set_checkpointing(model.unet, args.checkpointing)
@@ -76,10 +77,10 @@ def size_of_pairs(model, groups) -> str:
     return size
 
 
-def fits(batch: int, unet, shape) -> bool:
+def fits(batch: int, unet, shape, sample=batches.TRAINED) -> bool:
     """Whether this process's share of `batch` can be trained on without gradient checkpointing."""
     device, share = next(unet.parameters()).device, -(-batch // distributed.world_size())
-    needed = share * batches.sample_bytes(unet, shape, batches.TRAINED)
+    needed = share * batches.sample_bytes(unet, shape, sample)
     return device.type != "cuda" or needed < 0.9 * batches.free_memory(device)
 
 
@@ -239,7 +240,8 @@ def fit_targets(
     except ValueError:
         checkpoint.remove()  # of no use to a corrected command
         raise
-    at_once = batches.samples_at_once(unet, held_out.x_t.shape[1:], batch)
+    # Not more than this on a GPU: training is still to take its memory.
+    at_once = min(4 * batch, batches.samples_at_once(unet, held_out.x_t.shape[1:], batch))
     read_meter = lambda: student.meter(unet, slider, held_out, at_once)
     settings |= dict(batch=batch, checkpoint=checkpoint)
     return train(slider, loss, len(targets), read_meter, **settings)

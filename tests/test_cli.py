@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from miniature import world
-from support import cli, probe
+from support import cli, probe, sheets
 
 
 def names_in(folder) -> set[str]:
@@ -67,6 +67,14 @@ def test_a_strip_and_single_files_from_any_folder(trained, tmp_path):
     assert plain.returncode == 0
     untouched = (tmp_path / "p" / "seed1.png").read_bytes()
     assert untouched == (tmp_path / "o" / "seed1_scale0.png").read_bytes()
+
+
+def test_a_sweep_of_more_rows_than_a_gif_holds_has_none(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(sheets, "MOST_OF_GIF", 100)
+    few = "--scales 0,1 --seeds 1 --steps 2"
+    done = run(f"{DRAW} --slider {trained[0]} {few} --out {tmp_path}")
+    assert done.returncode == 0 and "no sweep.gif: a GIF is at most 100" in done.stdout
+    assert names_in(tmp_path) == {"seed1_scale0.png", "seed1_scale+1.png", "strip.png"}
 
 
 def test_a_grid_and_eq_8_without_a_slider(trained, tmp_path):
@@ -140,8 +148,11 @@ def test_a_folder_of_sliders_each_and_at_random(trained, tmp_path):
     done = run(f"{draw} --each --out {tmp_path}/e")
     assert done.returncode == 0, done.stderr
     assert names_in(tmp_path / "e") == {"each_seed0.png", "each_seed1.png"}
-    done = run(f"{draw} --grid --out {tmp_path}/g")  # a folder of two is two sliders
+    page = tmp_path / "plane.html"
+    done = run(f"{draw} --grid --html {page} --out {tmp_path}/g")  # a folder of two is two sliders
     assert done.returncode == 0 and (tmp_path / "g" / "grid_seed1.png").exists()
+    assert page.read_text().count("data:image/png") == 18  # of two seeds a plane of 3 x 3
+    assert page.read_text().count('"scales": [-1.0, 0.0, 1.0]') == 2
     done = run(f"{draw} --grid --slider {trained[0]} --out {tmp_path}/g")
     assert done.returncode == 2 and "--grid needs two sliders" in done.stderr
     done = run(f"{draw} --random 2 --out {tmp_path}/r")
@@ -228,6 +239,12 @@ BAD = [
     (f"{DRAW} --start 3", "--start: 3 is not between 0 and 1"),
     (f"{TRAIN} --seed 10000000000000000", "is not a whole number from 0 to"),
     (f"{DRAW} --slider README.md:strong", "'strong' after the colon is no number"),
+    (f"{DRAW} --merge README.md:nan", "'nan' after the colon is no number"),
+    (f"{DRAW} --even", "--even needs sliders"),
+    (f"{DRAW} --html x.html", "--html needs something to drag"),
+    (f"{DRAW} --image a.png --strength 0.5 --invert ddim", "leave --invert out"),
+    (f"{TRAIN} --trajectories 1001", "--trajectories can be at most 1000"),
+    ("-m extras.tools merge README.md --out x.safetensors --dtype float32", "here, --store"),
     (f"{DRAW} --slider ''", "no file is named"),
     ("-m extras.live --slider a.safetensors --port 99999", "--port must be from 0 to 65535"),
     (f"{TRAIN} --guidance -5", "--guidance: at -5 the prompt"),
@@ -253,6 +270,7 @@ BAD = [
     (f"{PAIRS} --pos docs", "tests/facts: holds no pictures"),
     (f"{PAIRS} --at -1 docs", "two folders at least, each at a scale of its own"),
     (f"{PAIRS} --at x docs", "--at wants a number"),
+    (f"{PAIRS} --at nan docs", "--at wants a number"),
     (f"{PAIRS} --pos docs --noises 0", "--noises"),
 ]
 
@@ -267,7 +285,11 @@ def test_bad_input_is_one_clear_line(command, names):
     assert {f: f.stat().st_mtime_ns for f in ROOT.glob("*.*")} == before
 
 
-@pytest.mark.parametrize("says", ["can't allocate memory: you tried 9 bytes", "out of memory", ""])
+OUT_OF_MEMORY = ["can't allocate memory: you tried 9 bytes", "out of memory", ""]
+OUT_OF_MEMORY += ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"]
+
+
+@pytest.mark.parametrize("says", OUT_OF_MEMORY)
 def test_too_little_memory_is_one_line_on_any_device(says, capsys):
     """PyTorch has a class of its own for it on CUDA alone."""
 

@@ -251,6 +251,11 @@ def test_what_rounding_keeps_is_what_is_measured():
     warning = rounding.warning("bfloat16", "--store")
     assert f"bfloat16 keeps {share:.0%} of this change (cosine {cosine:.2f})" in warning
     assert "--store float16 keeps" in warning and rounding.warning("float32", "--store") is None
+    rounding.add(W.to(torch.float8_e4m3fn), change)  # what a single file may be stored in
+    assert "float8_e4m3fn keeps" in rounding.warning("float8_e4m3fn", "--store")
+    rounding = Rounding()
+    rounding.add(torch.ones(9), torch.full((9,), 1e-9))
+    assert "it is too small for any dtype" in rounding.warning("float32", "--dtype")
 
 
 def test_sliders_are_merged_all_at_once(model):

@@ -77,6 +77,16 @@ def test_sd_prompt_reader_reads_it(drawn):
     assert found.parameter["seed"] == "4" and found.parameter["size"] == "96x64"
 
 
+def test_eq_8_is_told_with_its_strength(tmp_path):
+    words = "slider.py --prompt 'a man' --guide old young --preserve 'with a hat, without a hat'"
+    done = run(f"{words} --eta 2 --scales 0,1.5 --seeds 0 --steps 2 --out {tmp_path}")
+    assert done.returncode == 0, done.stderr
+    text = lambda name: Image.open(tmp_path / name).text["parameters"]
+    told = 'Eq. (8): + old - young, Preserved: "with a hat, without a hat"'
+    assert told in text("seed0_scale+1.5.png") and "Eta: 3" in text("seed0_scale+1.5.png")
+    assert "Eta: 0" in text("seed0_scale0.png")
+
+
 def test_fields_that_hold_what_divides_fields_are_quoted():
     assert infotext.quoted("a, b") == '"a, b"' and infotext.quoted([3, 1]) == '"3, 1"'
     assert infotext.quoted('say "x"') == '"say \\"x\\""' and infotext.quoted(2.5) == "2.5"

@@ -270,6 +270,10 @@ def test_a_slider_names_its_model_in_kohyas_keys_and_no_path(plain, tmp_path, mo
     assert about["ss_seed"] == "0" and about["ss_max_train_steps"] == "1"
     done = run(f"train_text.py --like {out} --out {tmp_path}/b.safetensors")
     assert done.returncode == 2 and "--model of its own: name it here too" in done.stderr
+    odd = {"settings": json.dumps({"pos": "a man, old", "neg": "a man, young", "steps": "sixty"})}
+    save_file(load_file(out), out, metadata=odd)
+    done = run(f"train_text.py --like {out} --out {tmp_path}/b.safetensors")
+    assert done.returncode == 2 and "its settings say --steps 'sixty'" in done.stderr
 
 
 def test_a_folder_has_no_hash_and_merged_files_name_files_alone(model, plain, tmp_path):
@@ -280,6 +284,9 @@ def test_a_folder_has_no_hash_and_merged_files_name_files_alone(model, plain, tm
     assert about["ss_sd_model_name"] == "miniature" and "ss_sd_model_hash" not in about
     assert run(f"-m extras.tools merge {a}:2 {a} --out {both}").returncode == 0
     assert json.loads(metadata_of(both)["of"]) == ["a.safetensors:2", "a.safetensors"]
+    assert run(f"-m extras.tools merge {a} --to peft --out {peft}").returncode == 0
+    assert all("lora_" in name and name.startswith("unet.") for name in load_file(peft))
+    peft.unlink()
     save_file(load_file(a), a, metadata=about | {"sshs_legacy_hash": "0", "sshs_model_hash": "1"})
     assert run(f"-m extras.tools convert {a} --to peft --out {peft}").returncode == 0
     about = metadata_of(peft)

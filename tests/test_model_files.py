@@ -112,6 +112,17 @@ def copy_tokenizers(to: Path):
         shutil.copytree(MINIATURE / folder, to / folder)
 
 
+def test_a_tokenizer_that_knows_no_end_has_sdxls(tmp_path, model):
+    """Without tokenizer_config.json transformers' takes prompts of any length."""
+    folder = tmp_path / "m"
+    shutil.copytree(MINIATURE, folder)
+    for name in ("tokenizer", "tokenizer_2"):
+        (folder / name / "tokenizer_config.json").unlink()
+    read = SDXL.load(folder, device="cpu", vae=False)
+    context, _ = read.encode_prompt(["an old man"])
+    assert context.shape == model.encode_prompt(["an old man"])[0].shape
+
+
 def test_groups_that_a_file_does_not_tell_are_asked_for(tmp_path):
     file = one_file(tmp_path / "m.safetensors")
     copy_tokenizers(tmp_path)

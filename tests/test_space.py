@@ -258,6 +258,14 @@ def test_features_are_those_of_the_pictures(model, six):
     assert (f - seen).norm(dim=-1).max() < 0.1  # but for rounding and clipping
 
 
+def test_pictures_of_another_size_are_brought_to_the_encoders(model):
+    see, _ = clip.towers(None, model)
+    picture = torch.rand(1, 3, 64, 64) * 2 - 1
+    twice = picture.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert torch.allclose(see(picture), encoder()(twice), atol=1e-5)
+    assert torch.equal(see(twice), encoder()(twice))
+
+
 def test_words_that_lie_along_a_direction_are_named(model):
     """A direction that is made of a word's own change finds that word."""
     _, encode = clip.towers(None, model)

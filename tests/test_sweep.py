@@ -102,6 +102,16 @@ def test_a_slider_left_at_a_scale_is_off_in_the_steps_that_a_sweep_shares(
     assert all(torch.equal(a[0], b[0]) for a, b in zip(expected, found))
 
 
+def test_a_slider_that_is_off_in_the_first_column_keeps_its_start(model, several, monkeypatch):
+    latents_of(model, monkeypatch)
+    sweep = lambda columns: slider.sweep(model, "a photo of a person", [1], columns, steps=6)
+    column = lambda scale, start=0.6: [(several[0], scale, start), (several[1], 1.0)]
+    both, (alone,) = sweep([column(0.0), column(2.0)]), sweep([column(2.0)])
+    (early,) = sweep([column(2.0, 0.3)])  # the others' start
+    assert torch.allclose(both[1][0], alone[0], atol=1e-4)
+    assert not torch.allclose(alone[0], early[0], atol=1e-2)
+
+
 def test_scale_0_in_a_sweep_is_the_untouched_model_bit_for_bit(model, several, monkeypatch):
     latents_of(model, monkeypatch)
     columns = [[(several[1], s)] for s in (-1.0, 0.0, 1.0)]

@@ -138,6 +138,14 @@ def test_every_sample_comes_once_before_any_comes_again():
     assert rates == pytest.approx([0.5, 1, 1, 0.5, 0.05])
 
 
+def test_gradients_that_float16_has_no_number_for_are_kept():
+    state = student.TrainingState(torch.nn.Linear(1, 1, bias=False), lr=1.0)
+    (p,) = state.parameters
+    loss = lambda rows: (p.half() * 1e-3).float().flatten()[rows] * 1e-5
+    next(student.fit(state, loss, 1, steps=1, batch=1))
+    assert p.grad.item() == pytest.approx(1e-8, rel=1e-2)
+
+
 def test_meter_reads_what_is_there(model, targets):
     """A slider whose effect is taken as the target reads share 1 and cosine 1; twice that target,
     a half; its negative, -1. With twice the target at one end only, that end reads a half."""
