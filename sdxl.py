@@ -171,18 +171,11 @@ class SDXL:
             raise ValueError(f"size: {w}x{h} is not made of multiples of {multiple}: {near} is")
         return self.channels, h // self.factor, w // self.factor
 
-    def pixels(self, latents) -> torch.Tensor:
-        """latents (B, 4, h, w) -> pictures (B, 3, H, W) in [-1, 1], with gradients; a few at a
-        time, large ones one by one."""
-        dtype = next(self.vae.parameters()).dtype
-        few = max(1, 8 * 32**2 // latents[0, 0].numel())
-        return torch.cat([self.vae.decode(z.to(dtype)) for z in latents.split(few)])
-
     @torch.no_grad()
     def decode(self, latents) -> list[Image.Image]:
         """latents (B, 4, h, w) -> B RGB pictures."""
-        x = self.pixels(latents).float().clamp(-1, 1)
-        x = ((x + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()
+        x = self.vae.decode(latents.to(next(self.vae.parameters()).dtype))  # (B, 3, H, W)
+        x = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()
         return [Image.fromarray(array) for array in x.numpy()]
 
     @torch.no_grad()

@@ -146,10 +146,12 @@ class VAE(nn.Module):
         return self.moments(pictures)[0] * self.config["scaling_factor"]
 
     def decode(self, latents):
-        """latents (B, 4, h, w) -> pictures (B, 3, H, W), about in [-1, 1]; in overlapping tiles if
-        larger than `tile`."""
+        """latents (B, 4, h, w) -> pictures (B, 3, H, W), about in [-1, 1]; a few at a time, and
+        those larger than `tile` in overlapping tiles."""
         z = latents / self.config["scaling_factor"]
-        return self.decode_moments(z) if max(z.shape[2:]) <= self.tile else self.decode_in_tiles(z)
+        few = max(1, 8 * 32**2 // z[0, 0].numel())  # large ones one by one
+        decode = self.decode_moments if max(z.shape[2:]) <= self.tile else self.decode_in_tiles
+        return torch.cat([decode(part) for part in z.split(few)])
 
     def decode_in_tiles(self, z):
         """The same a tile at a time, so that memory does not grow with the picture. Each tile

@@ -102,16 +102,13 @@ class TrainingState:
 
 
 def fit(state: TrainingState, loss, n: int, *, steps: int, batch: int, capture=lambda f: f):
-    """Fit a slider: a generator that yields the loss, a number on the device, after each step.
-
-    loss: function of rows (batch,) of the n samples -> (batch,), such as make_loss's. capture:
-    makes a CUDA graph of a function (support/graphs.py). The rest is support/training.train's."""
+    """Fit a slider: yields the loss, a number on the device, after each step. loss: function of
+    rows (batch,) of the n samples -> (batch,), such as make_loss's. capture: makes a CUDA graph of
+    a function (support/graphs.py). The rest is support/training.train's."""
 
     def loss_and_gradients(rows):
         total = loss(rows).sum() / batch  # not mean(): each of several processes has some of rows
-        # float16 has no number under 6e-8: multiplied, small gradients keep theirs. (A power of
-        # two changes no digit.)
-        gradients = torch.autograd.grad(total * 2**10, state.parameters)
+        gradients = torch.autograd.grad(total * 2**10, state.parameters)  # float16 loses small ones
         return total.detach(), *torch._foreach_mul(gradients, 2**-10)
 
     loss_and_gradients = capture(loss_and_gradients)

@@ -10,8 +10,7 @@ with the slider at scale s (the paper's alpha), the paper's loss is (--target no
         + || eps_{theta, +1}(x_t^B, t) - eps ||^2
 
 with the same noise eps and noise level t for A and B. Most of what that asks for is nothing that
-the slider should learn: it is the model's error in denoising just these pictures, there at scale 0
-as well.
+the slider should learn: to mend the model's errors on these pictures, there at scale 0 as well.
 The default takes what the frozen model's predictions for A and B have in common,
 
     eps_bar  =  ( eps_theta(x_t^A, t) + eps_theta(x_t^B, t) ) / 2

@@ -84,7 +84,8 @@ def tensor_of(output):
 
 def features(model, clip, x_0):
     """Unit-length CLIP features (b, d), float32, of latents x_0 (b, 4, h, w), with gradients."""
-    return F.normalize(clip(sampler.at_least_float32(model.pixels(x_0))), dim=-1)
+    pictures = model.vae.decode(x_0.to(next(model.vae.parameters()).dtype))
+    return F.normalize(clip(sampler.at_least_float32(pictures)), dim=-1)
 
 
 @torch.no_grad()
