@@ -1,8 +1,8 @@
 """Real pictures: find the noise, and the unconditional embeddings, from which the sampler draws
 just this picture again.
 
-DDIM run backwards (sampler.ddim_inversion) leads from a picture to a noise that leads back to it
-at guidance 1. With guidance the way back strays. Null-text inversion (Mokady et al. 2023) takes
+DDIM run backwards (sampler.ddim_inversion) leads from a picture to a noise that at guidance 1 leads
+nearly back. With guidance the way back strays. Null-text inversion (Mokady et al. 2023) takes
 the way up as its pivot x*. Step by step on the way down it fits the embedding of the empty prompt,
 null_t, so that guided sampling stays on the pivot:
 
@@ -71,7 +71,7 @@ def null_text(
     tolerance: float = 1e-5,
     remember=lambda name, make: make(),
 ) -> Inversion:
-    """Fit the unconditional embeddings to the pivot x*_T ... x*_0 (steps + 1, B, 4, h, w) at
+    """Fit the unconditional embeddings to the pivot x*_T ... x*_0, (steps + 1, B, 4, h, w), of
     levels ts.
 
     inner: optimizer steps at most for each t. lr: Adam's, in units of the standard deviation of
@@ -121,6 +121,6 @@ def null_text(
     return Inversion(pivot[0], fitted, evaluations)
 
 
-def evaluations(method: str, steps: int, inner: int = 10) -> int:
-    """UNet evaluations for one picture: at most, as null-text inversion may stop early."""
+def max_evaluations(method: str, steps: int, inner: int = 10) -> int:
+    """UNet evaluations for one picture. Null-text inversion may stop early, the others take all."""
     return steps + (steps * (2 + inner) if method == "null-text" else 0)

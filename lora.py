@@ -26,7 +26,7 @@ LAYERS = {
     "noxattn": r"\.attn1\.|\.resnets\.|samplers\.",  # all but cross-attention: the paper's default
     "attn": r"\.attn[12]\.",
     "xattn": r"\.attn2\.",
-    "all": r"\.attn[12]\.|\.resnets\.|samplers\.",
+    "all": r"\.attn[12]\.|\.resnets\.|samplers\.",  # the paper's code calls it full
 }
 
 
@@ -41,7 +41,7 @@ def target_layers(unet: nn.Module, layers: str = "noxattn", conv: bool = True) -
 
 
 class LowRank(nn.Module):
-    """A, B and alpha of one layer. A convolution's A has its kernel and stride; B is 1x1."""
+    """A, B, alpha of a layer; Slider._hook is the forward. A conv's A has its kernel, B is 1x1."""
 
     def __init__(self, layer: Layer, rank: int, alpha: float):
         super().__init__()
@@ -52,7 +52,7 @@ class LowRank(nn.Module):
         else:
             self.lora_down = nn.Linear(layer.in_features, rank, bias=False)  # type: ignore
             self.lora_up = nn.Linear(rank, layer.out_features, bias=False)  # type: ignore
-        nn.init.kaiming_uniform_(self.lora_down.weight, a=1)
+        nn.init.kaiming_uniform_(self.lora_down.weight, a=1)  # as the paper's code (peft: 5**0.5)
         nn.init.zeros_(self.lora_up.weight)  # B = 0: an untrained slider changes nothing
         self.register_buffer("alpha", torch.tensor(float(alpha)))
         self.alpha_over_r = float(alpha) / rank  # a number: reading `alpha` would wait for the GPU
@@ -64,7 +64,7 @@ class LowRank(nn.Module):
         return slider_files.Delta(self.A.detach(), self.B.detach(), self.alpha_over_r * len(self.A))
 
     def cast_key(self, dtype):
-        """While it stays the same, so does a copy in `dtype`. _version counts in-place changes."""
+        """Copies in `dtype` are valid while this is unchanged. _version counts in-place changes."""
         return dtype, torch.is_grad_enabled(), self.A._version, self.B._version
 
 
@@ -119,7 +119,8 @@ class Slider(nn.Module):
     @scale.setter
     def scale(self, value):
         self._scale = value
-        self._weights, self._h = {}, {}  # {LowRank: (cast_key, A, B)}, {LowRank: A x}, until used
+        self._weights = {}  # {LowRank: (cast_key, A of its group, k B)}, see _cast
+        self._Ax = {}  # {LowRank: A x}, of one group at a time, each until it is used
 
     def layers_of(self, unet: nn.Module) -> list[tuple[LowRank, Layer]]:
         """Each LowRank with the layer of `unet` that it changes. ValueError if one is missing."""
@@ -140,37 +141,36 @@ class Slider(nn.Module):
         return self
 
     def _hook(self, part: LowRank, group: list[LowRank]):
-        def add(layer, inputs, y):  # y = W x
+        def add(layer, inputs, y):  # y = W x  ->  W x + scale * (alpha / r) * B A x
             if not torch.is_tensor(self.scale) and not self.scale:
                 return None  # y stays
             if part not in self._weights or self._weights[part][0] != part.cast_key(y.dtype):
                 self._cast(y.dtype)
-            _, A, B = self._weights[part]
-            if part not in self._h:  # the first of its group: A x for all of it, at once
-                self._h = dict(zip(group, self._scaled_down(inputs[0], A, layer, group)))
-            return add_up(y, self._h.pop(part), B)
+            _, A, kB = self._weights[part]  # k = scale * alpha / r; A is the whole group's
+            if part not in self._Ax:  # the first of its group: A x for all of it, at once
+                self._Ax = dict(zip(group, self._scaled_down(inputs[0], A, layer, group)))
+            return add_up(y, self._Ax.pop(part), kB)
 
         return add
 
     def _cast(self, dtype):
-        """Copies of all A and B in `dtype`, to compute with: A of layers that see the same x one
-        below the other (sum of r, in), B times alpha / r and a scale that is one number. Training
-        keeps A and B themselves in float32, where small steps count.
-
-        All at once, as a GPU takes longer to launch such an operation than to do it, and SDXL's
-        UNet has 346 such layers. It is done again when `scale` is set or a weight has changed."""
+        """Copies in `dtype` to compute with, as training keeps A and B in float32: of each group
+        its As stacked, (sum of r, in); of each LowRank k B, with k = scale * alpha / r (a scale
+        that is a tensor is left to _scaled_down). Done again when the scale or a weight changes.
+        All in a few operations: a GPU takes longer to launch one than to do it."""
         parts = [part for group in self.groups for part in group]
         flat = lambda weights: torch.cat([w.flatten() for w in weights])
-        scale = 1.0 if torch.is_tensor(self.scale) else self.scale  # a tensor: in _scaled_down
-        ks, Bs = [p.alpha_over_r * scale for p in parts], [p.B for p in parts]
-        times = lambda w, k: torch.add(w.new_zeros(()), w, alpha=k)  # w * k, without keeping w
-        B_k = times(flat(Bs), ks[0]) if len(set(ks)) == 1 else flat(map(times, Bs, ks))
-        each_B = iter(B_k.to(dtype).split([B.numel() for B in Bs]))
+        scale = 1.0 if torch.is_tensor(self.scale) else self.scale
+        Bs, ks = [p.B for p in parts], [p.alpha_over_r * scale for p in parts]
+        # w * k; but * would save a tensor, and what is cast once is gone back through several times
+        times = lambda w, k: torch.add(w.new_zeros(()), w, alpha=k)
+        kB = times(flat(Bs), ks[0]) if len(set(ks)) == 1 else flat(map(times, Bs, ks))
+        kBs = dict(zip(parts, kB.to(dtype).split([B.numel() for B in Bs])))  # {LowRank: k B, flat}
         lengths = [sum(p.A.numel() for p in group) for group in self.groups]
         for group, A in zip(self.groups, flat(p.A for p in parts).to(dtype).split(lengths)):
             for p in group:
-                p_A, p_B = A.view(-1, *p.A.shape[1:]), next(each_B).view(p.B.shape)
-                self._weights[p] = p.cast_key(dtype), p_A, p_B
+                stacked = A.view(-1, *p.A.shape[1:])
+                self._weights[p] = p.cast_key(dtype), stacked, kBs[p].view(p.B.shape)
 
     def _scaled_down(self, x, A, layer, group):
         """A x for each layer of the group: h (b, ..., r). Where each sample has a scale it comes in

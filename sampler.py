@@ -1,8 +1,8 @@
 """The noise schedule, DDIM with classifier-free guidance, and sliders that switch on late.
 
-Everything here is about one variable, x_t: latents of shape (B, 4, h, w) at noise level t,
+Everything here is about one variable, x_t: latents (B, 4, h, w) at noise level (timestep) t,
 
-    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps,  eps ~ N(0, 1)  (Ho et al. 2020, eq. 4)
+    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps,  eps ~ N(0, I)  (Ho et al. 2020, eq. 4)
 
 with t from 999 (almost pure noise) down to 0 (almost a picture).
 """
@@ -67,8 +67,8 @@ def implied_x_0(x_t, eps, a_t):
 
 
 def ddim_step(x_t, eps, t: int, t_next: int, alpha_bar):
-    """One deterministic step from level t to t_next, down or up: Song et al. 2021, eq. (12), sigma
-    = 0.
+    """One deterministic step from level t to t_next, down or up (Song et al. 2021, eq. (12) with
+    sigma = 0).
 
     A level below 0 stands for the end: alpha_bar_0, as SDXL's scheduler has `set_alpha_to_one`
     false."""
@@ -76,9 +76,9 @@ def ddim_step(x_t, eps, t: int, t_next: int, alpha_bar):
     return a_next**0.5 * implied_x_0(x_t, eps, a_t) + (1 - a_next) ** 0.5 * eps
 
 
-def predict_eps(unet, alpha_bar):
-    """From now on `unet`, which predicts v = sqrt(a_t) eps - sqrt(1 - a_t) x_0 (Salimans & Ho 2022,
-    appendix D), returns eps to every caller.
+def convert_v_to_eps(unet, alpha_bar):
+    """Make `unet`, which predicts v = sqrt(a_t) eps - sqrt(1 - a_t) x_0 (Salimans & Ho 2022,
+    appendix D), return eps to every caller from now on.
 
     In float32 at least, and so is every x_t that follows from it: implied_x_0 divides by sqrt(a_t),
     which near pure noise would blow up what a half dtype rounds off eps or x_t."""
@@ -92,11 +92,10 @@ def predict_eps(unet, alpha_bar):
 
 
 def guided_eps(unet, x_t, t, cond, uncond=None, guidance: float = 1.0):
-    """Classifier-free guidance (Ho & Salimans 2022): eps_u + g (eps_c - eps_u). Returns it, and
-    eps_c.
+    """Classifier-free guidance (Ho & Salimans 2022): (eps_u + g (eps_c - eps_u), eps_c).
 
-    x_t: (B, 4, h, w). t: a number or (B,). cond, uncond: tuples of context (B, 77, d), pooled (B,
-    p), time_ids (B, 6). At guidance 1, or without uncond, eps_u is not computed."""
+    x_t: (B, 4, h, w). t: a number or (B,). cond, uncond: tuples of context (B, 77, d),
+    pooled (B, p), time_ids (B, 6). At guidance 1, or without uncond, eps_u is not computed."""
     t = t if torch.is_tensor(t) else torch.full((len(x_t),), t, device=x_t.device)
     if guidance == 1 or uncond is None:
         eps_c = unet(x_t, t, *cond)
@@ -131,7 +130,7 @@ def sample(
     sliders:    pairs (slider, scale), or triples (slider, scale, start). A scale is a number, or a
                 tensor (B,) with one for each picture. Unattached ones are attached meanwhile.
     start:      delayed LoRA: the scale is 0 while t > t_on = (1 - start) T, so that the frozen
-                model lays out the picture. 0.3 is the paper's code's start_noise = 700.
+                model lays out the picture. 0.3: start_noise = 700 in the paper's SDXL notebooks.
     delta:      function (x_t, t (B,)) -> (B, 4, h, w), added to eps from `start` on in the place of
                 a slider: eq. (8) itself (train_text.ends_difference).
     skip, stop: begin after `skip` steps, where x_T is the x_t there; end after `stop` steps.
@@ -140,16 +139,18 @@ def sample(
     T = len(alpha_bar)
     ts = timesteps(steps, T)
     x_t, cond = x_T, expand(cond, len(x_T))
-    sliders = [(*entry, start)[:3] for entry in sliders]  # `start` for those without their own
+    sliders = [entry if len(entry) == 3 else (*entry, start) for entry in sliders]
     copies = 1 if uncond is None or guidance == 1 else 2  # of the batch, in guided_eps
     repeat = lambda scale: torch.cat([scale] * copies) if torch.is_tensor(scale) else scale
     to_detach = [slider.attach(unet) for slider, _, _ in sliders if not slider.attached]
     try:
-        for i, (t, t_next) in list(enumerate(zip(ts, [*ts[1:], -1])))[skip:stop]:  # -1: the end
+        for i in range(len(ts))[skip:stop]:
+            t, t_next = [*ts, -1][i : i + 2]  # -1: the end
             for slider, scale, slider_start in sliders:
                 slider.scale = repeat(scale) if t <= (1 - slider_start) * T else 0.0
             u = uncond[i] if isinstance(uncond, list) else uncond
-            eps, eps_c = guided_eps(unet, x_t, t, cond, u and expand(u, len(x_t)), guidance)
+            u = None if u is None else expand(u, len(x_t))
+            eps, eps_c = guided_eps(unet, x_t, t, cond, u, guidance)
             if delta is not None and t <= (1 - start) * T:
                 # Added once, outside of guidance: a slider changes eps_u as it changes eps_c.
                 eps = eps + delta(x_t, torch.full((len(x_t),), t, device=x_t.device)).to(eps.dtype)
@@ -171,8 +172,8 @@ def steps_before(start: float, steps, T: int = 1000) -> int:
 
 @torch.no_grad()
 def ddim_inversion(unet, x_0, cond, *, alpha_bar, steps=30):
-    """Latents x_0 (B, 4, h, w) walked up to noise at guidance 1: x*_T ... x*_0, (steps + 1, B, 4,
-    h, w).
+    """Latents x_0 (B, 4, h, w) walked up to noise at guidance 1. Returns x*_T ... x*_0 on the way,
+    (steps + 1, B, 4, h, w).
 
     A step up from t' to t wants eps(x_t, t) while x_t is not known yet. eps(x_{t'}, t) stands in
     for it, since the two differ little when steps are short (Song et al. 2021, section 4.3)."""

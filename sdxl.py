@@ -96,11 +96,12 @@ class SDXL:
         kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
         self.text_encoders = [load_text(kind, part) for part, kind in kinds.items()]
         vae_dtype = torch.float32 if configs["vae"].get("force_upcast", True) else self.dtype
-        make_vae = lambda: load(weights.load_module, VAE, "vae", dtype=vae_dtype)
-        self.vae = make_vae() if vae else None  # type: ignore[assignment]
+        self.vae = None  # type: ignore[assignment]
+        if vae:
+            self.vae = load(weights.load_module, VAE, "vae", dtype=vae_dtype)
         self.unet = load(weights.load_module, UNet, "unet")
         if self.prediction == "v":
-            sampler.predict_eps(self.unet, self.alpha_bar.to(self.device))
+            sampler.convert_v_to_eps(self.unet, self.alpha_bar.to(self.device))
         self.factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
         self.channels, self.folder = self.unet.config["in_channels"], files.folder
         self.size = self.unet.config["sample_size"] * self.factor

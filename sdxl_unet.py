@@ -48,7 +48,7 @@ class Checkpointed(nn.Module):
 
 
 class Resnet(Checkpointed):
-    """(B, c_in, h, w), time (B, c_time) -> (B, c_out, h, w): two convolutions around a shortcut."""
+    """(B, c_in, h, w), time (B, c_time) -> (B, c_out, h, w): two convolutions beside a shortcut."""
 
     def __init__(self, c_in, c_out, c_time, groups, eps):
         super().__init__()
@@ -90,7 +90,7 @@ class Upsample(nn.Module):
 
 
 class Attention(nn.Module):
-    """Tokens x (B, n, c) look at context (B, m, c_context), or at each other: (B, n, c)."""
+    """x (B, n, c) -> (B, n, c): cross-attention to context (B, m, c_context), or self-attention."""
 
     def __init__(self, c, c_context, heads):
         super().__init__()
@@ -131,7 +131,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(Checkpointed):
-    """Tokens look at each other (attn1), at the prompt (attn2), and think (ff)."""
+    """Self-attention (attn1), cross-attention to the prompt (attn2), feed-forward (ff)."""
 
     def __init__(self, c, c_context, heads):
         super().__init__()
@@ -209,8 +209,7 @@ class Mid(nn.Module):
 
 
 class Up(Level):
-    """Each resnet also sees a skip of the way down. Returns x at twice the size, but in the last
-    level."""
+    """Each resnet also sees a skip. Returns x at twice the size (the same in the last level)."""
 
     def __init__(self, channels, last, *args):
         super().__init__(channels, *args)
@@ -230,14 +229,14 @@ class UNet(nn.Module):
         super().__init__()
         check_config(config)
         self.config = config
-        widths, layers = config["block_out_channels"], config["layers_per_block"]
-        depths, heads = config["transformer_layers_per_block"], config["attention_head_dim"]
-        groups, c_time, levels = config["norm_num_groups"], 4 * widths[0], len(widths)
+        widths, depths = config["block_out_channels"], config["transformer_layers_per_block"]
+        heads = config["attention_head_dim"]  # how many heads, not their width: diffusers' misnomer
+        layers, groups = config["layers_per_block"], config["norm_num_groups"]
+        c_context, c_time, levels = config["cross_attention_dim"], 4 * widths[0], len(widths)
         self.factor = 2 ** (levels - 1)
         common = (c_time, groups, config["norm_eps"])
 
         def transformer(level, kind="CrossAttn"):
-            c_context = config["cross_attention_dim"]
             make = lambda c: Transformer(c, c_context, heads[level], depths[level], groups)
             return make if "CrossAttn" in kind else None
 
@@ -269,7 +268,7 @@ class UNet(nn.Module):
 
     @graphs.replayed  # on a GPU: launched as one operation where there are no gradients
     def forward(self, latents, t, context, pooled, time_ids):
-        """The predicted noise eps, or v (sampler.predict_eps makes it eps), (B, 4, h, w).
+        """The predicted noise eps, or v (sampler.convert_v_to_eps), (B, 4, h, w).
 
         latents   (B, 4, h, w)   x_t
         t         (B,)           noise level, 0 ... 999
@@ -281,7 +280,8 @@ class UNet(nn.Module):
         time = self.time_embedding(time)  # (B, c_time)
         sizes = sinusoids(time_ids.flatten(), self.config["addition_time_embed_dim"])  # (6 B, 256)
         sizes = sizes.view(len(time_ids), -1).to(pooled.dtype)  # (B, 6 * 256)
-        time = F.silu(time + self.add_embedding(torch.cat([pooled, sizes], -1)))  # (B, c_time)
+        time = time + self.add_embedding(torch.cat([pooled, sizes], -1))  # (B, c_time)
+        time = F.silu(time)  # once for all resnets; diffusers does it in each, before time_emb_proj
 
         x = self.conv_in(latents.to(self.conv_in.weight.dtype))  # (B, c0, h, w)
         skips = [x]

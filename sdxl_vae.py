@@ -53,21 +53,17 @@ class Downsample(nn.Module):
 class Level(nn.Module):
     """One resolution: a few resnets, then the way to the next resolution (none at the last)."""
 
-    def __init__(self, c_in, c_out, resnets, groups, **sampler):
-        """sampler: downsamplers=Downsample(c_out) or upsamplers=..., or nothing."""
+    def __init__(self, c_in, c_out, resnets, groups, down=None, up=None):
         super().__init__()
         widths = [c_in] + [c_out] * resnets
         pairs = zip(widths, widths[1:])
         self.resnets = nn.ModuleList(Resnet(*pair, None, groups, 1e-6) for pair in pairs)
-        self.samplers = list(sampler)
-        for name, module in sampler.items():
-            setattr(self, name, nn.ModuleList([module]))
+        self.downsamplers = nn.ModuleList([down] if down else [])
+        self.upsamplers = nn.ModuleList([up] if up else [])
 
     def forward(self, x):
-        for resnet in self.resnets:
-            x = resnet(x)
-        for name in self.samplers:
-            x = getattr(self, name)[0](x)
+        for module in (*self.resnets, *self.downsamplers, *self.upsamplers):
+            x = module(x)
         return x
 
 
@@ -80,8 +76,9 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(config["in_channels"], widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip(widths[:1] + widths[:-1], widths)):
-            way = {} if i == len(widths) - 1 else {"downsamplers": Downsample(c_out)}
-            self.down_blocks.append(Level(c_in, c_out, config["layers_per_block"], groups, **way))
+            down = Downsample(c_out) if i < len(widths) - 1 else None
+            level = Level(c_in, c_out, config["layers_per_block"], groups, down=down)
+            self.down_blocks.append(level)
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config["latent_channels"], 3, padding=1)
@@ -105,8 +102,8 @@ class Decoder(nn.Module):
         self.mid_block = MidBlock(widths[0], groups)
         self.up_blocks = nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip(widths[:1] + widths[:-1], widths)):
-            way = {} if i == len(widths) - 1 else {"upsamplers": Upsample(c_out)}
-            self.up_blocks.append(Level(c_in, c_out, resnets, groups, **way))
+            up = Upsample(c_out) if i < len(widths) - 1 else None
+            self.up_blocks.append(Level(c_in, c_out, resnets, groups, up=up))
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config["out_channels"], 3, padding=1)
 
@@ -132,11 +129,11 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(c, c, 1)
 
     def moments(self, pictures):
-        """pictures (B, 3, H, W) in [-1, 1] -> mean, log variance of the unscaled latents, each (B,
-        4, h, w)."""
+        """pictures (B, 3, H, W) in [-1, 1] -> mean, log variance of the unscaled latents,
+        (B, 4, h, w) each."""
         return self.quant_conv(self.encoder(pictures)).chunk(2, dim=1)
 
-    def decode_moments(self, z):
+    def decode_unscaled(self, z):
         """Unscaled latents (B, 4, h, w) -> pictures (B, 3, H, W), about in [-1, 1]."""
         return self.decoder(self.post_quant_conv(z))
 
@@ -150,7 +147,7 @@ class VAE(nn.Module):
         those larger than `tile` in overlapping tiles."""
         z = latents / self.config["scaling_factor"]
         few = max(1, 8 * 32**2 // z[0, 0].numel())  # large ones one by one
-        decode = self.decode_moments if max(z.shape[2:]) <= self.tile else self.decode_in_tiles
+        decode = self.decode_unscaled if max(z.shape[2:]) <= self.tile else self.decode_in_tiles
         return torch.cat([decode(part) for part in z.split(few)])
 
     def decode_in_tiles(self, z):
@@ -167,7 +164,7 @@ class VAE(nn.Module):
         total = picture = 0
         for top in starts(h):
             for left in starts(w):
-                part = self.decode_moments(z[:, :, top : top + tile, left : left + tile])
+                part = self.decode_unscaled(z[:, :, top : top + tile, left : left + tile])
                 below, right = part.shape[2:]  # <= tile * f
                 window = fade(below)[:, None] * fade(right)
                 x, y = left * f, top * f

@@ -23,7 +23,6 @@ From Python:
     pictures = slider.generate(model, "a photo of a person", seeds=[0, 1], sliders=[(age, 2.0)])
 """
 
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -122,11 +121,11 @@ def edit_settings(model, args, picture, size) -> dict:
 
     def make(remember):
         ts = sampler.timesteps(args.steps, spacing=model.spacing)
-        n = invert.evaluations(args.invert, len(ts))
-        at_most = "at most " if args.invert == "null-text" else ""
-        print(f"{args.invert} inversion: {at_most}{n} network evaluations")
-        settings.update(alpha_bar=model.alpha_bar, steps=ts)
-        if at_most:
+        n = invert.max_evaluations(args.invert, len(ts))
+        null_text = args.invert == "null-text"
+        print(f"{args.invert} inversion: {'at most ' if null_text else ''}{n} network evaluations")
+        settings.update(alpha_bar=model.alpha_bar, steps=ts)  # only now: they are not in the key
+        if null_text:
             settings.update(remember=remember)
         prompts = (model.condition([words], size) for words in (args.prompt, args.negative))
         made = invert.invert(model.unet, z, *prompts, **settings)
@@ -134,8 +133,8 @@ def edit_settings(model, args, picture, size) -> dict:
         return made
 
     found = inversions.cached(path, make)
-    to = lambda x: x.to(model.device, model.dtype)
-    uncond = [tuple(map(to, parts)) for parts in found.uncond]
+    where = (model.device, model.dtype)
+    uncond = [tuple(part.to(*where) for part in parts) for parts in found.uncond]
     return dict(start_from=lambda seeds: found.x_T.to(model.device), uncond=uncond)
 
 
@@ -207,7 +206,7 @@ def main(captions=None):
         print(f"{2 + len(ends[0])} network evaluations a step and picture; a slider needs 2")
 
     def column(values):
-        """All sliders, those that sweep at `values`."""
+        """All sliders: those that sweep at `values`, one each, the others at their fixed scales."""
         values = iter(values)
         return [(s, next(values) if fixed is None else fixed, start) for s, fixed, start in sliders]
 
@@ -217,7 +216,7 @@ def main(captions=None):
 
     def draw_scales(scales):
         etas = dict(etas=[scale * eta for scale in scales]) if args.guide else {}
-        return draw([column(itertools.repeat(scale)) for scale in scales], **etas)
+        return draw([column([scale] * len(sweeping)) for scale in scales], **etas)
 
     names = [images.scale_label(scale) for scale in scales]
     if args.each:

@@ -1,7 +1,7 @@
 """The student: fit a slider to what a frozen teacher has collected. All trainers share `fit`.
 
-A teacher (train_text.py, train_pairs.py) visits noised latents x_t with the frozen model. It notes
-what the model predicts there (eps_0), a scale s, and what the slider is to make of it (target):
+A teacher (train_text.py, train_pairs.py) runs the frozen model on noised latents x_t. For each it
+keeps the model's own prediction (eps_0), a scale s, and what a slider at s should predict (target):
 
     L = mean over x_t and s of  || eps_{theta, s}(x_t, c_t, t) - target ||^2
 
@@ -47,7 +47,7 @@ def predict(unet, slider, batch: Targets):
 
 
 def distance(error):
-    """Of a prediction's error (b, 4, h, w), elementwise: another loss goes here."""
+    """Elementwise loss of a prediction's error (b, 4, h, w). To try another loss, edit this."""
     return error.square()
 
 
@@ -108,7 +108,7 @@ def fit(state: TrainingState, loss, n: int, *, steps: int, batch: int, capture=l
 
     def loss_and_gradients(rows):
         total = loss(rows).sum() / batch  # not mean(): each of several processes has some of rows
-        gradients = torch.autograd.grad(total * 2**10, state.parameters)  # float16 loses small ones
+        gradients = torch.autograd.grad(total * 2**10, state.parameters)  # loss scaling: float16
         return total.detach(), *torch._foreach_mul(gradients, 2**-10)
 
     loss_and_gradients = capture(loss_and_gradients)
@@ -123,7 +123,7 @@ def fit(state: TrainingState, loss, n: int, *, steps: int, batch: int, capture=l
 
 
 def learning_rate(step: int, steps: int, lr: float) -> float:
-    """Up over the first twentieth, then level, and down to 0 over the second half."""
+    """Linear warmup over the first twentieth, constant, linear decay to 0 over the second half."""
     return lr * min(1.0, (step + 1) / max(1, steps // 20)) * min(1.0, 2 * (steps - step) / steps)
 
 

@@ -9,15 +9,15 @@ with the slider at scale s (the paper's alpha), the paper's loss is (--target no
     L  =  || eps_{theta, -1}(x_t^A, t) - eps ||^2
         + || eps_{theta, +1}(x_t^B, t) - eps ||^2
 
-with the same noise eps and noise level t for A and B. Most of what that asks for is nothing that
-the slider should learn: to mend the model's errors on these pictures, there at scale 0 as well.
-The default takes what the frozen model's predictions for A and B have in common,
+with the same noise eps and noise level t for A and B. Most of this loss has nothing to do with the
+concept: it is the frozen model's own error on these pictures, which it makes at scale 0 too. So by
+default (--target shared) eps is replaced, on both sides, by the mean of the frozen predictions,
 
     eps_bar  =  ( eps_theta(x_t^A, t) + eps_theta(x_t^B, t) ) / 2
 
-for eps on both sides. Then only the difference between A and B is left to learn. To first order
-both losses have the same minimum (`shared_prediction`). With more than two folders, each at a
-scale of its own (--at), eps_bar is what a straight line through the predictions says at scale 0.
+and only the difference between A and B is left to learn. To first order both losses have the same
+minimum (`shared_prediction`). With more than two folders, each at a scale of its own (--at),
+eps_bar is the value at scale 0 of a straight line fitted to the predictions by least squares.
 """
 
 import time
@@ -32,13 +32,13 @@ from support.checkpoint import RESUME_HINT, open_checkpoint
 
 
 def shared_prediction(eps_0, scales):
-    """eps_bar: the least-squares line over `scales` (k,) through the predictions eps_0
-    (n, k, 4, h, w), at 0: (n, 1, 4, h, w).
+    """eps_bar (n, 1, 4, h, w): the value at scale 0 of the least-squares line over `scales` (k,)
+    through the frozen predictions eps_0 (n, k, 4, h, w).
 
     Why: near scale 0 a slider adds s * D(x_t), and D(x_t^A) is nearly D(x_t^B). The paper's loss
-    is smallest where s * D fits eps - eps_0 over the scales s. Whatever of that is the same at
-    every s, as eps is, drops out for scales that sum to 0: the same D fits eps_bar - eps_0. But
-    eps_bar leaves a low-rank slider, which cannot fit everything, nothing else to be tempted by.
+    fits s * D to eps - eps_0 over the scales s. Where these sum to 0, the best D does not depend on
+    what is the same at every s, so eps_bar can stand in for eps. But eps - eps_bar is most of the
+    paper's loss, and a slider of low rank, which is not quite s * D, would spend itself on it.
     """
     centred = scales - scales.mean()  # weights: of the predictions in the line's value at 0
     weights = 1 / len(scales) - scales.mean() * centred / centred.square().sum()  # (k,)
@@ -122,7 +122,7 @@ def main():
     at, seed = torch.tensor(scales, device=model.device), 2 * args.seed + 1
     at_once = training.samples_at_once(args, model, size, checkpoint)
     settings = dict(batch=at_once, remember=checkpoint.remember)
-    trained_on = dict(noises=args.noises, seed=seed, target=args.target)  # the meter: eps_bar
+    trained_on = dict(noises=args.noises, seed=seed, target=args.target)  # meter: always eps_bar
     train = collect(model, seen, at, cond, **trained_on, **settings)
     unseen = collect(model, held_out, at, cond, noises=held_out_noises, seed=seed + 1, **settings)
 

@@ -108,7 +108,7 @@ def directions(f, k: int, independent: bool = False):
     positive, so that a rerun has no other signs.
 
     The k principal directions, as the paper has it. With `independent` they are turned, within
-    their span, to those along which the pictures vary independently."""
+    their span, to those along which the pictures vary independently; no longer orthogonal."""
     centred = (f - f.mean(0)).cpu().double()  # not every device has float64
     _, S, Vh = torch.linalg.svd(centred, full_matrices=False)
     sigma_v = S[:k, None] / (len(f) - 1) ** 0.5 * Vh[:k]  # (k, d), rows sigma_i v_i
@@ -134,7 +134,7 @@ def independent_rotation(z, rounds: int = 200):
     for _ in range(rounds):
         steps = ((z @ R.T) ** 3).T @ z / len(z) - 3 * R  # rows toward a larger |kurtosis|
         U, _, Vh = torch.linalg.svd(steps)
-        R = U @ Vh  # the nearest rotation
+        R = U @ Vh  # the nearest orthogonal matrix ("symmetric decorrelation")
     return R
 
 
@@ -142,8 +142,8 @@ def independent_rotation(z, rounds: int = 200):
 
 
 class Space:
-    """k sliders of rank r as one lora.Slider of rank k r, the bank, and what they are trained on: a
-    row stands for an x_t, a direction and a sign. The last HELD_OUT pictures are the meter's."""
+    """The loss and the meter of SliderSpace. `bank`: k sliders of rank r as one lora.Slider of rank
+    k r. A row is an x_t, a direction and a sign; the last HELD_OUT pictures are the meter's."""
 
     def __init__(self, model, encoder, samples, cond, uncond, v, *, rank, guidance, batch):
         self.model, self.encoder, self.cond, self.uncond = model, encoder, cond, uncond
@@ -170,7 +170,7 @@ class Space:
         x_t, eps = sampler.at_least_float32(x_t), sampler.at_least_float32(eps)
         return sampler.implied_x_0(x_t, eps, a_t)
 
-    def change(self, bank, row, i, sign):
+    def change(self, bank, sign, i, row):
         """What slider i (b,), at scale sign (b,), changes in the features of x_t[row], row (b,):
         (b, d); and where it should go: (b, d)."""
         i, sign = i.to(self.v.device), sign.to(self.v)
@@ -183,19 +183,19 @@ class Space:
     def loss(self, bank, rows):
         """1 - cos(f - f_0, +-v_i), (b,), for rows (b,) = (negative * k + i) * n + x_row."""
         x_row, i, negative = rows % self.n, rows // self.n % self.k, rows // self.n // self.k
-        made, wanted = self.change(bank, x_row, i, 1.0 - 2.0 * negative)
+        made, wanted = self.change(bank, 1.0 - 2.0 * negative, i, x_row)
         # An untrained slider changes nothing but by rounding. The floor under lengths keeps the
         # first steps from following it.
         return 1 - F.cosine_similarity(made, wanted, dim=-1, eps=1e-3)
 
     @torch.no_grad()
     def meter(self, bank, batch: int) -> dict:
-        """On one x_t of each held-out picture: the mean cosine of each slider's change with its
-        direction; "share", the mean way along it, in units of the features' length."""
+        """On one x_t of each held-out picture, steps in turn: the mean cosine of each slider's
+        change with its direction; "share", how far it goes along it; features have length 1."""
         x_rows = torch.tensor([self.n + p * self.m + p % self.m for p in range(HELD_OUT)])
         every = torch.cartesian_prod(torch.tensor([1, -1]), torch.arange(self.k), x_rows)
-        with bank.at(0.0):
-            pairs = [self.change(bank, r, i, s) for s, i, r in (b.T for b in every.split(batch))]
+        with bank.at(0.0):  # every: rows (sign, i, x_row)
+            pairs = [self.change(bank, *rows.T) for rows in every.split(batch)]
         made, wanted = (torch.cat(part) for part in zip(*pairs))
         cosine = F.cosine_similarity(made, wanted, dim=-1).view(2, self.k, HELD_OUT).mean((0, 2))
         share = (made * wanted).sum(-1).mean().item()
@@ -210,7 +210,7 @@ def learn(
     k, common = len(v), dict(rank=rank, guidance=guidance, batch=4 * batch)
     space = Space(model, encoder, samples, cond, uncond, v, **common)
     torch.manual_seed(settings["seed"])
-    # alpha / rank of each slider is what was asked for.
+    # (alpha k) / (rank k) = alpha / rank: in the bank each slider has the factor it was asked for.
     bank = lora.Slider(layers, rank * k, alpha * k).to(model.device).attach(model.unet)
     loss, meter = lambda rows: space.loss(bank, rows), lambda: space.meter(bank, 4 * batch)
     reading = training.train(bank, loss, len(space), meter, batch=batch, **settings)

@@ -9,10 +9,11 @@ preserved concepts,
     eps_theta*(x_t, c_t, t)  <-  eps_theta(x_t, c_t, t)
         + eta * mean_{p in P} ( eps_theta(x_t, (c+, p), t) - eps_theta(x_t, (c-, p), t) )
 
-(The paper writes a sum over P. The mean keeps eta's meaning whatever the size of P, and is what
-its code does on average, as it draws one p for each step.) x_t comes from partially denoising
-noise with the frozen model, so nothing on the right depends on what is trained. The teacher below
-collects it once; the student (student.py) fits it."""
+(The paper writes a sum over P. The mean keeps eta's meaning whatever the size of P. Its code draws
+one p for each step, and puts that p into c_t as well.) x_t comes from partially denoising noise
+with the frozen model, so nothing on the right depends on what is trained: the teacher below
+collects it once, and the student (student.py) fits it. (The paper's code denoises with the slider
+on, so it has to walk from noise to x_t and predict the right-hand side anew for every step.)"""
 
 import time
 
@@ -38,10 +39,12 @@ def ends_difference(unet, x_t, t, ends):
     """mean_{p in P} ( eps(x_t, (c+, p), t) - eps(x_t, (c-, p), t) ): (B, 4, h, w), float32.
 
     x_t (B, 4, h, w), t (B,). ends: from `encode`, 2|P| rows."""
-    n, difference = len(ends[0]) // 2, 0.0
+    n, difference = len(ends[0]) // 2, 0.0  # n = |P|
+    both_x_t, both_t = x_t.repeat(2, 1, 1, 1), t.repeat(2)  # once for c+, once for c-
     for p in range(n):  # one at a time: memory does not grow with |P|
-        ends_p = (e[p::n].repeat_interleave(len(x_t), 0) for e in ends)  # row p: c+, row n + p: c-
-        eps_pos, eps_neg = unet(x_t.repeat(2, 1, 1, 1), t.repeat(2), *ends_p).float().chunk(2)
+        rows = [p] * len(x_t) + [n + p] * len(x_t)  # of `ends`: (c+, p) B times, (c-, p) B times
+        eps = unet(both_x_t, both_t, *(part[rows] for part in ends)).float()  # (2 B, 4, h, w)
+        eps_pos, eps_neg = eps.chunk(2)
         difference = difference + (eps_pos - eps_neg) / n
     return difference
 

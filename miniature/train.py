@@ -243,7 +243,7 @@ def train_vae(pictures, device, first=8000, crop=7000, second=2500, save_every=2
             mean, logvar = vae.moments(x)
             logvar = logvar.float().clamp(-30, 20)
             z = mean.float() + torch.randn_like(mean, dtype=torch.float32) * (0.5 * logvar).exp()
-            y = vae.decode_moments(z)
+            y = vae.decode_unscaled(z)
         y = y.float()
         thin = sum((a - b).abs().mean() for a, b in zip(edges(y), edges(x)))
         reconstruction = (y - x).abs().mean() + 2 * thin
@@ -258,7 +258,7 @@ def train_vae(pictures, device, first=8000, crop=7000, second=2500, save_every=2
             checkpoint.save(step + 1)
             with torch.no_grad():
                 x = to_tensor(pictures[:8]).to(device)
-                y = vae.decode_moments(vae.moments(x)[0])
+                y = vae.decode_unscaled(vae.moments(x)[0])
                 grid(torch.cat([x, y]).cpu(), WORK / "vae.png")
     # The scaling factor makes the latents' standard deviation 1, as SDXL's 0.13025 does (Rombach
     # et al. 2022, app. G).

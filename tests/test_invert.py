@@ -132,7 +132,7 @@ def test_null_text_inversion_comes_back_to_the_picture_and_ddim_alone_does_not(m
         with counted(model.unet) as n:
             found = invert.invert(model.unet, z, cond, uncond, method=method, **settings)
         # What it says is what was counted.
-        assert found.evaluations == sum(n.values()) <= invert.evaluations(method, 8)
+        assert found.evaluations == sum(n.values()) <= invert.max_evaluations(method, 8)
         back = sampler.sample(model.unet, found.x_T, cond, found.uncond, **settings)
         error[method] = (back - z).square().mean().item()
     assert error["null-text"] < 0.2 * error["ddim"]

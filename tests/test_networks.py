@@ -151,12 +151,12 @@ def test_decoding_in_tiles(model):
         try:
             vae.tile = 20
             tiled = vae.decode(z)
-            vae.decode_moments = enlarge
+            vae.decode_unscaled = enlarge
             found = vae.decode(z) * vae.config["scaling_factor"]
             assert torch.allclose(found, enlarge(z), atol=1e-5)
         finally:
             vae.tile = tile
-            del vae.decode_moments
+            del vae.decode_unscaled
     assert tiled.shape == whole.shape == (1, 3, 256, 384)
     assert 0 < (tiled - whole).abs().mean() < 0.03
     edges = [119, 159, 223, 279]  # of the tiles

@@ -146,11 +146,11 @@ def test_rows_of_a_space_of_higher_rank(model, conds, three):
     bank, rows = SimpleNamespace(), []
     with torch.no_grad():
         signs = torch.tensor([1.0, -1.0])
-        _, wanted = space.change(bank, torch.tensor([0, 1]), torch.tensor([1, 0]), signs)
+        _, wanted = space.change(bank, signs, torch.tensor([1, 0]), torch.tensor([0, 1]))
     assert bank.scale.tolist() == [[0, 0, 1, 1], [-1, -1, 0, 0]] * 2  # twice: guidance
     assert torch.equal(wanted, torch.stack([space.v[1], -space.v[0]]))
 
-    def change(bank, x, i, sign):
+    def change(bank, sign, i, x):
         rows.extend(zip(x.tolist(), i.tolist(), torch.as_tensor(sign).tolist()))
         return (torch.ones(len(x), 1),) * 2
 

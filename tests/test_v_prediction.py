@@ -108,7 +108,7 @@ def test_eps_and_the_implied_x_0_are_those_of_the_closed_form(dtype):
     x_0, eps = torch.randn(2, 7, 4, 5, 5, generator=g, dtype=torch.float64)
     x_t = (a.sqrt() * (0.7 + 0.3 * x_0) + (1 - a).sqrt() * eps).to(dtype)
     v = unet(x_t, t).double()
-    sampler.predict_eps(unet, ZERO_SNR)
+    sampler.convert_v_to_eps(unet, ZERO_SNR)
     predicted = unet(x_t, t)
     assert predicted.dtype == torch.promote_types(dtype, torch.float32)
     exact = a.sqrt() * v + (1 - a).sqrt() * x_t.double()
@@ -127,7 +127,7 @@ def test_the_sampler_s_x_t_stay_exact_for_a_half_precision_v_model(dtype):
     drawn = []
     for kind in (dtype, torch.float64):
         unet, seen = Gaussian(ZERO_SNR, 0.7, 0.3, kind), []
-        sampler.predict_eps(unet, ZERO_SNR)
+        sampler.convert_v_to_eps(unet, ZERO_SNR)
         steps = sampler.timesteps(20, spacing="trailing")
         settings = dict(alpha_bar=ZERO_SNR, steps=steps, guidance=7.0)
         settings["on_step"] = lambda i, t, x_t, eps: seen.append(x_t.dtype)
