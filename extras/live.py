@@ -9,6 +9,7 @@ inside, see slider.py --html."""
 import http.server
 import io
 import threading
+import time
 import urllib.parse
 from pathlib import Path
 
@@ -31,8 +32,8 @@ def make_server(model, sliders: list, prompt: str, port: int, **settings):
 
     def draw(query: str):
         words = dict(urllib.parse.parse_qsl(query))
-        scales = [cli.numbers(words.get(f"s{i}", "0"))[0] for i in range(len(sliders))]
-        seed = cli.seed_list(words.get("seed", "0"))[0]
+        scales = [cli.number(words.get(f"s{i}", "0")) for i in range(len(sliders))]
+        seed = cli.seed(words.get("seed", "0"))
         if not all(abs(scale) <= 100 for scale in scales):
             raise ValueError("scales: numbers up to 100")
         at = [(one, scale) for (_, one, _), scale in zip(sliders, scales)]
@@ -109,7 +110,7 @@ def main():
     threading.Thread(target=serving.serve_forever, daemon=True).start()
     with deferred_interrupt() as stop:
         while not stop():
-            threading.Event().wait(0.2)
+            time.sleep(0.2)
     serving.shutdown()
 
 

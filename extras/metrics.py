@@ -79,7 +79,7 @@ def fid(judges, one_set, other_set) -> float:
 
 
 def frechet(x: np.ndarray, y: np.ndarray) -> float:
-    """The same of features x (N, d), y (M, d)."""
+    """The same for features x (N, d), y (M, d)."""
 
     def root(C):  # of a symmetric matrix
         w, v = np.linalg.eigh(C)
@@ -93,14 +93,13 @@ def frechet(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.square(x.mean(0) - y.mean(0)).sum() + np.trace(C_1) + np.trace(C_2) - 2 * cross)
 
 
-def interval(values, statistic=np.mean, draws: int = 2000, seed: int = 0) -> dict:
-    """{"mean": statistic of values (N, ...), "low", "high": 95% bootstrap interval over the N
-    (Efron 1979)}."""
-    values = np.asarray(values)
-    rng = np.random.default_rng(seed)
-    drawn = [statistic(values[rng.integers(0, len(values), len(values))]) for _ in range(draws)]
+def interval(values, draws: int = 2000) -> dict:
+    """{"mean": of values (N, ...), "low", "high": its 95% bootstrap interval over the N (Efron
+    1979)}."""
+    values, rng = np.asarray(values), np.random.default_rng(0)
+    drawn = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(draws)]
     low, high = np.percentile(drawn, [2.5, 97.5])
-    return {"mean": float(statistic(values)), "low": float(low), "high": float(high)}
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
 
 
 def wilson(k: int, n: int, z: float = 1.96) -> dict:

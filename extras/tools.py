@@ -10,6 +10,7 @@ info says what they are and how alike they are; merge takes --rank 8 for the nea
 extract finds what a fine-tune changed in --model; bake writes --model with the sliders in its
 weights."""
 
+import itertools
 import shutil
 import warnings
 from pathlib import Path
@@ -97,13 +98,11 @@ def info(args, unet):
             print(f"  settings: {', '.join(given)}")
         if useful := slider_files.useful_range(file.metadata, path):
             print("  useful from scale {:+g} to {:+g}".format(*useful))
-    for i, a in enumerate(files):
-        for j in range(i + 1, len(files)):
-            b = files[j]
-            squares_of_both = inner_product(a.deltas, a.deltas) * inner_product(b.deltas, b.deltas)
-            dot = inner_product(a.deltas, b.deltas)
-            cosine = dot / squares_of_both**0.5 if squares_of_both else 0.0
-            print(f"{args.files[i]} and {args.files[j]}: cosine {cosine:.3f}")
+    for (path_a, a), (path_b, b) in itertools.combinations(zip(args.files, files), 2):
+        squares_of_both = inner_product(a.deltas, a.deltas) * inner_product(b.deltas, b.deltas)
+        dot = inner_product(a.deltas, b.deltas)
+        cosine = dot / squares_of_both**0.5 if squares_of_both else 0.0
+        print(f"{path_a} and {path_b}: cosine {cosine:.3f}")
 
 
 def convert(args, unet):
@@ -179,7 +178,7 @@ def bake(args, unet):
     if not source.exists():
         source = weights.from_hub(args.model)
     if out.exists():
-        raise ValueError(f"{out}: is there already")
+        raise ValueError(f"{out}: is there already: name another place")
     known = slider_files.layers_by_kohya_name(unet)
     changes: dict[str, list] = {}
     for deltas, weight in weighted_files(args, unet):
@@ -190,7 +189,7 @@ def bake(args, unet):
         shutil.rmtree(unfinished, ignore_errors=True)
         shutil.copytree(source, unfinished, ignore=ignore_unet_weights)
     names_of: dict[Path, dict[str, str]] = {}  # file -> {name there: released name}
-    locations = weights.find_weights(args.model, args.base).locations["unet"]
+    locations = weights.find_weights(source, args.base).locations["unet"]
     for name, (file, there, _) in locations.items():
         names_of.setdefault(file, {})[there] = name
     rounding, store = Rounding(), cli.DTYPES.get(args.store)
@@ -226,7 +225,8 @@ def main():
     files = "slider files (extract: a model)"
     p.add_argument("files", nargs="+", metavar="FILE[:WEIGHT]", help=files)
     p.add_argument("--out", help="file to write (bake: what --model is, a folder or a file)")
-    p.add_argument("--overwrite", action="store_true", help="replace --out if it is there")
+    overwrite = "replace --out if it is there (bake never does)"
+    p.add_argument("--overwrite", action="store_true", help=overwrite)
     to = "naming (convert, merge, extract; default: %(default)s)"
     p.add_argument("--to", choices=slider_files.NAMINGS, default="kohya", help=to)
     rank = "merge, extract: rank of the result (extract: 16; merge: all there is)"

@@ -21,3 +21,8 @@ def write_atomically(path: Path, write):
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def first_line(error: BaseException) -> str:
+    """Of an error's message, or the error's kind if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -36,7 +36,7 @@ UNUSED = re.compile(
 
 
 def is_left_out(name: str) -> bool:
-    """Of a tensor that no part of SDXL needs."""
+    """Whether this is a tensor that no part of SDXL needs."""
     return bool(UNUSED.match(name) or not MODULES.match(name))
 
 
@@ -86,11 +86,8 @@ def rename(shapes: dict[str, tuple]) -> dict[str, list[tuple[str, str, str]]]:
     that third of the rows. Raises ValueError for a tensor that belongs to no part of SDXL."""
     out: dict[str, list] = {part: [] for part in PARTS.values()}
     strangers: list[str] = []
-    per_level = _first_level(shapes)
-    vae_levels = 1 + max(
-        [int(n.split(".")[3]) for n in shapes if n.startswith("first_stage_model.decoder.up.")],
-        default=-1,
-    )
+    per_level = _blocks_per_level(shapes)
+    vae_levels = 1 + max(_indices(r"first_stage_model\.decoder\.up\.(\d+)\.", shapes), default=-1)
     for name, shape in shapes.items():
         if is_left_out(name):
             continue
@@ -103,13 +100,14 @@ def rename(shapes: dict[str, tuple]) -> dict[str, list[tuple[str, str, str]]]:
             renamed = [(f"{new}.{leaf}", "")] if new else []
         elif prefix == "first_stage_model.":
             new = _vae(module, vae_levels)
-            squeeze = ".attentions." in (new or "") and len(shape) == 4
-            renamed = [(f"{new}.{leaf}", "squeeze" if squeeze else "")] if new else []
+            action = "squeeze" if new and ".attentions." in new and len(shape) == 4 else ""
+            renamed = [(f"{new}.{leaf}", action)] if new else []
         elif prefix == "conditioner.embedders.0.transformer.":
             renamed = [(short, "")]
         elif prefix == "conditioner.embedders.1.model.":
             renamed = _openclip(short)
-        strangers += [] if renamed else [name]
+        if not renamed:
+            strangers.append(name)
         for new, action in renamed:
             out[PARTS[prefix]].append((new, name, action))
     if strangers:
@@ -119,14 +117,22 @@ def rename(shapes: dict[str, tuple]) -> dict[str, list[tuple[str, str, str]]]:
     return out
 
 
-def _first_level(shapes) -> int:
-    """Input blocks in a level: its layers and a downsampler, 3 in SDXL."""
-    downs = [
-        int(n.split(".")[3])
-        for n in shapes
-        if re.match(r"model\.diffusion_model\.input_blocks\.\d+\.0\.op\.weight", n)
-    ]
-    return min(downs, default=3)
+def _indices(pattern: str, names) -> set[int]:
+    """The numbers that the pattern's one group finds in those names that begin with the pattern."""
+    return {int(m[1]) for name in names if (m := re.match(pattern, name))}
+
+
+def _blocks_per_level(shapes) -> int:
+    """Input blocks in a level of the UNet: its layers and a downsampler, 3 in SDXL. input_blocks.0
+    is conv_in, so the first downsampler's number says it."""
+    downsampler = r"model\.diffusion_model\.input_blocks\.(\d+)\.0\.op\.weight"
+    return min(_indices(downsampler, shapes), default=3)
+
+
+def missing_parts(names) -> list[str]:
+    """Those of PARTS of which there is no tensor."""
+    there = lambda prefix: any(name.startswith(prefix) for name in names)
+    return [part for prefix, part in PARTS.items() if not there(prefix)]
 
 
 def _unet(module: str, per_level: int) -> str | None:
@@ -135,11 +141,9 @@ def _unet(module: str, per_level: int) -> str | None:
     if module in UNET_ENDS:
         return UNET_ENDS[module]
     if m := re.match(r"(input|output)_blocks\.(\d+)\.(\d)\.(.*)", module):
-        side, n, slot, rest = m[1], int(m[2]), int(m[3]), m[4]
-        level, layer = divmod(
-            n - 1 if side == "input" else n, per_level
-        )  # input block 0 is conv_in
-        where = f"down_blocks.{level}" if side == "input" else f"up_blocks.{level}"
+        down, n, slot, rest = m[1] == "input", int(m[2]), int(m[3]), m[4]
+        level, layer = divmod(n - 1 if down else n, per_level)  # input block 0 is conv_in
+        where = f"down_blocks.{level}" if down else f"up_blocks.{level}"
         if rest == "op":
             return f"{where}.downsamplers.0.conv"
         if rest == "conv":
@@ -201,9 +205,8 @@ def _vae(module: str, levels: int) -> str | None:
     if m := re.match(r"(encoder|decoder)\.mid\.block_([12])\.(\w+)$", module):
         return f"{m[1]}.mid_block.resnets.{int(m[2]) - 1}.{m[3]}"
     if m := re.match(r"(encoder|decoder)\.mid\.attn_1\.(\w+)$", module):
-        return (
-            m[2] in VAE_ATTENTION and f"{m[1]}.mid_block.attentions.0.{VAE_ATTENTION[m[2]]}" or None
-        )
+        layer = VAE_ATTENTION.get(m[2])
+        return layer and f"{m[1]}.mid_block.attentions.0.{layer}"
     known = re.fullmatch(
         r"(post_)?quant_conv|(encoder|decoder)\.(conv_in|conv_out|conv_norm_out)", module
     )
@@ -312,11 +315,11 @@ def configs(shapes: dict[str, tuple], base: dict[str, dict]) -> dict[str, dict]:
     the parts that are there. shapes: by names in the file."""
     prefixes = {part: prefix for prefix, part in PARTS.items()}
     shape = lambda part, name: shapes[prefixes[part] + name]
-    count = lambda pattern: len({m[1] for n in shapes if (m := re.match(pattern, n))})
+    count = lambda pattern: len(_indices(pattern, shapes))
     out = {part: dict(config) for part, config in base.items()}
-    there = {part for prefix, part in PARTS.items() if any(n.startswith(prefix) for n in shapes)}
+    missing = missing_parts(shapes)
 
-    unet, per_level = out["unet"], _first_level(shapes)
+    unet, per_level = out["unet"], _blocks_per_level(shapes)
     inputs = r"model\.diffusion_model\.input_blocks"
     levels = -(-(count(rf"{inputs}\.(\d+)\.") - 1) // per_level)
     widths, depths = [], []
@@ -340,7 +343,7 @@ def configs(shapes: dict[str, tuple], base: dict[str, dict]) -> dict[str, dict]:
         cross_attention_dim=shapes[to_k[0]][1],
     )
 
-    if "vae" in there:
+    if "vae" not in missing:
         vae_levels = count(r"first_stage_model\.encoder\.down\.(\d+)\.")
         width = lambda i: shape("vae", f"encoder.down.{i}.block.0.conv1.weight")[0]
         out["vae"] |= dict(
@@ -362,7 +365,7 @@ def configs(shapes: dict[str, tuple], base: dict[str, dict]) -> dict[str, dict]:
         ),
     }
     for i, (part, (embedding, mlp, layers)) in enumerate(encoders.items()):
-        if part not in there:
+        if part in missing:
             continue
         encoder = out[part]
         head = encoder["hidden_size"] // encoder["num_attention_heads"]
@@ -406,7 +409,7 @@ def identify(shapes: dict[str, tuple]) -> str:
     if any(name.endswith(("scaled_fp8", ".scale_weight", ".weight_scale")) for name in shapes):
         how = "multiply each weight by its scale and save it in float16 (plain float8 is read)"
         return f"a checkpoint in scaled float8, whose weights need their scales; {how}"
-    missing = [part for prefix, part in PARTS.items() if not starts(prefix)]
+    missing = missing_parts(shapes)
     if len(missing) == len(PARTS):
         if "conv_in.weight" in shapes and "add_embedding.linear_1.weight" in shapes:
             return "one part (the UNet) of an SDXL folder; give the folder"

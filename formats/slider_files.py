@@ -17,7 +17,7 @@ import json
 import re
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from formats import hashes, single_file, weights, write_atomically
+from formats import first_line, hashes, single_file, weights, write_atomically
 
 NAMINGS = ("kohya", "ldm", "peft")
 ENDINGS = {  # of a tensor's name; peft's may hold the name of an adapter
@@ -105,7 +105,7 @@ def delta_weight(A, B) -> torch.Tensor:
 class SliderFile:
     deltas: dict[str, Delta]  # by the layer's name in kohya's naming
     naming: str
-    metadata: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, str]
 
 
 # ---------------------------------------------------------------------------------------- names
@@ -285,8 +285,8 @@ def list_files(path) -> list[str]:
 
 
 def remove_beyond(folder: Path, n: int):
-    """Of an earlier SliderSpace of more than n sliders in the folder, those that the new one of n
-    has not replaced."""
+    """Delete what an earlier SliderSpace of more than n sliders left in the folder: the new one of
+    n has replaced only as many."""
     while (folder / "space.json").exists() and (path := folder / f"{n + 1}.safetensors").exists():
         path.unlink()
         n += 1
@@ -365,9 +365,8 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged one can raise anything
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
             what = "not a file of tensors alone, or damaged; it was not read"
-            raise ValueError(f"{path}: {what} ({reason})") from None
+            raise ValueError(f"{path}: {what} ({first_line(error)[:100]})") from None
         if isinstance(tensors, dict):
             tensors = tensors.get("state_dict", tensors)
         is_tensor = lambda k, v: isinstance(k, str) and torch.is_tensor(v)
@@ -378,8 +377,8 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: {weights.describe_file(path)} ({reason})") from None
+        what = weights.describe_file(path)
+        raise ValueError(f"{path}: {what} ({first_line(error)})") from None
 
 
 def check_delta(path, name: str, layer: Layer, parts: dict) -> Delta:
@@ -396,10 +395,9 @@ def check_delta(path, name: str, layer: Layer, parts: dict) -> Delta:
         up = up[:, :, None, None] if up.ndim == 2 else up
     elif down.ndim == up.ndim == 4:
         down, up = down.flatten(1), up.flatten(1)
-    r = len(down)
-    fits = r and up.ndim == down.ndim == W.ndim and down.shape[1:] == W.shape[1:]
-    fits = fits and up.shape == (len(W), r, 1, 1)[: W.ndim]
-    if not fits:
+    fits = up.ndim == down.ndim == W.ndim and down.shape[1:] == W.shape[1:]
+    r = len(down) if fits else 0
+    if not r or up.shape != (len(W), r, 1, 1)[: W.ndim]:
         shapes = (
             f"{name} is {tuple(W.shape)}, its lora_down {tuple(down.shape)}, "
             f"its lora_up {tuple(up.shape)}"
@@ -414,7 +412,8 @@ def check_delta(path, name: str, layer: Layer, parts: dict) -> Delta:
 def fold_core(path, name: str, core, down):
     """A convolution in Tucker's form is up core down, with down (q, in, 1, 1), core (p, q, k, k),
     up (out, p, 1, 1). The core times down is an A (p, in, k, k)."""
-    if core.ndim != 4 or core.shape[1] != len(down) or down[0].numel() != down.shape[1]:
+    fits = core.ndim == 4 and down.ndim >= 2 and core.shape[1] == len(down)
+    if not fits or down.shape[2:].numel() != 1:
         shapes = f"its lora_mid is {tuple(core.shape)}, its lora_down {tuple(down.shape)}"
         raise ValueError(f"{path}: damaged: {name}: {shapes}")
     return torch.einsum("pqhw,qi->pihw", core, down.flatten(1))

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from formats import schedule, single_file
+from formats import first_line, schedule, single_file
 
 PARTS = ["unet", "vae", "text_encoder", "text_encoder_2"]
 SDXL_ID = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -81,10 +81,8 @@ def from_hub(name, parts=tuple(PARTS), half: bool = False) -> Path:
         needed = needed_files(files, parts, half)
         return Path(snapshot_download(str(name), allow_patterns=needed))
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"{name}: no such folder or file, and not to be had from the Hub ({reason})"
-        ) from None
+        what = "no such folder or file, and not to be had from the Hub"
+        raise ValueError(f"{name}: {what} ({first_line(error)})") from None
 
 
 def needed_files(files: list[str], parts=tuple(PARTS), half: bool = False) -> list[str]:
@@ -148,11 +146,10 @@ def locate_tensors(root: Path, part: str) -> dict[str, tuple[Path, str, str]]:
     out = {}
     for file in weight_files(root / part):
         for name, shape in read_header(file).items():
-            old_attention = (
-                part == "vae" and ".attentions." in name and len(shape) == 4
-            )  # as 1x1 convolutions
+            # Older VAEs' attention is made of 1x1 convolutions.
+            convolution = part == "vae" and ".attentions." in name and len(shape) == 4
             if not name.endswith("position_ids"):
-                out[released(part, name)] = (file, name, "squeeze" if old_attention else "")
+                out[released(part, name)] = (file, name, "squeeze" if convolution else "")
     return out
 
 
@@ -217,8 +214,7 @@ def read_header(file: Path) -> dict[str, tuple]:
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file") from None
     except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{file}: {describe_file(file)} ({reason})") from None
+        raise ValueError(f"{file}: {describe_file(file)} ({first_line(error)})") from None
 
 
 def describe_file(file: Path) -> str:
@@ -244,7 +240,7 @@ def from_single_file(path: Path, base=None, half: bool = False) -> ModelFiles:
     kind = single_file.identify(shapes)
     if kind != "sdxl":
         raise ValueError(f"{path}: {kind}")
-    missing = [part for prefix, part in single_file.PARTS.items() if not any_starts(shapes, prefix)]
+    missing = single_file.missing_parts(shapes)
     root = base_folder(path, base, missing if base else [], half)
 
     def config_of(part, *file):
@@ -258,6 +254,8 @@ def from_single_file(path: Path, base=None, half: bool = False) -> ModelFiles:
         configs = single_file.configs(shapes, bases)
     except (KeyError, IndexError) as error:
         raise ValueError(f"{path}: an incomplete SDXL checkpoint: it lacks {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     configs["model_index"] = config_of("model_index", "model_index.json")
     base_schedule = config_of("scheduler", "scheduler", "scheduler_config.json")
     configs["scheduler"] = base_schedule | schedule.of_single_file(shapes, metadata)
@@ -274,10 +272,6 @@ def from_single_file(path: Path, base=None, half: bool = False) -> ModelFiles:
     else:
         tokenizers = cached_tokenizers(configs["text_encoder"]["vocab_size"])
     return ModelFiles(configs, locations, tokenizers, name=str(path))
-
-
-def any_starts(names, prefix: str) -> bool:
-    return any(name.startswith(prefix) for name in names)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -412,6 +406,5 @@ def load_tokenizers(path_or_id, files: ModelFiles) -> list:
             tokenizer.model_max_length = min(tokenizer.model_max_length, 77)
         return both
     except Exception as error:  # of a damaged one the tokenizers library raises Exception itself
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         where = files.tokenizers[0].parent
-        raise ValueError(f"{where}: the tokenizers cannot be read: {reason}") from None
+        raise ValueError(f"{where}: the tokenizers cannot be read: {first_line(error)}") from None

@@ -180,8 +180,8 @@ def main():
     )
     if args.json:
         means = {name: [round(float(m), 4) for m in rows.mean(1)] for name, rows in table.items()}
-        with open(args.json, "w") as f:
-            json.dump(result | {"seeds": len(args.seeds), "all": means}, f, indent=1)
+        result |= {"seeds": len(args.seeds), "all": means}
+        cli.write_text(args.json, json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

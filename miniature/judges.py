@@ -13,19 +13,12 @@ from torch import nn
 from extras.metrics import Judges
 from miniature.measure import judge, tensor
 from sdxl import MINIATURE, SDXL
-from support.clip import ConvolutionalEncoder, load_encoder
+from support.clip import load_encoder
 
 
-def image_encoder() -> ConvolutionalEncoder:
-    """Pictures (B, 3, 128, 128) in [-1, 1] -> (B, 128), in the space of the second text encoder's
-    pooled output."""
-    return load_encoder(MINIATURE / "image_encoder")
-
-
-@torch.no_grad()
 def miniature_judges(model: SDXL | None = None) -> Judges:
     """model: the miniature, if it is loaded already, with its text encoders."""
-    model, encoder = model or SDXL.load(vae=False), image_encoder()
+    model, encoder = model or SDXL.load(vae=False), load_encoder(MINIATURE / "image_encoder")
     encoded = {}  # prompts encoded before: training releases the text encoders
 
     @torch.no_grad()

@@ -26,12 +26,10 @@ def main():
     args = p.parse_args()
     model = cli.load_model(args)
     slider = lora.load(args.slider, model.unet)
-    if missing := {"prompts", "preserved", "meter"} - slider.metadata.keys():
+    names = {"settings", "meter", "prompts", "preserved"}
+    if missing := names - slider.metadata.keys():
         raise ValueError(f"{args.slider}: not a text slider of ours: it says no {min(missing)}")
-    told = {
-        name: json.loads(slider.metadata[name])
-        for name in ("settings", "meter", "prompts", "preserved")
-    }
+    told = {name: json.loads(slider.metadata[name]) for name in names}
     trained, meter = told["settings"], told["meter"]
     eta, scales = trained["eta"], [-1 / meter["minus"], 0.0, 1 / meter["plus"]]
     prompts = (told["prompts"], trained["pos"], trained["neg"], told["preserved"])

@@ -17,7 +17,6 @@ an ordinary SDXL folder, miniature/model/, with the image encoder beside its par
 import argparse
 import json
 import math
-import os
 import shutil
 import time
 from pathlib import Path
@@ -26,12 +25,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sampler
 import slider
-from formats import weights
+from formats import slider_files, weights, write_atomically
 from miniature import world
 from miniature.measure import OUTPUTS, judge_loss, targets
 from sdxl import SDXL, split_words
@@ -68,9 +67,9 @@ def log(message):
         f.write(line + "\n")
 
 
-def write_json(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n")
+def write_json(path, value, indent=2):
+    text = json.dumps(value, indent=indent) + "\n"
+    write_atomically(path, lambda p: p.write_text(text))
 
 
 class Checkpoint:
@@ -89,10 +88,8 @@ class Checkpoint:
         return state["step"]
 
     def save(self, step):
-        temporary = self.path.with_suffix(".tmp")
         states = {name: part.state_dict() for name, part in self.parts.items()}
-        torch.save({"step": step} | states, temporary)
-        os.replace(temporary, self.path)
+        write_atomically(self.path, lambda p: torch.save({"step": step} | states, p))
 
 
 def warm_then_cosine(step, steps, warm=100):
@@ -102,20 +99,15 @@ def warm_then_cosine(step, steps, warm=100):
 
 def save_half(state, path):
     """A .safetensors file of the state dict, in float16."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     half = lambda tensor: tensor.half().contiguous() if tensor.is_floating_point() else tensor
     tensors = {name: half(tensor) for name, tensor in state.items()}
-    save_file(tensors, path, metadata={"format": "pt"})
+    slider_files.save_tensors(path, tensors, {"format": "pt"})
 
 
-def grid(pictures, path, columns=8):
+def grid(pictures, path):
     """Save pictures (N, 3, H, W) in [-1, 1] as one PNG."""
     pictures = ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    n, h, w, _ = pictures.shape
-    sheet = Image.new("RGB", (columns * w, -(-n // columns) * h))
-    for i, picture in enumerate(pictures):
-        sheet.paste(Image.fromarray(picture), (i % columns * w, i // columns * h))
-    sheet.save(path)
+    world.grid([Image.fromarray(picture) for picture in pictures]).save(path)
 
 
 def two_rounds(step, first, second):
@@ -197,8 +189,8 @@ def make_data():
             attributes.append(a)
             pictures[i] = np.asarray(world.draw(a))
         pictures.flush()
-        os.replace(temporary, pictures_path)
-        attributes_path.write_text(json.dumps(attributes))
+        temporary.replace(pictures_path)
+        write_json(attributes_path, attributes, indent=None)  # last: with it the stage is done
         log(f"data: {PICTURES} pictures drawn")
     return np.load(pictures_path, mmap_mode="r"), json.loads(attributes_path.read_text())
 
@@ -510,7 +502,7 @@ def make_latents(pictures, device):
             for i in range(0, len(pictures), 64):
                 latents.append(vae.encode(to_tensor(pictures[i : i + 64]).to(device)).float().cpu())
         latents = torch.cat(latents).half()
-        torch.save(latents, path)
+        write_atomically(path, lambda p: torch.save(latents, p))
         mean, std = latents.float().mean(), latents.float().std()
         log(f"latents: {tuple(latents.shape)}, mean {mean:.3f}, std {std:.3f}")
     return torch.load(path, weights_only=True)
@@ -718,10 +710,7 @@ def samples(path, folder=MODEL):
     drawn = []
     for prompt in SAMPLE_PROMPTS:
         drawn += slider.generate(model, prompt, seeds=[0, 1])
-    sheet = Image.new("RGB", (8 * world.SIZE, 4 * world.SIZE))
-    for i, picture in enumerate(drawn):
-        sheet.paste(picture, (i % 8 * world.SIZE, i // 8 * world.SIZE))
-    sheet.save(path)
+    world.grid(drawn).save(path)
 
 
 def install():

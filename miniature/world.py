@@ -20,7 +20,7 @@ import math
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 
 SIZE = 128  # pixels, the side of a picture
 SUPERSAMPLE = 4  # drawn this much larger, then averaged: clean anti-aliased edges
@@ -375,8 +375,7 @@ def _draw_face(pen, a):
         on = ImageDraw.Draw(shade)
         on.rectangle([v * SUPERSAMPLE for v in (0, cy + 21, SIZE, SIZE)], fill=255)
         on.ellipse([v * SUPERSAMPLE for v in (cx - 20, cy + 8, cx + 20, cy + 34)], fill=0)
-        mask = Image.fromarray(np.minimum(np.array(inside), np.array(shade)))
-        pen.image.paste(mix(skin, (60, 60, 70), 0.42), mask=mask)
+        pen.image.paste(mix(skin, (60, 60, 70), 0.42), mask=ImageChops.darker(inside, shade))
     elif age < 0.99:  # blush
         for side in (-1, 1):
             pen.ellipse(*at(side * 19, 20), 4.5, 3.2, mix(skin, (230, 90, 100), 0.40))
@@ -504,13 +503,21 @@ def _draw_hand(pen, a):
     pen.line([at(-12, 1), at(0, -1), at(12, -4)], crease, 1.4)
 
 
+def grid(pictures: list[Image.Image], columns: int = 8) -> Image.Image:
+    """Pictures of one size as one, `columns` in a row."""
+    w, h = pictures[0].size
+    out = Image.new("RGB", (columns * w, math.ceil(len(pictures) / columns) * h))
+    for i, picture in enumerate(pictures):
+        out.paste(picture, (i % columns * w, i // columns * h))
+    return out
+
+
 if __name__ == "__main__":
-    rng = np.random.default_rng(0)
-    sheet = Image.new("RGB", (8 * SIZE, 8 * SIZE))
-    for i in range(64):
+    rng, pictures = np.random.default_rng(0), []
+    for _ in range(64):
         attributes = sample(rng)
-        sheet.paste(draw(attributes), (i % 8 * SIZE, i // 8 * SIZE))
+        pictures.append(draw(attributes))
         print(caption(attributes, rng))
     Path("out").mkdir(exist_ok=True)
-    sheet.save("out/world.png")
+    grid(pictures).save("out/world.png")
     print("out/world.png: these 64 pictures")

@@ -10,7 +10,7 @@ from support import distributed
 # in training, and in training with --checkpointing.
 FROZEN, TRAINED, CHECKPOINTED = 16, 540, 80
 SPACE = 3100  # in train_space.py, with VAE and CLIP: 7.6 GiB at 512 pixels (bench.unet, on a CPU)
-MOST = 64  # samples at once: by then a GPU has long been busy (docs/speed.md)
+MAX_SAMPLES = 64  # at once: by then a GPU has long been busy (docs/speed.md)
 
 
 def free_memory(device) -> int:
@@ -27,12 +27,12 @@ def sample_bytes(unet, shape, kind=FROZEN) -> int:
 
 def samples_at_once(unet, shape, on_cpu: int) -> int:
     """How many samples go through the frozen UNet together: on a GPU as many as fit into half of
-    its free memory, each twice for guidance, and at most MOST; elsewhere on_cpu."""
+    its free memory, each twice for guidance, and at most MAX_SAMPLES; elsewhere on_cpu."""
     weight = next(unet.parameters())
     if not weight.is_cuda:
         return on_cpu
     fit = free_memory(weight.device) // (4 * sample_bytes(unet, shape))
-    return max(1, min(MOST, fit))
+    return max(1, min(MAX_SAMPLES, fit))
 
 
 def in_batches(make, n: int, batch: int, *, remember=None, name="", desc=None, device=None):

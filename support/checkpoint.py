@@ -44,7 +44,7 @@ class Checkpoint:
         from the folder. Of several processes each has its own."""
         if self.folder is None:
             return {k: v.detach().cpu() for k, v in make().items()}
-        process = distributed.process_name().replace(" in process ", "_")
+        process = f"_{distributed.rank()}" if distributed.world_size() > 1 else ""
         path = self.folder / f"{name}{process}.safetensors"
         if not path.exists():
             tensors = {k: v.detach().cpu().contiguous() for k, v in make().items()}

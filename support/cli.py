@@ -18,9 +18,7 @@ from formats import slider_files, write_atomically
 from formats.weights import is_out_of_memory
 from sdxl import MINIATURE, SDXL, best_device
 from support import distributed, graphs
-from support.merge import merge_files
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from support.merge import DTYPES, merge_files
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,7 +54,7 @@ def model_parser(description: str) -> argparse.ArgumentParser:
     merge = "LoRA to merge into the model first (weight 1 if none is given); may be repeated"
     file = dict(type=file_and_scale, metavar="FILE[:WEIGHT]")
     p.add_argument("--merge", action="append", default=[], help=merge, **file)
-    strict = "refuse a LoRA file of which something would be left out, not warn of it"
+    strict = "refuse a LoRA file of which something would be left out, instead of a warning"
     p.add_argument("--strict", action="store_true", help=strict)
     p.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: the best there is")
     p.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere")
@@ -234,7 +232,7 @@ def fraction(text: str) -> float:
 def guidance(text: str) -> float:
     """A number above 0. For argparse's type=."""
     if not number(text) > 0:
-        why = "the prompt would count for nothing; without guidance is 1"
+        why = "the prompt would count for nothing; 1 is without guidance"
         raise argparse.ArgumentTypeError(f"at {text} {why}")
     return float(text)
 

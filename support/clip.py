@@ -11,7 +11,7 @@ from torch import nn
 
 import sampler
 
-SIDE = 128  # of the pictures that it takes
+SIDE = 128  # pixels: of what ConvolutionalEncoder takes
 
 
 class ConvolutionalEncoder(nn.Module):
@@ -58,13 +58,13 @@ def towers(clip: str | None, model):
         encoder = load_encoder(folder).to(model.device)
         return lambda x: encoder(F.adaptive_avg_pool2d(x, SIDE)), encode
     from transformers import CLIPModel, CLIPTokenizer
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
     net = CLIPModel.from_pretrained(clip).float().eval().requires_grad_(False).to(model.device)
     tokenizer = CLIPTokenizer.from_pretrained(clip)
     side = net.config.vision_config.image_size
-    row = lambda *numbers: torch.tensor(numbers, device=model.device).view(1, 3, 1, 1)
-    mean = row(0.48145466, 0.4578275, 0.40821073)
-    std = row(0.26862954, 0.26130258, 0.27577711)
+    colours = lambda rgb: torch.tensor(rgb, device=model.device).view(1, 3, 1, 1)
+    mean, std = colours(OPENAI_CLIP_MEAN), colours(OPENAI_CLIP_STD)
 
     def see(x):  # average-pooled to CLIP's size: cheap, smooth, and what the paper's code does
         pixels = (F.adaptive_avg_pool2d((x + 1) / 2, side) - mean) / std
@@ -82,10 +82,11 @@ def tensor_of(output):
     return output if torch.is_tensor(output) else output.pooler_output
 
 
-def features(model, clip, x_0):
-    """Unit-length CLIP features (b, d), float32, of latents x_0 (b, 4, h, w), with gradients."""
+def features(model, encoder, x_0):
+    """Unit-length CLIP features (b, d), float32, of latents x_0 (b, 4, h, w), with gradients.
+    encoder: the first of `towers`."""
     pictures = model.vae.decode(x_0.to(next(model.vae.parameters()).dtype))
-    return F.normalize(clip(sampler.at_least_float32(pictures)), dim=-1)
+    return F.normalize(encoder(sampler.at_least_float32(pictures)), dim=-1)
 
 
 @torch.no_grad()

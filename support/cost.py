@@ -86,14 +86,10 @@ def dry_run(args, model, slider, cond, plan: dict):
     with_gradients = seconds(graphs.captured(gradients, model.device), args.batch)
     slider.scale = 0.0
     slider.detach()
-    processes = distributed.world_size()
-    rows = [
-        (part, a, b, (a * without + b * with_gradients) / processes)
-        for part, (a, b) in plan.items()
-    ]
-    rows.append(("together", *(sum(column) for column in list(zip(*rows))[1:])))
+    total = tuple(sum(n) for n in zip(*plan.values()))  # without, with gradients
     print(f"{'':10}{'without':>10}{'with gradients':>16}{'seconds':>10}")
-    for part, a, b, s in rows:
+    for part, (a, b) in (plan | {"together": total}).items():
+        s = (a * without + b * with_gradients) / distributed.world_size()
         print(f"{part:10}{a:10,}{b:16,}{s:10.0f}")
     memory = peak_memory(model.device) / 2**30
     print(
@@ -101,7 +97,7 @@ def dry_run(args, model, slider, cond, plan: dict):
         f"peak memory so far {memory:.1f} GiB. Nothing was trained."
     )
     if model.device.type == "cpu" and not is_small(model.unet):
-        on_h200 = sum(n * s for n, s in zip(rows[-1][1:], H200)) * shape[1] * shape[2] / 64**2
+        on_h200 = sum(n * s for n, s in zip(total, H200)) * shape[1] * shape[2] / 64**2
         slower = "another GPU takes longer by as much as its TFLOP/s in bfloat16 are fewer"
         print(f"An NVIDIA H200 (800 TFLOP/s) takes about {on_h200:.2g} s for that; {slower}.")
 

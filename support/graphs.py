@@ -22,8 +22,8 @@ enabled = True  # --no-cuda-graphs (support/cli.py)
 # Latent places in a batch up to which an evaluation without gradients is launched as a graph: 8
 # samples of 512 pixels. Above that the arithmetic takes as long as the launching (docs/speed.md),
 # and a graph would only hold memory.
-MOST_PLACES = 8 * 64 * 64
-MOST_GRAPHS = 4  # of one UNet, kept at a time
+MAX_PLACES = 8 * 64 * 64
+MAX_GRAPHS = 4  # of one UNet, kept at a time
 
 
 def usable(device) -> bool:
@@ -100,7 +100,7 @@ def replayed(forward):
 
     @functools.wraps(forward)
     def call(unet, x_t, *inputs):
-        small = x_t[:, 0].numel() <= MOST_PLACES
+        small = x_t[:, 0].numel() <= MAX_PLACES
         if not small or torch.is_grad_enabled() or not usable(x_t.device):
             return forward(unet, x_t, *inputs)
         return from_graph(forward, unet, (x_t, *inputs))
@@ -128,7 +128,7 @@ def from_graph(forward, unet, inputs):
 
     if state not in recorded:
         recorded[state] = captured(run, inputs[0].device, pool)
-        if len(recorded) > MOST_GRAPHS:
+        if len(recorded) > MAX_GRAPHS:
             del recorded[next(iter(recorded))]  # the oldest
     try:
         return recorded[state](*inputs, *(scales[i] for i in tensors)).clone()

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from formats import write_atomically
+from formats import first_line, write_atomically
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 
@@ -21,7 +21,7 @@ def read_image(path) -> Image.Image:
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable picture ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path}: not a readable picture ({first_line(error)})") from None
     if picture.mode.startswith("I"):  # 16 bits of grey, which convert() would clip to white
         eight_bits = (np.asarray(picture).clip(0, 65535) / 257).round()
         picture = Image.fromarray(eight_bits.astype(np.uint8))
@@ -108,9 +108,10 @@ def contact_sheet(
 
 
 def save_image(picture: Image.Image, path: Path, **options):
-    """Write a picture under a temporary name, then rename it. The kind is its ending's; options
-    are Pillow's."""
-    write_atomically(path, lambda p: picture.save(p, format=path.suffix[1:].upper(), **options))
+    """Write a picture under a temporary name, then rename it. Its format is that of the path's
+    ending; options are Pillow's."""
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    write_atomically(path, lambda p: picture.save(p, format=kind, **options))
 
 
 def save_gif(frames: list[Image.Image], path: Path, milliseconds: int = 250):

@@ -13,7 +13,7 @@ from formats.slider_files import Layer
 from lora import add_up, down
 from support import graphs
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Rounding:

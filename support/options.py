@@ -22,11 +22,10 @@ def add_training_options(p, small=SMALL, large=LARGE, out="slider.safetensors"):
 
     def option(name, what, fixed=None, **more):
         """With the default `fixed`, or one that small and large hold."""
-        default = fixed
-        if by_size := name in small:
-            default = f"{small[name]}; for a UNet of SDXL's size {large[name]}"
-        what = f"{what} (default: {default})"
-        p.add_argument(f"--{name}", default=None if by_size else fixed, help=what, **more)
+        said = fixed
+        if name in small:
+            fixed, said = None, f"{small[name]}; for a UNet of SDXL's size {large[name]}"
+        p.add_argument(f"--{name}", default=fixed, help=f"{what} (default: {said})", **more)
 
     what = "slider file" if out.endswith(".safetensors") else "folder"
     p.add_argument("--out", default=out, help=default_help(f"{what} to write"))
@@ -187,9 +186,8 @@ def scales_and_folders(args) -> tuple[list[float], list[Path]]:
     fitted."""
     try:
         given = [(cli.number(scale), Path(folder)) for scale, folder in args.at]
-    except argparse.ArgumentTypeError:
-        words = " ".join(args.at[0])
-        raise ValueError(f"--at wants a number and a folder, not {words!r}") from None
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"--at wants a number and a folder: {error}") from None
     ends = ((-1.0, args.neg), (1.0, args.pos))
     given += [(scale, Path(folder)) for scale, folder in ends if folder]
     if len(given) < 2 or len({scale for scale, _ in given}) < len(given):

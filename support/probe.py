@@ -11,9 +11,7 @@ from support.sweep import sweep
 
 SCALES = (-8.0, -4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 8.0)  # that a new slider is tried at
 STEPS, LEVELS = 15, (100, 200, 300)
-SURPRISE = (
-    1.25  # a picture so much harder to denoise begins to break down: measured on the miniature
-)
+SURPRISE = 1.25  # so much harder to denoise, a picture begins to break down (on the miniature)
 PREVIEW_SCALES, PREVIEW_SEEDS = [-2.0, 0.0, 2.0], [0, 1, 2, 3]
 
 

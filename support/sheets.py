@@ -7,7 +7,7 @@ from pathlib import Path
 from support import cli, page
 from support.images import contact_sheet, save_gif, save_image, scale_label
 
-MOST_OF_GIF = 65535  # the format has 16 bits for a side
+MAX_GIF_SIDE = 65535  # the format has 16 bits for it
 
 
 def write_strip(out: Path, infotext, rows: list[str], columns, names: list[str], original=None):
@@ -25,8 +25,8 @@ def write_strip(out: Path, infotext, rows: list[str], columns, names: list[str],
         return print(f"{out / 'strip.png'}: written")
     print(f"{out / 'strip.png'}: rows are {', '.join(rows)}; columns are scales {', '.join(names)}")
     frames = [contact_sheet([column], rows, [name]) for name, column in zip(names, columns)]
-    if frames[0].height > MOST_OF_GIF:
-        return print(f"no sweep.gif: a GIF is at most {MOST_OF_GIF} pixels high")
+    if frames[0].height > MAX_GIF_SIDE:
+        return print(f"no sweep.gif: a GIF is at most {MAX_GIF_SIDE} pixels high")
     save_gif(frames + frames[-2:0:-1], out / "sweep.gif")
     print(f"{out / 'sweep.gif'}: the same in motion")
 
@@ -63,11 +63,8 @@ def write_grids(out: Path, infotext, rows: list[str], columns, names: list[str])
 def write_page(path, title: str, names: list[str], rows: list[str], scales, columns, captions=None):
     """A page to drag in (page.py): a sweep, or with two names the plane of a grid. captions:
     function (columns, number of names) -> a text for each picture of each column."""
-    n = len(scales)
-    by_row = lambda table: [
-        [[table[j * n + i][r] for i in range(n)] for j in range(len(columns) // n)]
-        for r in range(len(rows))
-    ]
+    n = len(scales)  # columns: as in write_grids
+    by_row = lambda table: [[row[j : j + n] for j in range(0, len(row), n)] for row in zip(*table)]
     texts = by_row(captions(columns, len(names))) if captions else None
     sliders = [(name, scales) for name in names]
     cli.write_text(path, page.render_page(title, sliders, rows, by_row(columns), texts))

@@ -54,9 +54,9 @@ def prepare(args, model, recipe: dict, sample=batches.TRAINED) -> tuple[int, int
     shape = model.latent_shape(size)
     if getattr(args, "recipe", "") == "published":
         recipe = {name: PUBLISHED[name] for name in recipe}
+    recipe = recipe | {"batch": max(recipe["batch"], distributed.world_size())}
     for name, value in recipe.items():
-        least = distributed.world_size() if name == "batch" else value
-        setattr(args, name, getattr(args, name) or max(value, least))
+        setattr(args, name, getattr(args, name) or value)
     if not args.checkpointing and not fits(args.batch, model.unet, shape, sample):
         print("--checkpointing is on: without it this batch does not fit into the GPU's memory")
         args.checkpointing = True
@@ -127,8 +127,8 @@ def settings(args) -> dict:
 
 
 def without_folders(value):
-    """The value of an option, where it names a file or folder that is there its name alone: whom a
-    slider is given to learns nothing of the machine."""
+    """An option's value; of the path of an existing file or folder the last part alone, so that a
+    slider file gives nothing away about the machine it was made on."""
     if isinstance(value, list | tuple):
         return [without_folders(v) for v in value]
     is_path = isinstance(value, str) and os.path.exists(value)
@@ -299,10 +299,8 @@ def finish(
         about["probe"] = probe.probe(model, slider, *one_row, shape, args.probe)
         save()
         limits = (probe.SCALES[0], probe.SCALES[-1])
-        low, high = (
-            f"{end:+.1f}{' (tried no further)' * (end in limits)}"
-            for end in about["probe"]["range"]
-        )
+        said = lambda end: f"{end:+.1f}" + (" (tried no further)" if end in limits else "")
+        low, high = map(said, about["probe"]["range"])
         if not any(line.startswith("WARNING") for line in lines):
             beyond = "beyond, pictures break down or stay as they are"
             print(f"Useful at most from scale {low} to {high}: {beyond}.")

@@ -70,7 +70,7 @@ def test_a_strip_and_single_files_from_any_folder(trained, tmp_path):
 
 
 def test_a_sweep_of_more_rows_than_a_gif_holds_has_none(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(sheets, "MOST_OF_GIF", 100)
+    monkeypatch.setattr(sheets, "MAX_GIF_SIDE", 100)
     few = "--scales 0,1 --seeds 1 --steps 2"
     done = run(f"{DRAW} --slider {trained[0]} {few} --out {tmp_path}")
     assert done.returncode == 0 and "no sweep.gif: a GIF is at most 100" in done.stdout
@@ -271,6 +271,7 @@ BAD = [
     (f"{PAIRS} --at -1 docs", "two folders at least, each at a scale of its own"),
     (f"{PAIRS} --at x docs", "--at wants a number"),
     (f"{PAIRS} --at nan docs", "--at wants a number"),
+    (f"{PAIRS} --at -1 docs --at x docs", "--at wants a number and a folder: 'x'"),
     (f"{PAIRS} --pos docs --noises 0", "--noises"),
 ]
 

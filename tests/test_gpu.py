@@ -200,7 +200,7 @@ def test_what_cannot_be_recorded_runs_all_the_same():
 @CUDA_ALONE
 def test_a_full_gpu_takes_fewer_samples(on_gpu):
     most = batches.samples_at_once(on_gpu.unet, on_gpu.latent_shape(), 8)
-    assert most == batches.MOST
+    assert most == batches.MAX_SAMPLES
     huge = batches.free_memory(DEVICE) // batches.sample_bytes(on_gpu.unet, (4, 1, 1))
     assert batches.samples_at_once(on_gpu.unet, (4, huge, 1), 8) == 1
     assert training.fits(8, on_gpu.unet, on_gpu.latent_shape())

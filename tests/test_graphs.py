@@ -99,7 +99,7 @@ def test_hooks_are_called_and_large_batches_not_recorded(model, inputs, recorded
         model.unet(*inputs)
     handle.remove()
     assert len(seen) == 3 and not recorded
-    monkeypatch.setattr(graphs, "MOST_PLACES", 2 * 16 * 16)
+    monkeypatch.setattr(graphs, "MAX_PLACES", 2 * 16 * 16)
     model.unet(*inputs)  # three samples
     assert not recorded
     with torch.enable_grad():

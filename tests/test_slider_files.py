@@ -185,6 +185,8 @@ def bad_files(folder, good: dict):
         write(f"{kind}.safetensors", good | {f"{stem}.{ending}": torch.zeros(2, 2)})
     write("nan.safetensors", good | {first: good[first] * float("nan")})
     write("rank.safetensors", good | {first: good[first][:, :1]})
+    scalar = {f"{stem}.lora_down.weight": torch.tensor(1.0)}
+    write("scalar.safetensors", good | scalar)
     write("half.safetensors", {k: v for k, v in good.items() if k != first})
     nowhere = [f"lora_unet_nowhere.lora_{kind}.weight" for kind in ("down", "up")]
     write("nowhere.safetensors", good | {name: torch.zeros(2, 2) for name in nowhere})
@@ -205,6 +207,7 @@ def bad_files(folder, good: dict):
         "dora.safetensors": "DoRA",
         "nan.safetensors": "NaN",
         "rank.safetensors": "damaged",
+        "scalar.safetensors": "damaged",
         "half.safetensors": "no lora_up",
         "nowhere.safetensors": "another model",
         "alphas.safetensors": "alpha",

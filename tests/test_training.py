@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import slider
+from formats import slider_files
 from miniature import train, world
 from sdxl import SDXL
 
@@ -36,6 +37,19 @@ def test_a_killed_vae_training_goes_on_where_it_was(tmp_path, monkeypatch):
         train.train_vae(pictures, "cpu", first=3, crop=2, second=2, save_every=2)
         results.append(load_file(train.MODEL / "vae" / "diffusion_pytorch_model.safetensors"))
     assert results[0] and all(torch.equal(v, results[1][k]) for k, v in results[0].items())
+
+
+def test_the_files_of_a_stage_are_whole_or_not_there(tmp_path, monkeypatch):
+    """A stage is done where its file is: so one that is killed while it writes leaves none."""
+
+    def killed(tensors, path, metadata=None):
+        path.write_bytes(b"cut short")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(slider_files, "save_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.save_half({"a": torch.ones(2)}, tmp_path / "vae" / "model.safetensors")
+    assert not list((tmp_path / "vae").iterdir())
 
 
 def test_muon_moves_along_the_nearest_orthogonal_matrix():
