@@ -1,7 +1,10 @@
 """The command lines as a stranger uses them: what works, and one clear line with exit status 2 for
 what cannot."""
 
+import base64
+import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +12,11 @@ import torch
 from commands import DRAW, PAIRS, ROOT, TRAIN, run, run_apart
 from PIL import Image
 from safetensors import safe_open
+from test_lora import trained_slider
 
+import lora
+import slider
+import train_text
 from miniature import world
 from support import cli, probe, sheets
 
@@ -90,6 +97,49 @@ def test_a_grid_and_eq_8_without_a_slider(trained, tmp_path):
     assert done.returncode == 0 and "6 network evaluations" in done.stdout
     without, with_it = (tmp_path / "e" / f"seed0_scale{x}.png" for x in ("0", "+1"))
     assert without.read_bytes() != with_it.read_bytes()
+
+
+def test_a_file_is_drawn_as_its_name_and_the_options_say(model, tmp_path):
+    """A strip's single files, a grid's, and the pictures in its page, against slider.generate."""
+    sliders = [trained_slider(model.unet, seed, layers="attn") for seed in (0, 1)]
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for one, path in zip(sliders, paths):
+        lora.save(path, one, {})
+    settings = dict(steps=3, guidance=3.0, negative="with a hat", start=0.5, size=(64, 64))
+    more = "--seeds 1 --steps 3 --guidance 3 --negative 'with a hat' --start 0.5 --size 64"
+    more += " --scales -2,1"
+
+    def drawn(*scales):
+        on = [(one, scale, start) for one, scale, start in zip(sliders, scales, (0.0, 0.5))]
+        (picture,) = slider.generate(model, "a photo of a person", [1], on, **settings)
+        return np.asarray(picture, int)
+
+    same = lambda picture, expected: np.abs(np.asarray(picture) - expected).max() <= 2
+    assert run(f"{DRAW} --slider {paths[0]}@0 {more} --out {tmp_path}/s").returncode == 0
+    for scale in (-2, 1):
+        file = tmp_path / "s" / f"seed1_scale{scale:+}.png"
+        assert same(Image.open(file), drawn(scale)), file.name
+    both, page = f"--slider {paths[0]}@0 --slider {paths[1]}", tmp_path / "plane.html"
+    done = run(f"{DRAW} {both} --grid --html {page} {more} --out {tmp_path}/g")
+    assert done.returncode == 0, done.stderr
+    data = json.loads(re.search(r"^const data = (.*);  //", page.read_text(), re.M)[1])
+    for i, across in enumerate((-2, 1)):
+        for j, down in enumerate((-2, 1)):
+            expected = drawn(across, down)
+            file = tmp_path / "g" / f"seed1_scale{across:+}_{down:+}.png"
+            assert same(Image.open(file), expected), file.name
+            png = base64.b64decode(data["frames"][0][j][i]["src"].split(",")[1])
+            assert same(Image.open(io.BytesIO(png)), expected), (across, down)
+    guide = "--guide 'an old person' 'a young person' --preserve 'a man, a woman' --eta 3"
+    assert run(f"{DRAW} {guide} {more} --out {tmp_path}/e").returncode == 0
+    said = [f"{end} person, {p}" for end in ("an old", "a young") for p in ("a man", "a woman")]
+    ends = model.condition(said, (64, 64))
+    change = lambda x_t, t: train_text.ends_difference(model.unet, x_t, t, ends)
+    for scale in (-2, 1):
+        eq_8 = dict(delta=change, etas=[3.0 * scale])
+        (expected,) = slider.sweep(model, "a photo of a person", [1], [[]], **eq_8, **settings)
+        file = tmp_path / "e" / f"seed1_scale{scale:+}.png"
+        assert same(Image.open(file), np.asarray(expected[0], int)), file.name
 
 
 def test_a_real_picture_is_inverted_once_and_edited(trained, tmp_path):
@@ -350,6 +400,8 @@ def test_a_space_of_sliders(option, tmp_path):
     assert "space.json: is there already: --overwrite replaces it" in again.stderr
     other = run(f"{train} --overwrite --seed 1")
     assert other.returncode == 2 and "samples: was begun with --seed 0, not 1" in other.stderr
+    other = run(f"{train} --overwrite --prompt 'a hand'")
+    assert other.returncode == 2 and "samples: was begun with --prompt" in other.stderr
     alone = run(f"{train} --overwrite --sliders 1")  # the samples are used again
     assert alone.returncode == 0 and names_in(space) == files - {"2.safetensors"}
     few = "--scales -1,1 --seeds 0 --steps 3"

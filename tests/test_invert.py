@@ -92,6 +92,27 @@ def test_a_step_up_undoes_a_step_down():
         assert torch.allclose(sampler.ddim_step(down, eps, t_next, t, alpha_bar), x, atol=1e-10)
 
 
+def test_a_step_up_asks_at_the_level_that_the_step_down_does():
+    """Of an eps that is the level's alone, x_T comes back to the digit."""
+    alpha_bar = torch.linspace(0.9999, 0.01, 1000)
+    unet = lambda x, t, *_: torch.ones_like(x) * (t / 100).cos().view(-1, 1, 1, 1)
+    x_T, settings = torch.randn(2, 4, 4, 4).double(), dict(alpha_bar=alpha_bar, steps=7)
+    x_0 = sampler.sample(unet, x_T, (), guidance=1, **settings)
+    way = sampler.ddim_inversion(unet, x_0, (), **settings)
+    assert torch.allclose(way[0], x_T, atol=1e-9) and not torch.allclose(x_0, x_T, atol=0.1)
+
+
+def test_another_edit_is_another_inversion(model, picture, tmp_path):
+    """Whatever it depends on is in its file's name."""
+    about = dict(prompt="a man", negative="", invert="negative-prompt", steps=1, guidance=2.0)
+    others = dict(prompt="a woman", negative="a hat", invert="ddim", steps=2, guidance=3.0)
+    about |= dict(strength=None, out=str(tmp_path))
+    small = picture[0].resize((64, 64))
+    for change in ({}, {}, *({name: value} for name, value in others.items())):
+        slider.edit_settings(model, SimpleNamespace(**about | change), small, (64, 64))
+    assert len(list(tmp_path.iterdir())) == 1 + len(others)
+
+
 def test_the_embedding_s_gradient_agrees_with_finite_differences(model, encoded):
     """In float64, of both parts of the unconditional embedding, at three noise levels."""
     unet = UNet(model.unet.config).double().requires_grad_(False)

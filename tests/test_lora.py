@@ -186,6 +186,13 @@ def test_layer_sets(model):
     assert without and not any(isinstance(m, nn.Conv2d) for m in without.values())
 
 
+def test_a_begins_as_the_papers_code_has_it(model):
+    """Uniform, of variance 1 / fan_in (kaiming's with a = 1); peft's is a third of that."""
+    slider = lora.Slider(lora.target_layers(model.unet), rank=4)
+    A = torch.cat([p.A.flatten() * p.A[0].numel() ** 0.5 for p in slider.children()])
+    assert A.std().item() == pytest.approx(1, rel=0.02) and A.abs().max() <= 3**0.5
+
+
 @pytest.mark.parametrize("rank", [0, -1, 10_000])
 def test_an_impossible_rank_is_refused(model, rank):
     with pytest.raises(ValueError, match="rank"):

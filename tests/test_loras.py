@@ -18,7 +18,7 @@ import lora
 import sampler
 from formats import slider_files
 from sdxl import MINIATURE, SDXL
-from support import inversions, probe
+from support import cli, inversions, probe
 from support.merge import merge_files
 
 KOHYAS = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
@@ -148,6 +148,17 @@ def test_an_inversion_is_of_the_text_encoders_too(model, tmp_path):
     save_file(ones(stem, d), tmp_path / "x.safetensors")
     merge_files(other, [(tmp_path / "x.safetensors", 1.0)])
     assert inversions.cache_key(model, x_0, 1) != inversions.cache_key(other, x_0, 1)
+
+
+@pytest.mark.parametrize("given, weight", [("", 1.0), (":0.5", 0.5), (":-2", -2.0)])
+def test_a_merged_lora_has_the_weight_that_is_given(model, tmp_path, given, weight):
+    one = trained_slider(model.unet, rank=2, alpha=3.0, layers="xattn")
+    lora.save(tmp_path / "a.safetensors", one, {}, dtype=torch.float32)
+    words = ["--merge", f"{tmp_path}/a.safetensors{given}", "--device", "cpu"]
+    merged = cli.load_model(cli.model_parser("").parse_args(words), vae=False).unet
+    for (part, W), (_, plain) in zip(one.layers_of(merged), one.layers_of(model.unet)):
+        change = weight * 3.0 / 2 * part.B @ part.A
+        assert torch.allclose(W.weight - plain.weight, change, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------- what is read

@@ -123,6 +123,23 @@ def test_a_tokenizer_that_knows_no_end_has_sdxls(tmp_path, model):
     assert context.shape == model.encode_prompt(["an old man"])[0].shape
 
 
+def test_the_vae_s_dtype_and_the_empty_prompt_are_as_the_configs_say(tmp_path):
+    """SDXL's VAE overflows in half precision, and says so. Its empty prompt is all zeros, others'
+    is what the text encoders make of it."""
+    shutil.copytree(MINIATURE, tmp_path / "m")
+    said = {"vae/config.json": "force_upcast", "model_index.json": "force_zeros_for_empty_prompt"}
+    for value in (True, False):
+        for name, key in said.items():
+            file = tmp_path / "m" / name
+            file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+        read = SDXL.load(tmp_path / "m", device="cpu", dtype=torch.bfloat16)
+        dtypes = {p.dtype for p in read.vae.parameters()}
+        assert dtypes == {torch.float32 if value else torch.bfloat16}
+        assert {p.dtype for p in read.unet.parameters()} == {torch.bfloat16}
+        context, pooled = read.encode_prompt([""])
+        assert bool(context.any()) == bool(pooled.any()) == (not value)
+
+
 def test_groups_that_a_file_does_not_tell_are_asked_for(tmp_path):
     file = one_file(tmp_path / "m.safetensors")
     copy_tokenizers(tmp_path)

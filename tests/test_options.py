@@ -102,6 +102,43 @@ def test_the_meter_has_pairs_of_its_own(model, begin, eight_pairs):
     assert (shared.target - train.target).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("option, eta", [("", 0.6), ("--recipe published", 4.0), ("--eta 2", 2.0)])
+@torch.no_grad()
+def test_pos_is_the_positive_end_and_what_is_named_is_preserved(model, begin, option, eta):
+    """The command's targets against eq. (8), one prompt at a time."""
+    train = begin(train_text, f"{TEXT} --preserve 'man, woman' {option}").train
+    person = "a photo of a person"
+
+    def eps(end):
+        both = [model.condition([f"{person}, {end}, {p}"], (64, 64)) for p in ("man", "woman")]
+        return sum(model.unet(train.x_t[:1], train.t[:1], *cond)[0] for cond in both) / 2
+
+    change = eta * (eps("smiling") - eps("frowning"))
+    assert train.scale.tolist() == [1, -1]
+    for scale, delta in zip((1, -1), train.delta):
+        assert (delta - scale * change).norm() < 1e-2 * change.norm()
+
+
+ENDS = [("--neg {0}/neg --pos {0}/pos", -1, 1), ("--at 2 {0}/neg --pos {0}/pos", 2, 1)]
+
+
+@pytest.mark.parametrize("folders, neg, pos", ENDS)
+def test_a_folder_s_pictures_are_at_its_scale(model, begin, eight_pairs, folders, neg, pos):
+    """With --target noise the noise is at hand, and so is what was noised."""
+    command = f"train_pairs.py {folders.format(eight_pairs)} --noises 2 --size 64 --target noise"
+    train = begin(train_pairs, command).train
+    train = train[train.t < 600]  # there rounding does not blur it
+    a = model.alpha_bar[train.t].view(-1, 1, 1, 1)
+    x_0 = ((train.x_t - (1 - a).sqrt() * train.target) / a.sqrt()).flatten(1)
+    assert set(train.scale.tolist()) == {neg, pos}
+    for folder, scale in (("neg", neg), ("pos", pos)):
+        files = [eight_pairs / folder / f"{i}.png" for i in range(8)]
+        latents = model.encode(images.read_group(files, (64, 64))).flatten(1)
+        distance = torch.cdist(x_0, latents).min(1).values
+        here = train.scale == scale
+        assert distance[here].max() < 0.01 < 0.1 < distance[~here].min(), folder
+
+
 def test_a_negative_prompt_stands_in_for_the_empty_one(model):
     draw = lambda **settings: np.asarray(
         slider.generate(model, "a photo of a person", [0], steps=4, size=(64, 64), **settings)[0]

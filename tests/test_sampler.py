@@ -95,6 +95,14 @@ def test_add_noise_keeps_unit_variance_and_mixes_as_written():
         assert torch.allclose(row, 2 * ALPHA_BAR[t].sqrt() - (1 - ALPHA_BAR[t]).sqrt())
 
 
+def test_noise_of_half_precision_latents_is_not_rounded_away():
+    """alpha_bar_0 = 0.99915 is 1 in bfloat16: 1 - alpha_bar is not."""
+    x_0, eps = torch.zeros(1, 4, 2, 2).bfloat16(), torch.ones(1, 4, 2, 2).bfloat16()
+    x_t = sampler.add_noise(x_0, eps, torch.tensor([0]), ALPHA_BAR)
+    assert x_t.dtype == torch.bfloat16
+    assert x_t.float().mean().item() == pytest.approx(0.00085**0.5, rel=0.01)
+
+
 def test_guidance_is_linear_and_runs_one_batch():
     calls = []
 
@@ -125,6 +133,11 @@ def test_the_slider_is_off_while_t_is_above_t_on(start, on_from):
     sampler.sample(unet, torch.zeros(1, 4, 2, 2), COND, sliders=[(knob, 2.0)], **settings)
     assert [scale for _, scale in seen] == [2.0 if t <= on_from else 0.0 for t, _ in seen]
     assert knob.scale == 0.0 and len({scale for _, scale in seen}) == (2 if 0 < start < 1 else 1)
+    if 0 < on_from < 1000:  # at t_on itself it is on
+        seen.clear()
+        levels, settings["steps"] = [on_from + 1, on_from], [on_from + 1, on_from]
+        sampler.sample(unet, torch.zeros(1, 4, 2, 2), COND, sliders=[(knob, 2.0)], **settings)
+        assert seen == list(zip(levels, (0.0, 2.0))) and sampler.steps_before(start, levels) == 1
 
 
 def test_stop_gives_the_x_t_on_the_way_and_noise_belongs_to_its_seed():

@@ -266,6 +266,72 @@ def test_pictures_of_another_size_are_brought_to_the_encoders(model):
     assert torch.equal(see(twice), encoder()(twice))
 
 
+def test_what_is_trained_together_is_what_comes_apart(model, conds, three, inputs, monkeypatch):
+    """Each slider that `learn` returns against its rows of the bank, which has just been trained:
+    its B is random."""
+    seen, x = [], [part[:1] for part in inputs]
+
+    @torch.no_grad()
+    def train(bank, *_, **__):
+        for part in bank.children():
+            part.lora_up.weight.normal_(std=0.05)
+        for i in range(2):
+            with bank.at((torch.arange(4) // 2 == i).float()[None]):
+                seen.append(model.unet(*x))
+        return {}
+
+    monkeypatch.setattr(train_space.training, "train", train)
+    settings = dict(layers=lora.target_layers(model.unet, "attn"), rank=2, alpha=3.0, guidance=1.0)
+    v = two_directions()
+    made, _ = train_space.learn(model, encoder(), three, *conds, v, batch=4, seed=0, **settings)
+    for one, together in zip(made, seen):
+        one.attach(model.unet)
+        with torch.no_grad(), one.at(1.0):
+            assert torch.allclose(model.unet(*x), together, atol=1e-4)
+        one.detach()
+    assert not torch.allclose(*seen, atol=0.1)
+
+
+def test_the_space_s_loss_and_meter_tell_the_sliders_apart(model, conds, three):
+    """Slider 0 does just what is wanted, slider 1 half as much and the opposite."""
+    common = dict(rank=1, guidance=1.0, batch=4)
+    space = train_space.Space(model, encoder(), three, *conds, two_directions(), **common)
+
+    def change(bank, sign, i, x):
+        wanted = sign[:, None] * space.v[i]
+        return torch.where(i[:, None] == 0, 1.0, -0.5) * wanted, wanted
+
+    space.change = change
+    n = space.n  # rows: slider 0 at +, slider 1 at +, slider 1 at -
+    assert torch.allclose(space.loss(None, torch.tensor([0, n, 3 * n])), torch.tensor([0.0, 2, 2]))
+    reading = space.meter(lora.Slider({}, {}, {}), 4)
+    assert reading["cosines"] == pytest.approx([1, -1]) and reading["share"] == pytest.approx(0.25)
+
+
+def test_a_clip_model_sees_pictures_in_its_own_colours(model, tmp_path):
+    """transformers' CLIP, random and small, given OpenAI's normalisation of pixels from 0 to 1."""
+    from transformers import CLIPConfig, CLIPModel
+
+    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    vision = small | dict(image_size=32, patch_size=16)
+    config = CLIPConfig(text_config=small, vision_config=vision, projection_dim=8)
+    torch.manual_seed(0)
+    net = CLIPModel(config).eval()
+    net.save_pretrained(tmp_path)
+    model.tokenizers[0].save_pretrained(tmp_path)
+    see, encode = clip.towers(str(tmp_path), model)
+    pixels = torch.rand(2, 3, 32, 32)
+    row = lambda numbers: torch.tensor(numbers).view(1, 3, 1, 1)
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    normal = (pixels - row(mean)) / row(std)
+    with torch.no_grad():
+        expected = clip.tensor_of(net.get_image_features(pixel_values=normal))
+    assert expected.std() > 0.1 and torch.allclose(see(2 * pixels - 1), expected, atol=1e-5)
+    twice = pixels.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert torch.allclose(see(2 * twice - 1), expected, atol=1e-5)
+    assert encode(["an old man", "a hand"]).shape == (2, 8)
+
+
 def test_words_that_lie_along_a_direction_are_named(model):
     """A direction that is made of a word's own change finds that word."""
     _, encode = clip.towers(None, model)

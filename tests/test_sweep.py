@@ -172,6 +172,34 @@ def test_eq_8_at_sampling_time_is_what_it_says(model):
         assert not torch.allclose(found[1], plain, atol=1e-2)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_a_sweep_in_small_batches_is_each_walk_alone(model, several, monkeypatch, guidance):
+    """Three seeds at three scales, then at three strengths of eq. (8), two pictures at a time."""
+    latents_of(model, monkeypatch)
+    prompt, size, seeds = "a photo of a person", (64, 64), [1, 2, 3]
+    uncond = model.condition([""], size)
+    ends = model.condition(["an old person", "a young person"], size)
+    change = lambda x_t, t: train_text.ends_difference(model.unet, x_t, t, ends)
+    settings = dict(steps=4, guidance=guidance)
+
+    def alone(**more):
+        x_T, cond = sampler.noise(seeds, (4, 8, 8)), model.condition([prompt], size)
+        more |= settings | dict(alpha_bar=model.alpha_bar)
+        return sampler.sample(model.unet, x_T, cond, uncond, **more)
+
+    strengths = [-1.0, 0.0, 2.0]
+    columns = [[(several[1], s)] for s in strengths]
+    with_slider = [dict(sliders=column) for column in columns]
+    with_delta = [dict(delta=lambda x_t, t, s=s: s * change(x_t, t)) for s in strengths]
+    eq_8 = dict(delta=change, etas=strengths)
+    for columns, more, each in ((columns, {}, with_slider), ([[]] * 3, eq_8, with_delta)):
+        more |= settings | dict(size=size, batch=2)
+        drawn = slider.sweep(model, prompt, seeds, columns, **more)
+        for column, here in zip(drawn, each):
+            assert torch.allclose(torch.stack(column), alone(**here), atol=1e-3)
+        assert not torch.allclose(drawn[0][0], drawn[2][0], atol=0.05)
+
+
 def test_scales_over_the_useful_range(several):
     one, other = several[:2]
     assert slider.useful_scales([one]) == [-3, -2, -1, 0, 1, 2, 3]

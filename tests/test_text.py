@@ -138,6 +138,29 @@ def test_every_sample_comes_once_before_any_comes_again():
     assert rates == pytest.approx([0.5, 1, 1, 0.5, 0.05])
 
 
+def test_each_step_is_adam_s_at_the_rate_of_its_place():
+    """While the gradient stays the same a step of Adam is the learning rate itself. It warms up
+    over 2 of 40 steps and falls from the 21st on; nothing decays the weight."""
+    layer = torch.nn.Linear(1, 1, bias=False).double()
+    layer.weight.data.fill_(100.0)
+    state = student.TrainingState(layer, lr=1e-2)
+    steps = student.fit(state, lambda rows: layer.weight[rows, 0], 1, steps=40, batch=1)
+    at = [100.0, *(layer.weight.item() for _ in steps)]
+    rates = [0.5] + [1.0] * 20 + [1 - i / 20 for i in range(1, 20)]
+    moved = [(before - after) / 1e-2 for before, after in zip(at, at[1:])]
+    assert moved == pytest.approx(rates, rel=1e-5)
+
+
+def test_the_loss_that_is_reported_is_a_running_mean():
+    """A tenth of it is the last step's."""
+    slider, losses = lora.Slider({"layer": torch.nn.Linear(3, 2)}, rank=2), iter([1.0, 2.0, 4.0])
+    nothing = lambda: 0 * sum(p.sum() for p in slider.parameters())
+    loss = lambda rows: torch.full((len(rows),), next(losses)) + nothing()
+    read = lambda: {"share": 0.0, "cosine": 0.0}
+    reading = training.train(slider, loss, 4, read, steps=3, batch=2, lr=1.0)
+    assert reading["loss"] == pytest.approx(0.9 * (0.9 * 1 + 0.1 * 2) + 0.1 * 4)
+
+
 def test_gradients_that_float16_has_no_number_for_are_kept():
     state = student.TrainingState(torch.nn.Linear(1, 1, bias=False), lr=1.0)
     (p,) = state.parameters

@@ -13,6 +13,7 @@ import torch
 import formats
 import lora
 import student
+import train_pairs
 import train_text
 from bench.kill import TEXT, survives
 from support import batches, distributed, training
@@ -97,6 +98,28 @@ def test_collecting_goes_on_where_it_was(model, targets, tmp_path, monkeypatch):
     assert len(calls) == 3 + 8  # ten batches of one x_t; two were there
     for name in ("x_t", "t", "eps_0", "target"):
         assert torch.equal(getattr(targets, name), getattr(again, name)), name
+
+
+@pytest.mark.parametrize("kind", ["text", "pairs"])
+def test_what_the_meter_sees_is_not_what_a_folder_keeps_of_the_training(model, kind, tmp_path):
+    """Both teachers' parts lie in one folder: with it they return what they do without."""
+    target, size = "a photo of a person", (64, 64)
+    if kind == "text":
+        prompts = train_text.encode(model, [target], f"{target}, old", f"{target}, young", [], size)
+        few = dict(eta=1.0, trajectories=4, per_trajectory=1, denoising_steps=2, size=size)
+        teach = lambda **kept: train_text.teach(model, prompts, seed=0, batch=1, **few, **kept)
+    else:
+        latents, at = torch.randn(2, 1, 2, 4, 8, 8), torch.tensor([-1.0, 1.0])
+        settings = dict(noises=2, batch=2)
+        settings |= dict(cond=model.condition([target], size))
+        teach = lambda **kept: [
+            train_pairs.collect(model, latents[seed], at, seed=seed, **settings, **kept)
+            for seed in (0, 1)
+        ]
+    kept, alone = teach(remember=Checkpoint(tmp_path).remember), teach()
+    for here, there in zip(kept, alone):
+        for name in ("x_t", "eps_0", "target"):
+            assert torch.equal(getattr(here, name), getattr(there, name)), name
 
 
 def test_ctrl_c_ends_the_step_keeps_it_and_says_how_to_go_on(
