@@ -226,7 +226,7 @@ def train_and_measure(
     out = folder / f"{who}_{attribute}_{'pairs' if from_pairs else 'text'}_{seed}"
     out.mkdir()
     if from_pairs:
-        for i, group in enumerate(pairs.draw(attribute, (0.7, 1.5), 16, seed)):
+        for i, group in enumerate(pairs.draw(attribute, (0.6, 1.6), 16, seed)):
             for end, picture in zip(("neg", "pos"), group):
                 images.save_image(picture, out / "pairs" / end / f"{i:03}.png")
     log, common = out / "log", (attribute, from_pairs)

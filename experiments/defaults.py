@@ -48,7 +48,7 @@ def train(attribute: str, from_pairs: bool, seed: int, file: Path):
     if from_pairs:
         pairs = file.with_suffix("")
         run("-m", "miniature.pairs", "--attribute", attribute, "--seed", seed, "--out", pairs)
-        ends = ["--neg", pairs / "0.7", "--pos", pairs / "1.5"]
+        ends = ["--neg", pairs / "0.6", "--pos", pairs / "1.6"]
         return run("train_pairs.py", *ends, "--prompt", PERSON, *about)
     run(*command(attribute), *about)
 

@@ -1,8 +1,8 @@
 """Draw pairs for train_pairs.py: the same faces with one attribute changed.
 
-    python -m miniature.pairs --attribute eye_size --values 0.7,1.5 --count 16 --out pairs
+    python -m miniature.pairs --attribute eye_size --values 0.6,1.6 --count 16 --out pairs
 
-writes pairs/0.7 and pairs/1.5.
+writes pairs/0.6 and pairs/1.6.
 """
 
 from pathlib import Path
@@ -24,8 +24,8 @@ def main():
     p = cli.plain_parser(__doc__)
     attributes = [name for name in world.RANGES if name != "malformed"]
     p.add_argument("--attribute", default="eye_size", choices=attributes)
-    values = "one folder for each (default: 0.7,1.5)"
-    p.add_argument("--values", type=cli.numbers, default=[0.7, 1.5], help=values)
+    values = "one folder for each (default: 0.6,1.6)"
+    p.add_argument("--values", type=cli.numbers, default=[0.6, 1.6], help=values)
     p.add_argument("--count", type=int, default=16, help="faces (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="pairs", help="folder to write to (default: %(default)s)")
