@@ -149,10 +149,10 @@ def test_a_sentence_that_the_results_do_not_bear_out_is_named(tmp_path, monkeypa
     }
     (tmp_path / "text_sliders.json").write_text(json.dumps(results))
     monkeypatch.setattr(claims, "RESULTS", tmp_path)
-    monkeypatch.setattr(claims, "CLAIMS", (claims.table_1,))
+    monkeypatch.setattr(claims, "CLAIMS", (claims.text_sliders,))
     reach = "at scale 2 the sliders reach 50% of prompting's change in CLIP score at 0.50 times"
     page = f"In the order the paper finds: {reach}\nits LPIPS, and move the mean of the other\n"
     page += "attributes by 50% as much."
     assert claims.broken(page) == []
     (missing,) = claims.broken(page.replace("reach 50%", "reach 60%"))
-    assert missing.startswith("table_1: at scale 2 the sliders reach 50% of")
+    assert missing.startswith("text_sliders: at scale 2 the sliders reach 50% of")
