@@ -40,6 +40,8 @@ def sweep(
         raise ValueError("columns name different sliders: one that is off in a column has scale 0")
     if any(len({s for _, scale, s in entries if scale}) > 1 for entries in zip(*columns)):
         raise ValueError("a slider has one start in all columns")
+    # Where it is on: what stands beside a scale of 0 says nothing.
+    start_of = [next((s for _, scale, s in entries if scale), start) for entries in zip(*columns)]
     etas = etas or [0.0] * len(columns)
     starts = [s for column in columns for _, scale, s in column if scale] + [start] * any(etas)
     if starts and len(columns) > 1:
@@ -57,11 +59,10 @@ def sweep(
     for group in group_columns(columns, etas, max(1, batch // n)):
         per_picture = lambda values: torch.tensor(values, device=x_T.device).repeat_interleave(n)
         sliders = []
-        for entries in zip(*(columns[c] for c in group)):  # one slider in these columns
+        for entries, its_start in zip(zip(*(columns[c] for c in group)), start_of):  # of a slider
             scales = [scale for _, scale, _ in entries]
             scale = scales[0] if len(set(scales)) == 1 else per_picture(scales)
-            starts = [s for _, scale_here, s in entries if scale_here]  # all the same
-            sliders.append((entries[0][0], scale, starts[0] if starts else start))
+            sliders.append((entries[0][0], scale, its_start))
         more = {}
         if any(etas[c] for c in group):
             eta = per_picture([etas[c] for c in group]).view(-1, 1, 1, 1)
