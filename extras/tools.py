@@ -112,16 +112,17 @@ def convert(args, unet):
     print(f"{args.out}: written, {args.to} naming")
 
 
-def weighted_files(args, unet) -> list[tuple[dict[str, Delta], float]]:
-    """The deltas of each FILE[:WEIGHT] of the command line, and its weight."""
+def weighted_files(args, unet) -> list[tuple[slider_files.SliderFile, float]]:
+    """What each FILE[:WEIGHT] of the command line holds, and its weight."""
     given = map(cli.file_and_scale, args.files)
-    return [(slider_files.read(path, unet).deltas, 1.0 if w is None else w) for path, w in given]
+    return [(slider_files.read(path, unet), 1.0 if w is None else w) for path, w in given]
 
 
 def merge(args, unet):
     by_layer: dict[str, list] = {}
-    for deltas, weight in weighted_files(args, unet):
-        for name, delta in deltas.items():
+    files = weighted_files(args, unet)
+    for file, weight in files:
+        for name, delta in file.deltas.items():
             by_layer.setdefault(name, []).append((delta, weight))
     merged = {}
     for name, pairs in by_layer.items():
@@ -132,6 +133,10 @@ def merge(args, unet):
         A, B = A.view(-1, *first.down.shape[1:]), B.view(*B.shape[:2], *first.up.shape[2:])
         merged[name] = Delta(A, B, float(len(A)))
     about = {"kind": "merged sliders", "of": [Path(file).name for file in args.files]}
+    prediction = "modelspec.prediction_type"  # of the model that they change
+    said = {file.metadata[prediction] for file, _ in files if prediction in file.metadata}
+    if len(said) == 1:
+        about[prediction] = said.pop()
     slider_files.write(args.out, merged, about, args.to, unet, cli.DTYPES[args.store])
     print(f"{args.out}: written, rank {max(len(delta.down) for delta in merged.values())}")
 
@@ -181,8 +186,8 @@ def bake(args, unet):
         raise ValueError(f"{out}: is there already: name another place")
     known = slider_files.layers_by_kohya_name(unet)
     changes: dict[str, list] = {}
-    for deltas, weight in weighted_files(args, unet):
-        for stem, delta in deltas.items():
+    for file, weight in weighted_files(args, unet):
+        for stem, delta in file.deltas.items():
             changes.setdefault(f"{known[stem][0]}.weight", []).append((delta, weight))
     unfinished = out.with_name(out.name + ".tmp")  # renamed once it is whole
     if source.is_dir():

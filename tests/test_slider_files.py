@@ -377,6 +377,17 @@ def changes_of(slider, unet):
     return {name: changes.get(name, 0.0) for name in slider_files.layers_by_kohya_name(unet)}
 
 
+@pytest.mark.parametrize("prediction", ["v", "epsilon"])
+def test_a_merged_file_says_what_its_sliders_model_predicts(model, tmp_path, prediction):
+    files = [tmp_path / f"{i}.safetensors" for i in range(2)]
+    for file in files:
+        metadata = {"modelspec.prediction_type": prediction}
+        lora.save(file, trained_slider(model.unet, 1, rank=2), metadata)
+    merged = tmp_path / "merged.safetensors"
+    tool(f"merge {files[0]} {files[1]} --out {merged}")
+    assert slider_files.read(merged, model.unet).metadata["modelspec.prediction_type"] == prediction
+
+
 def test_merging_files_is_exact_and_of_lower_rank_the_nearest(model, tmp_path, two):
     (one, other), paths = two
     file = lambda name: tmp_path / f"{name}.safetensors"
