@@ -42,10 +42,11 @@ def command(attribute: str) -> list[str]:
     return ["train_text.py", "--prompt", PERSON, *ends, *preserved]
 
 
-def train(attribute: str, folder: Path) -> Path:
+def train(attribute: str, folder: Path, model: str) -> Path:
     path = folder / f"{attribute.replace(' ', '_')}.safetensors"
     if not path.exists():
-        subprocess.run([sys.executable, *command(attribute), "--out", str(path)], check=True)
+        options = ["--model", model, "--out", str(path)]
+        subprocess.run([sys.executable, *command(attribute), *options], check=True)
     return path
 
 
@@ -56,7 +57,7 @@ def main():
     p.add_argument("--seeds", type=cli.seed_list, **seeds)
     p.add_argument("--steps", type=int, default=30)
     args = p.parse_args()
-    files = {attribute: train(attribute, Path(args.out)) for attribute in SLIDERS}
+    files = {attribute: train(attribute, Path(args.out), args.model) for attribute in SLIDERS}
     model = cli.load_model(args)
     sliders = {attribute: lora.load(file, model.unet) for attribute, file in files.items()}
 
