@@ -244,7 +244,8 @@ def seeds(_) -> str:
         one, two = (json.loads((RESULTS / f"{n}.json").read_text()) for n in (name, file.stem))
         keys = [key for key in one if key in two and (name != "ablations" or "moved by" in key)]
         cells = [correlation(one, two, keys, measure) for measure in MEASURES]
-        rows.append([readable(name), *cells])
+        if any(cells):
+            rows.append([readable(name), *cells])
     return table("experiment | " + " | ".join(MEASURES.values()), rows)
 
 

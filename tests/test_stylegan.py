@@ -5,15 +5,17 @@ import contextlib
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from experiments.stylegan import train
+from experiments.stylegan import pairs, train
 from experiments.stylegan.channels import FOUND, Faces, moves, summary
 from experiments.stylegan.generator import CHANNELS, Generator, Linear, ModulatedConv, W, Z, doubled
 from miniature import effect
+from support import images
 
 
 @pytest.mark.parametrize("demodulate", [True, False])
@@ -68,6 +70,24 @@ def test_a_channel_moves_what_it_is_said_to_move():
     here = summary(moves(faces, best["layer"], best["channel"], found["by"]))
     assert here["attribute"] == best["attribute"]
     assert here["moved"] == pytest.approx(best["moved"], abs=0.15)
+
+
+def test_pairs_are_the_generators_faces_drawn_again(model, tmp_path, monkeypatch):
+    """A fifth of the way: each picture is nearest to the face that it was drawn from."""
+    monkeypatch.setattr(pairs, "CANDIDATES", 3)
+    monkeypatch.setattr(pairs, "STRENGTH", 0.2)
+    apart = {"shirt red": 0.0}, {"shirt red": 255.0}  # as if the channel moved this alone
+    ends = iter(apart)
+    of = lambda values, drawn: {name: np.full(len(drawn), x) for name, x in values.items()}
+    monkeypatch.setattr(pairs, "read", lambda drawn: of(next(ends), drawn))
+    channel = pairs.Channel(0, 0, "shirt red", by=0.0)
+    pairs.draw_pairs(model, channel, 3, tmp_path, seed=1)
+    array = lambda picture: np.asarray(picture, dtype=float)
+    faces = [array(face) for face in channel.drawn(Faces(train.load(), 3, seed=120), 0.0)]
+    for end in ("neg", "pos"):
+        for i in range(3):
+            again = array(images.read_image(tmp_path / end / f"{i:03}.png"))
+            assert np.argmin([np.abs(again - face).mean() for face in faces]) == i
 
 
 def test_training_goes_on_where_it_was(tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ def draw_pairs(model, channel: Channel, count: int, folder: Path, seed: int):
     noises = range(20_000 + 1000 * seed, 20_000 + 1000 * seed + CANDIDATES)
 
     def draw_again(drawn):
-        latents = lambda rows: model.encode([drawn[i] for i in rows])
+        latents = lambda seeds: model.encode([drawn[noises.index(seed)] for seed in seeds])
         settings = slider.sdedit(model, latents, STRENGTH, 20) | dict(steps=20, guidance=3.0)
         return slider.sweep(model, PROMPT, noises, [[]], **settings)[0]
 
