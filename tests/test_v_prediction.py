@@ -268,6 +268,8 @@ def test_a_text_slider_on_a_v_network_reaches_what_the_plain_one_does(
         readings.append(student.meter(model.unet, made, held_out, 32))
         made.detach()
     plain, ours, zero = readings
+    for kind, reading in zip(("plain", "v", "v, zero SNR"), readings):
+        print(f"{kind}: share {reading['share']:.2f}, cosine {reading['cosine']:.2f}")
     assert plain["share"] > 0.5 and plain["cosine"] > 0.85
     for name in ("share", "cosine"):
         assert ours[name] == pytest.approx(plain[name], abs=0.02), name
