@@ -18,7 +18,8 @@ are not, as a user has some. Sliders are read by our loader and measured by the 
 the same seeds and prompts, which no training used. A UNet evaluation is one sample; one with
 gradients counts as three. --python and --ai-python are the interpreters that have what their code
 imports. What --json holds is not run again; with --jobs each training has its share of the cores,
-and all its seconds mean that."""
+and all its seconds mean that. The meter (student.py) reads all on the same x_t, which no training
+used: how much of eq. (8)'s change a slider makes at +1 and at -1, of pairs that of the mean."""
 
 import functools
 import itertools
@@ -32,7 +33,12 @@ import tempfile
 import threading
 from pathlib import Path
 
+import torch
+
 import lora
+import student
+import train_pairs
+import train_text
 from miniature import compose, effect, pairs
 from miniature.compose import PERSON, SLIDERS
 from sdxl import MINIATURE, SDXL
@@ -49,6 +55,7 @@ OUR_STEPS = (15, 30, 60, 120)  # 60 is the default
 SEEDS = effect.SEEDS[:32]  # of the pictures that are measured
 SCALES = (-3, -1.5, 0, 1.5, 3)
 KINDS = [("age", False), ("smile", False), ("eye_size", False), ("eye_size", True)]  # from pairs?
+UNSEEN, SIGNS = 77, torch.tensor([-1.0, 1.0])  # the meter's seed; the ends of pairs
 PICTURES = list(range(5000, 5032))  # seeds of those that ai-toolkit noises
 
 CONCEPT_SLIDER = "extensions_built_in/concept_slider"
@@ -207,16 +214,35 @@ def run(python: str, log: Path, seed: int, command: list, cwd: Path = ROOT) -> l
 # ---------------------------------------------------------------------------------------- measuring
 
 
-def measured(model, row: dict, attribute: str) -> dict:
+@functools.cache
+def unseen(model, attribute: str, from_pairs: bool) -> student.Targets:
+    """What the meter reads a slider on: our own teacher's targets."""
+    if from_pairs:
+        groups = pairs.draw(attribute, (0.6, 1.6), 8, UNSEEN)
+        latents = torch.stack([model.encode(group) for group in groups])
+        cond = model.condition([PERSON], (model.size,) * 2)
+        return train_pairs.collect(model, latents, SIGNS, cond, noises=4, seed=UNSEEN, batch=16)
+    pos, neg, preserve = SLIDERS[attribute]
+    size, preserved = (model.size,) * 2, options.combinations(preserve)
+    ends = f"{PERSON}, {pos}", f"{PERSON}, {neg}"
+    prompts = train_text.encode(model, [PERSON], *ends, preserved, size)
+    few = dict(trajectories=8, per_trajectory=4, seed=UNSEEN, batch=16)
+    return train_text.collect(model, prompts, eta=training.ETA, size=size, **few)
+
+
+def measured(model, row: dict, attribute: str, from_pairs: bool) -> dict:
     """A line of the log, with what the slider in its file does in place of the file's name."""
     slider = lora.load(row["file"], model.unet)
+    slider.attach(model.unet)
+    meter = student.meter(model.unet, slider, unseen(model, attribute, from_pairs), 16)
+    slider.detach()
     columns = [[(slider, scale)] for scale in SCALES]
     prompts = effect.prompts_without(attribute)
     found = effect.summary(effect.readings(model, columns, SEEDS, prompts), attribute, SCALES)
     keep = ("means", "moved", "monotonic", "worst_other", "worst_other_moved")
     cost = row["frozen"] + 3 * row["trained"]
     kept = {k: v for k, v in row.items() if k != "file"} | {k: found[k] for k in keep}
-    return kept | {"cost": cost}
+    return kept | {"cost": cost, "meter": meter}
 
 
 def train_and_measure(
@@ -242,8 +268,12 @@ def train_and_measure(
         for steps in OUR_STEPS:
             log = out / f"log{steps}"
             rows += run(sys.executable, log, seed, ours(out, *common, steps, seed))[-1:]
+    if args.keep:
+        for i, row in enumerate(rows):
+            args.keep.mkdir(parents=True, exist_ok=True)
+            shutil.copy(row["file"], args.keep / f"{out.name}_{i}{Path(row['file']).suffix}")
     with MEASURING:
-        return [measured(model, row, attribute) for row in rows]
+        return [measured(model, row, attribute, from_pairs) for row in rows]
 
 
 # ------------------------------------------------------------------------------------------ results
@@ -253,7 +283,9 @@ def print_table(done: list[dict]):
     """The last reading of theirs, and ours at its default number of steps: the mean of the seeds,
     then each."""
     print(
-        "| slider | trainer | cost | s | moved | in order | most moved other |\n" + "|---" * 7 + "|"
+        "| slider | trainer | cost | s | share (+1, -1) | moved | in order | most moved other |\n"
+        + "|---" * 8
+        + "|"
     )
     for name in dict.fromkeys(run["slider"] for run in done):
         for who in COLOURS:
@@ -270,7 +302,10 @@ def cells(rows: list[dict]) -> list[str]:
     )
     moved = ", ".join(f"{row['moved']:.0%}" for row in rows)
     ordered = "yes" if all(row["monotonic"] for row in rows) else "no"
-    return [f"{mean('cost'):,.0f}", f"{mean('seconds'):.0f}", moved, ordered, others]
+    shares = ", ".join(
+        f"{statistics.mean(row['meter'][end] for row in rows):.2f}" for end in ("plus", "minus")
+    )
+    return [f"{mean('cost'):,.0f}", f"{mean('seconds'):.0f}", shares, moved, ordered, others]
 
 
 def plot(plt, done: list[dict], path: Path):
@@ -306,6 +341,7 @@ def parser():
     ):
         p.add_argument(option, type=int, default=default, help=default_help(what))
     p.add_argument("--jobs", type=int, default=1, help=default_help("trainings at once"))
+    p.add_argument("--keep", type=Path, metavar="DIR", help="folder for all sliders")
     p.add_argument("--json", type=Path, default=Path("bench/published.json"), help="results")
     return p
 
