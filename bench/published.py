@@ -53,7 +53,7 @@ MEASURING = threading.Lock()  # one slider at a time on the one model
 DRIVER = Path(__file__).with_name("driver.py")
 OUR_STEPS = (15, 30, 60, 120)  # 60 is the default
 SEEDS = effect.SEEDS[:32]  # of the pictures that are measured
-SCALES = (-3, -1.5, 0, 1.5, 3)
+SCALES = (-3, 0, 3)
 KINDS = [("age", False), ("smile", False), ("eye_size", False), ("eye_size", True)]  # from pairs?
 UNSEEN, SIGNS = 77, torch.tensor([-1.0, 1.0])  # the meter's seed; the ends of pairs
 PICTURES = list(range(5000, 5032))  # seeds of those that ai-toolkit noises
@@ -230,15 +230,22 @@ def unseen(model, attribute: str, from_pairs: bool) -> student.Targets:
     return train_text.collect(model, prompts, eta=training.ETA, size=size, **few)
 
 
+@functools.cache
+def without_slider(model, attribute: str) -> list:
+    """The pictures at scale 0."""
+    return effect.pictures(model, [[]], SEEDS, effect.prompts_without(attribute))[0]
+
+
 def measured(model, row: dict, attribute: str, from_pairs: bool) -> dict:
     """A line of the log, with what the slider in its file does in place of the file's name."""
     slider = lora.load(row["file"], model.unet)
     slider.attach(model.unet)
     meter = student.meter(model.unet, slider, unseen(model, attribute, from_pairs), 16)
     slider.detach()
-    columns = [[(slider, scale)] for scale in SCALES]
-    prompts = effect.prompts_without(attribute)
-    found = effect.summary(effect.readings(model, columns, SEEDS, prompts), attribute, SCALES)
+    columns = [[(slider, SCALES[0])], [(slider, SCALES[-1])]]
+    drawn = effect.pictures(model, columns, SEEDS, effect.prompts_without(attribute))
+    drawn.insert(1, without_slider(model, attribute))
+    found = effect.summary(effect.table(drawn), attribute, SCALES)
     keep = ("means", "moved", "monotonic", "worst_other", "worst_other_moved")
     cost = row["frozen"] + 3 * row["trained"]
     kept = {k: v for k, v in row.items() if k != "file"} | {k: found[k] for k in keep}
