@@ -72,7 +72,6 @@ bench: $(VENV)/test.stamp
 	$(PY) -m bench.many
 	$(PY) -m bench.unet
 	$(PY) -m bench.unet --size full --dtype bfloat16 --what checkpointing --what memory --rounds 1
-	$(PY) -m bench.recipe --attribute eye_size --attribute age
 
 experiments: $(VENV)/run.stamp
 	$(PY) -m experiments --jobs 2

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import DRAW, ROOT, TRAIN, run, run_in_two
+from counting import counted
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
@@ -18,7 +19,6 @@ import lora
 import student
 import train_pairs
 import train_text
-from bench.recipe import counted
 from formats import slider_files
 from sdxl import SDXL
 from support import checkpoint, cli, cost, distributed, training

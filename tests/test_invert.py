@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from counting import counted
 from PIL import Image, ImageDraw
 
 import invert
 import sampler
 import slider
-from bench.recipe import counted
 from miniature import world
 from sdxl_unet import UNet
 from support import images, inversions
