@@ -19,12 +19,14 @@ import torch
 from safetensors import safe_open
 
 import lora
-from formats import single_file, slider_files, weights
+from formats import schedule, single_file, slider_files, weights
 from formats.slider_files import Delta, concatenate, delta_weight
 from sdxl import MINIATURE
 from sdxl_unet import UNet
 from support import cli
 from support.merge import Rounding
+
+PREDICTION = "modelspec.prediction_type"  # in a slider file: of the model that it changes
 
 
 def without_weights(config: dict) -> UNet:
@@ -118,6 +120,17 @@ def weighted_files(args, unet) -> list[tuple[slider_files.SliderFile, float]]:
     return [(slider_files.read(path, unet), 1.0 if w is None else w) for path, w in given]
 
 
+def prediction_of(files) -> str | None:
+    """What the model predicts that the sliders change, as they say. ValueError where they differ:
+    then they are of different models."""
+    said = {file.metadata[PREDICTION] for file in files if PREDICTION in file.metadata}
+    if len(said) > 1:
+        found = " and ".join(sorted(said))
+        remedy = "if they are of one model all the same, --prediction says which is right"
+        raise ValueError(f"the files are of models that predict {found}; {remedy}")
+    return said.pop() if said else None
+
+
 def merge(args, unet):
     by_layer: dict[str, list] = {}
     files = weighted_files(args, unet)
@@ -133,10 +146,8 @@ def merge(args, unet):
         A, B = A.view(-1, *first.down.shape[1:]), B.view(*B.shape[:2], *first.up.shape[2:])
         merged[name] = Delta(A, B, float(len(A)))
     about = {"kind": "merged sliders", "of": [Path(file).name for file in args.files]}
-    prediction = "modelspec.prediction_type"  # of the model that they change
-    said = {file.metadata[prediction] for file, _ in files if prediction in file.metadata}
-    if len(said) == 1:
-        about[prediction] = said.pop()
+    if prediction := args.prediction or prediction_of(file for file, _ in files):
+        about[PREDICTION] = prediction
     slider_files.write(args.out, merged, about, args.to, unet, cli.DTYPES[args.store])
     print(f"{args.out}: written, rank {max(len(delta.down) for delta in merged.values())}")
 
@@ -144,8 +155,10 @@ def merge(args, unet):
 def extract(args, unet):
     """For each layer the rank-r matrix nearest to W_tuned - W."""
     tuned_path = args.files[0]
-    find = lambda model: weights.find_weights(model, args.base).locations["unet"]
-    base, tuned = find(args.model), find(tuned_path)
+    found = weights.find_weights(args.model, args.base)
+    prediction = schedule.check(found.configs["scheduler"], args.prediction)["prediction_type"]
+    base = found.locations["unet"]
+    tuned = weights.find_weights(tuned_path, args.base).locations["unet"]
     layers = lora.target_layers(unet, args.layers)
     shapes = {f"{name}.weight": layer.weight.shape for name, layer in layers.items()}
     if missing := [name for name in shapes if name not in tuned]:
@@ -158,8 +171,8 @@ def extract(args, unet):
         before = {name: W for part in read(base, chunk) for name, W in part.items()}
         for name, W in chunk.items():
             if W.shape != shapes[name]:
-                found = f"{name} is {tuple(W.shape)}"
-                raise ValueError(f"{tuned_path}: another kind of UNet: {found}")
+                shape = f"{name} is {tuple(W.shape)}"
+                raise ValueError(f"{tuned_path}: another kind of UNet: {shape}")
             change = (W - before[name]).flatten(1)  # (out, in * k * k)
             U, S, Vh = torch.linalg.svd(change, full_matrices=False)
             root, squares = S[: args.rank].sqrt(), S.square()
@@ -169,7 +182,7 @@ def extract(args, unet):
             B = B.view(*B.shape, 1, 1) if W.ndim == 4 else B
             stem = slider_files.kohya_name(name.removesuffix(".weight"))
             deltas[stem] = Delta(A.view(-1, *W.shape[1:]), B, float(len(A)))
-    about = {"kind": "extracted", "of": Path(tuned_path).name}
+    about = {"kind": "extracted", "of": Path(tuned_path).name, PREDICTION: prediction}
     slider_files.write(args.out, deltas, about, args.to, unet, cli.DTYPES[args.store])
     share = 1 - lost / total if total else 1
     holds = f"rank {args.rank} holds {share:.1%} of the squared change of {len(deltas)} layers"

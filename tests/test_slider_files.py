@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+import v_network
 from commands import ROOT, TRAIN, run
 from safetensors.torch import load_file, save_file
 from test_lora import trained_slider
@@ -388,6 +389,20 @@ def test_a_merged_file_says_what_its_sliders_model_predicts(model, tmp_path, pre
     assert slider_files.read(merged, model.unet).metadata["modelspec.prediction_type"] == prediction
 
 
+def test_files_of_models_that_predict_different_things_are_not_merged_unasked(model, tmp_path):
+    files = [tmp_path / f"{prediction}.safetensors" for prediction in ("v", "epsilon")]
+    for file in files:
+        metadata = {"modelspec.prediction_type": file.stem}
+        lora.save(file, trained_slider(model.unet, 1, rank=2), metadata)
+    merged = tmp_path / "merged.safetensors"
+    command = f"merge {files[0]} {files[1]} --out {merged}"
+    done = run(f"-m extras.tools {command}")
+    assert done.returncode == 2 and "models that predict epsilon and v" in done.stderr
+    assert "Traceback" not in done.stderr and not merged.exists()
+    tool(f"{command} --prediction v")
+    assert slider_files.read(merged, model.unet).metadata["modelspec.prediction_type"] == "v"
+
+
 def test_merging_files_is_exact_and_of_lower_rank_the_nearest(model, tmp_path, two):
     (one, other), paths = two
     file = lambda name: tmp_path / f"{name}.safetensors"
@@ -427,8 +442,10 @@ def test_baking_in_and_extracting_again(model, inputs, tmp_path, two):
         a, b = baked.unet(*inputs), merged.unet(*inputs)
     assert (a - b).norm() < 3e-3 * b.norm()  # the folder is in float16
     back, options = tmp_path / "back.safetensors", "--rank 2 --layers attn --store float32"
-    printed = tool(f"extract {tmp_path}/baked {options} --out {back}")
+    v_model = v_network.folder(tmp_path / "v", prediction_type="v_prediction")
+    printed = tool(f"extract {tmp_path}/baked --model {v_model} {options} --out {back}")
     assert "rank 2 holds 9" in printed or "rank 2 holds 100" in printed
+    assert slider_files.read(back, model.unet).metadata["modelspec.prediction_type"] == "v"
     found = changes_of(lora.load(back, model.unet), model.unet)
     expected = changes_of(one, model.unet)
     for name, change in expected.items():
