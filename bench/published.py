@@ -41,6 +41,7 @@ import train_pairs
 import train_text
 from miniature import compose, effect, pairs
 from miniature.compose import PERSON, SLIDERS
+from miniature.world import RANGES
 from sdxl import MINIATURE, SDXL
 from slider import generate
 from support import cli, images, options, training
@@ -218,7 +219,7 @@ def run(python: str, log: Path, seed: int, command: list, cwd: Path = ROOT) -> l
 def unseen(model, attribute: str, from_pairs: bool) -> student.Targets:
     """What the meter reads a slider on: our own teacher's targets."""
     if from_pairs:
-        groups = pairs.draw(attribute, (0.6, 1.6), 8, UNSEEN)
+        groups = pairs.draw(attribute, RANGES[attribute], 8, UNSEEN)
         latents = torch.stack([model.encode(group) for group in groups])
         cond = model.condition([PERSON], (model.size,) * 2)
         return train_pairs.collect(model, latents, SIGNS, cond, noises=4, seed=UNSEEN, batch=16)
@@ -259,7 +260,7 @@ def train_and_measure(
     out = folder / f"{who}_{attribute}_{'pairs' if from_pairs else 'text'}_{seed}"
     out.mkdir()
     if from_pairs:
-        for i, group in enumerate(pairs.draw(attribute, (0.6, 1.6), 16, seed)):
+        for i, group in enumerate(pairs.draw(attribute, RANGES[attribute], 16, seed)):
             for end, picture in zip(("neg", "pos"), group):
                 images.save_image(picture, out / "pairs" / end / f"{i:03}.png")
     log, common = out / "log", (attribute, from_pairs)

@@ -16,6 +16,7 @@ from experiments.common import Lab
 from extras import metrics
 from miniature import effect, measure
 from miniature import pairs as drawn_pairs
+from miniature.world import RANGES
 from support import cli, images, training
 
 SCALES = [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0]
@@ -48,7 +49,7 @@ def main():
         files = images.match_by_name([Path(lab.args.neg), Path(lab.args.pos)])
         groups = [images.read_group(pair, lab.size) for pair in files]
     else:
-        groups = drawn_pairs.draw("eye_size", [0.6, 1.6], 16, lab.seed)
+        groups = drawn_pairs.draw("eye_size", RANGES["eye_size"], 16, lab.seed)
     latents = torch.stack([lab.model.encode(group) for group in groups])  # (n, 2, 4, h, w)
     cond, recipe = lab.model.condition([PROMPT], lab.size), training.recipe(lab.model.unet)
 
