@@ -8,8 +8,6 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
-
 from experiments.common import RESULTS
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -226,60 +224,6 @@ def joined(x: str, y: str) -> str:
     return f"{start}{bare(x)}<br>{bare(y)}{end}"
 
 
-MEASURES = {
-    "clip_change": "change in CLIP score",
-    "lpips": "LPIPS",
-    "moved": "moved",
-    "worst_other_moved": "most moved other",
-}
-
-
-def seeds(_) -> str:
-    """Spearman's rank correlation between the rows of each experiment with seed 0 and with seed 1:
-    1 is the same ordering. Where rows are "concept: method", of the methods of each concept, the
-    mean over concepts."""
-    rows = []
-    for file in sorted(RESULTS.glob("*_seed1.json")):
-        name = file.stem.removesuffix("_seed1")
-        one, two = (json.loads((RESULTS / f"{n}.json").read_text()) for n in (name, file.stem))
-        keys = [key for key in one if key in two and (name != "ablations" or "moved by" in key)]
-        cells = [correlation(one, two, keys, measure) for measure in MEASURES]
-        if any(cells):
-            rows.append([readable(name), *cells])
-    return table("experiment | " + " | ".join(MEASURES.values()), rows)
-
-
-def correlation(one: dict, two: dict, keys: list[str], measure: str) -> str:
-    """Of a measure in both results; "" where fewer than three rows have it."""
-    by_concept = {}  # concept -> pairs (value with one seed, with the other) of its methods
-    for key in keys:
-        pair = [value_of(result[key], measure) for result in (one, two)]
-        if None not in pair:
-            concept = key.split(": ")[0] if ": " in key else ""
-            by_concept.setdefault(concept, []).append(pair)
-    found = [spearman(*zip(*pairs)) for pairs in by_concept.values() if len(pairs) > 2]
-    return f"{np.mean(found):.2f}" if found else ""
-
-
-def value_of(result, measure: str) -> float | None:
-    """The measure in one row of results, be it a number or an interval's mean; None if it has
-    none."""
-    value = result.get(measure) if isinstance(result, dict) else None
-    value = value.get("mean") if isinstance(value, dict) else value
-    return float(value) if isinstance(value, (int, float)) else None
-
-
-def spearman(x, y) -> float:
-    """The correlation of the ranks, ties sharing theirs. Spearman 1904."""
-
-    def ranks(values):
-        v = np.array(values)
-        return np.array([(np.less(v, a).sum() + np.less_equal(v, a).sum() - 1) / 2 for a in v])
-
-    a, b = ranks(x), ranks(y)
-    return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else float("nan")
-
-
 def full_width(results: dict) -> str:
     head = (
         "slider | steps, batch, lr, eta | share, cosine | moved | in order | most moved other | s"
@@ -301,7 +245,6 @@ KINDS = {
     "stylegan": stylegan,
     "repair": repair,
     "inversion": inversion,
-    "seeds": seeds,
     "text_sliders": edits,
     "activation": edits,
     "guidance": guidance,
@@ -313,8 +256,6 @@ KINDS = {
 
 def filled(name: str) -> str | None:
     """The table `name`, of both seeds where there are two; None without results."""
-    if name == "seeds":
-        return seeds(None)
     files = [RESULTS / f"{name}{seed}.json" for seed in ("", "_seed1")]
     results = [json.loads(file.read_text()) for file in files if file.exists()]
     if not results:
