@@ -51,6 +51,8 @@ from support.options import default_help
 ROOT = Path(__file__).parent.parent
 COLOURS = {"ours": "tab:blue", "authors": "tab:orange", "ai-toolkit": "tab:green"}
 MEASURING = threading.Lock()  # one slider at a time on the one model
+X_AXES = {"cost": "network evaluations", "seconds": "seconds"}
+CURVES = {"moved": ("o-", "moved"), "worst_other_moved": ("x--", "most moved other")}
 DRIVER = Path(__file__).with_name("driver.py")
 OUR_STEPS = (15, 30, 60, 120)  # 60 is the default
 SEEDS = effect.SEEDS[:32]  # of the pictures that are measured
@@ -288,48 +290,67 @@ def train_and_measure(
 
 
 def print_table(done: list[dict]):
-    """The last reading of theirs, and ours at its default number of steps: the mean of the seeds,
-    then each."""
+    """Ours at its default number of steps, and theirs where they end, and where they move the
+    attribute as far as ours for the first time: means of the seeds, and each of them."""
     print(
-        "| slider | trainer | cost | s | share (+1, -1) | moved | in order | most moved other |\n"
+        "| slider | trainer | cost | s | share (+1, -1) | cosine | moved | most moved other |\n"
         + "|---" * 8
         + "|"
     )
     for name in dict.fromkeys(run["slider"] for run in done):
+        of_this = [run for run in done if run["slider"] == name]
+        readings = {}  # of each trainer, a list for each point of its curve: one of each seed
         for who in COLOURS:
-            runs = [r["points"] for r in done if (r["slider"], r["who"]) == (name, who)]
-            at = [points[OUR_STEPS.index(60) if who == "ours" else -1] for points in runs]
-            if at:
-                print(f"| {name} | {who} | {' | '.join(cells(at))} |")
+            if curves := [run["points"] for run in of_this if run["who"] == who]:
+                readings[who] = list(zip(*curves))
+        default = readings["ours"][OUR_STEPS.index(60)]
+        print(f"| {name} | ours | {cells(default)} |")
+        for who in (who for who in readings if who != "ours"):
+            as_far = [
+                rows for rows in readings[who] if mean(rows, "moved") >= mean(default, "moved")
+            ]
+            if as_far and as_far[0] is not readings[who][-1]:
+                print(f"| {name} | {who}, when as far | {cells(as_far[0])} |")
+            print(f"| {name} | {who} | {cells(readings[who][-1])} |")
 
 
-def cells(rows: list[dict]) -> list[str]:
-    mean = lambda key: statistics.mean(row[key] for row in rows)
-    others = ", ".join(
-        f"{r['worst_other'].replace('_', ' ')} {r['worst_other_moved']:.0%}" for r in rows
+def mean(rows, key: str) -> float:
+    return statistics.mean(row[key] for row in rows)
+
+
+def cells(rows) -> str:
+    """Of one point of a trainer's curves, one of each seed."""
+    meters = [row["meter"] for row in rows]
+    share, cosine = (
+        f"{mean(meters, 'plus'):.2f}, {mean(meters, 'minus'):.2f}",
+        mean(meters, "cosine"),
     )
     moved = ", ".join(f"{row['moved']:.0%}" for row in rows)
-    ordered = "yes" if all(row["monotonic"] for row in rows) else "no"
-    shares = ", ".join(
-        f"{statistics.mean(row['meter'][end] for row in rows):.2f}" for end in ("plus", "minus")
-    )
-    return [f"{mean('cost'):,.0f}", f"{mean('seconds'):.0f}", shares, moved, ordered, others]
+    named = [(row["worst_other"].replace("_", " "), row["worst_other_moved"]) for row in rows]
+    others = ", ".join(f"{name} {share:.0%}" for name, share in named)
+    cost = f"{mean(rows, 'cost'):,.0f} | {mean(rows, 'seconds'):.0f}"
+    return f"{cost} | {share} | {cosine:.2f} | {moved} | {others}"
 
 
 def plot(plt, done: list[dict], path: Path):
     """Attribute moved (full lines) and the most moved other (dashed) over evaluations and over
-    seconds, a row for each slider."""
+    seconds: a row for each slider, a line for each training."""
     names = list(dict.fromkeys(run["slider"] for run in done))
-    _, axes = plt.subplots(len(names), 2, figsize=(8, 2.2 * len(names)), squeeze=False)
+    figure, axes = plt.subplots(len(names), 2, figsize=(9, 2.4 * len(names)), squeeze=False)
     for run_ in done:
         row = axes[names.index(run_["slider"])]
-        for axis, key in zip(row, ("cost", "seconds")):
-            for what, style in (("moved", "o-"), ("worst_other_moved", "x--")):
+        row[0].set_ylabel(f"{run_['slider']}\nshare of the range")
+        for axis, (key, label) in zip(row, X_AXES.items()):
+            for what, (style, meaning) in CURVES.items():
                 xs, ys = zip(*((point[key], point[what]) for point in run_["points"]))
-                axis.plot(xs, ys, style, color=COLOURS[run_["who"]], markersize=3, lw=1)
-            axis.set(xscale="log", ylim=(0, 1), xlabel=key, title=run_["slider"])
-    plt.tight_layout()
-    plt.savefig(path, dpi=80)
+                label_ = f"{run_['who']}: {meaning}"
+                axis.plot(xs, ys, style, color=COLOURS[run_["who"]], markersize=3, label=label_)
+            axis.set(xscale="log", ylim=(0, 1), xlabel=label)
+            axis.grid(alpha=0.3)
+    by_label = dict(zip(*axes[0, 0].get_legend_handles_labels()[::-1]))  # one of each
+    figure.legend(by_label.values(), by_label.keys(), ncols=3, loc="upper center")
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.7 / (2.4 * len(names))))
+    figure.savefig(path, dpi=80)
 
 
 def parser():
