@@ -426,6 +426,7 @@ def main():
             is_done = any(run_.items() <= one.items() for one in done)
             if not is_done and not (who == "ai-toolkit" and from_pairs):
                 tasks.append((attribute, from_pairs, seed, who))
+        tasks.sort(key=lambda task: task[3] == "ai-toolkit")  # the longest last
         run_one = functools.partial(train_and_measure, model, args, folder)
         for task, points in at_once(args.jobs, run_one, tasks):
             done.append(about(*task) | {"points": points})
