@@ -51,7 +51,10 @@ from support.options import default_help
 ROOT = Path(__file__).parent.parent
 COLOURS = {"ours": "tab:blue", "authors": "tab:orange", "ai-toolkit": "tab:green"}
 MEASURING = threading.Lock()  # one slider at a time on the one model
-X_AXES = {"cost": "network evaluations", "seconds": "seconds"}
+X_AXES = {  # what a point has -> its name, ticks
+    "cost": ("network evaluations", (1_000, 3_000, 10_000, 30_000)),
+    "seconds": ("seconds", (20, 60, 200, 600, 2_000)),
+}
 CURVES = {"moved": ("o-", "moved"), "worst_other_moved": ("x--", "most moved other")}
 DRIVER = Path(__file__).with_name("driver.py")
 OUR_STEPS = (15, 30, 60, 120)  # 60 is the default
@@ -340,12 +343,14 @@ def plot(plt, done: list[dict], path: Path):
     for run_ in done:
         row = axes[names.index(run_["slider"])]
         row[0].set_ylabel(f"{run_['slider']}\nshare of the range")
-        for axis, (key, label) in zip(row, X_AXES.items()):
+        for axis, (key, (label, ticks)) in zip(row, X_AXES.items()):
             for what, (style, meaning) in CURVES.items():
                 xs, ys = zip(*((point[key], point[what]) for point in run_["points"]))
                 label_ = f"{run_['who']}: {meaning}"
                 axis.plot(xs, ys, style, color=COLOURS[run_["who"]], markersize=3, label=label_)
             axis.set(xscale="log", ylim=(0, 1), xlabel=label)
+            axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+            axis.set_xticks([], minor=True)
             axis.grid(alpha=0.3)
     by_label = dict(zip(*axes[0, 0].get_legend_handles_labels()[::-1]))  # one of each
     figure.legend(by_label.values(), by_label.keys(), ncols=3, loc="upper center")
