@@ -282,8 +282,8 @@ def train_and_measure(
             log = out / f"log{steps}"
             rows += run(sys.executable, log, seed, ours(out, *common, steps, seed))[-1:]
     if args.keep:
+        args.keep.mkdir(parents=True, exist_ok=True)
         for i, row in enumerate(rows):
-            args.keep.mkdir(parents=True, exist_ok=True)
             shutil.copy(row["file"], args.keep / f"{out.name}_{i}{Path(row['file']).suffix}")
     with MEASURING:
         return [measured(model, row, attribute, from_pairs) for row in rows]
@@ -306,15 +306,13 @@ def print_table(done: list[dict]):
         for who in COLOURS:
             if curves := [run["points"] for run in of_this if run["who"] == who]:
                 readings[who] = list(zip(*curves))
-        default = readings["ours"][OUR_STEPS.index(60)]
+        default = readings.pop("ours")[OUR_STEPS.index(60)]
         print(f"| {name} | ours | {cells(default)} |")
-        for who in (who for who in readings if who != "ours"):
-            as_far = [
-                rows for rows in readings[who] if mean(rows, "moved") >= mean(default, "moved")
-            ]
-            if as_far and as_far[0] is not readings[who][-1]:
+        for who, points in readings.items():
+            as_far = [rows for rows in points if mean(rows, "moved") >= mean(default, "moved")]
+            if as_far and as_far[0] is not points[-1]:
                 print(f"| {name} | {who}, when as far | {cells(as_far[0])} |")
-            print(f"| {name} | {who} | {cells(readings[who][-1])} |")
+            print(f"| {name} | {who} | {cells(points[-1])} |")
 
 
 def mean(rows, key: str) -> float:
@@ -324,15 +322,12 @@ def mean(rows, key: str) -> float:
 def cells(rows) -> str:
     """Of one point of a trainer's curves, one of each seed."""
     meters = [row["meter"] for row in rows]
-    share, cosine = (
-        f"{mean(meters, 'plus'):.2f}, {mean(meters, 'minus'):.2f}",
-        mean(meters, "cosine"),
-    )
+    share = f"{mean(meters, 'plus'):.2f}, {mean(meters, 'minus'):.2f}"
     moved = ", ".join(f"{row['moved']:.0%}" for row in rows)
     named = [(row["worst_other"].replace("_", " "), row["worst_other_moved"]) for row in rows]
-    others = ", ".join(f"{name} {share:.0%}" for name, share in named)
+    others = ", ".join(f"{name} {moved_by:.0%}" for name, moved_by in named)
     cost = f"{mean(rows, 'cost'):,.0f} | {mean(rows, 'seconds'):.0f}"
-    return f"{cost} | {share} | {cosine:.2f} | {moved} | {others}"
+    return f"{cost} | {share} | {mean(meters, 'cosine'):.2f} | {moved} | {others}"
 
 
 def plot(plt, done: list[dict], path: Path):

@@ -123,7 +123,8 @@ def weighted_files(args, unet) -> list[tuple[slider_files.SliderFile, float]]:
 def prediction_of(files) -> str | None:
     """What the model predicts that the sliders change, as they say. ValueError where they differ:
     then they are of different models."""
-    said = {file.metadata[PREDICTION] for file in files if PREDICTION in file.metadata}
+    words = (file.metadata[PREDICTION] for file in files if PREDICTION in file.metadata)
+    said = {schedule.PREDICTIONS.get(word, word) for word in words}  # "v_prediction" is "v"
     if len(said) > 1:
         found = " and ".join(sorted(said))
         remedy = "if they are of one model all the same, --prediction says which is right"
