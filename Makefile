@@ -8,7 +8,7 @@
 # make test-full  the checks on full-size SDXL with random weights (20 GB of memory and of disk, some minutes)
 # make test-oldest  loading, prompts, sampling, sliders, resuming with the oldest supported torch and transformers (a large download)
 # make docs-check  run README's commands, the exercises and the notebook; check the options of all other commands (a quarter of an hour)
-# make bench      timings and memory against diffusers, peft and the published training loop (an hour or so)
+# make bench      timings and memory against diffusers and peft (an hour or so)
 # make experiments  the experiments of the paper (about two hours; what is done is kept)
 # make miniature  train the miniature again from nothing (hours), resumable
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from safetensors.torch import load_file
 
+from miniature.world import RANGES
 from support import cli
 from support.options import default_help
 
@@ -103,7 +104,7 @@ def main():
         folder = Path(folder)
         draw = ["miniature.pairs", "--count", "4", "--out", str(folder / "pairs")]
         subprocess.run([sys.executable, "-m", *draw], cwd=ROOT, check=True)
-        neg, pos = (str(folder / "pairs" / value) for value in ("0.7", "1.5"))
+        neg, pos = (str(folder / "pairs" / f"{value:g}") for value in RANGES["eye_size"])
         trainings = [
             ("text", TEXT, args.kills - 2 * each, ONE_SLIDER),
             ("pairs", [*PAIRS, "--neg", neg, "--pos", pos], each, ONE_SLIDER),

@@ -55,6 +55,7 @@ X_AXES = {  # what a point has -> its name, ticks
     "cost": ("network evaluations", (1_000, 3_000, 10_000, 30_000)),
     "seconds": ("seconds", (20, 60, 200, 600, 2_000)),
 }
+SETTINGS = ("iterations", "every", "ai_steps", "ai_every", "precision")  # of theirs
 CURVES = {"moved": ("o-", "moved"), "worst_other_moved": ("x--", "most moved other")}
 DRIVER = Path(__file__).with_name("driver.py")
 OUR_STEPS = (15, 30, 60, 120)  # 60 is the default
@@ -126,14 +127,22 @@ def prompts_of(attribute: str, from_pairs: bool) -> list[dict]:
     return entries
 
 
-def authors(copy: Path, out: Path, attribute: str, from_pairs: bool, iterations: int, every: int):
+def authors(
+    copy: Path,
+    out: Path,
+    attribute: str,
+    from_pairs: bool,
+    iterations: int,
+    every: int,
+    precision: str = "bfloat16",
+):
     """The command of the authors' trainer. JSON is YAML too."""
     config = {
         "prompts_file": str(out / "prompts.yaml"),
         "pretrained_model": {"name_or_path": str(MINIATURE), "v2": False, "v_pred": False},
         "network": {"type": "c3lier", "rank": 4, "alpha": 1.0, "training_method": "noxattn"},
         "train": {
-            "precision": "bfloat16",
+            "precision": precision,
             "noise_scheduler": "ddim",
             "iterations": iterations,
             "lr": 0.0002,
@@ -142,7 +151,7 @@ def authors(copy: Path, out: Path, attribute: str, from_pairs: bool, iterations:
             "max_denoising_steps": 50,
         },
         # It saves after iterations 1, 1 + per_steps, ... but the first.
-        "save": {"name": "slider", "path": str(out), "per_steps": every, "precision": "bfloat16"},
+        "save": {"name": "slider", "path": str(out), "per_steps": every, "precision": precision},
         "logging": {"use_wandb": False, "verbose": False},
         "other": {"use_xformers": False},
     }
@@ -270,7 +279,8 @@ def train_and_measure(
                 images.save_image(picture, out / "pairs" / end / f"{i:03}.png")
     log, common = out / "log", (attribute, from_pairs)
     if who == "authors":
-        command = authors(folder / who, out, *common, args.iterations, args.every)
+        settings = (*common, args.iterations, args.every, args.precision)
+        command = authors(folder / who, out, *settings)
         rows = run(args.python, log, seed, command, folder / who)
     elif who == "ai-toolkit":
         settings = (attribute, args.ai_steps, args.ai_every, seed)
@@ -369,6 +379,9 @@ def parser():
         ("--ai-every", 500, "of them between readings"),
     ):
         p.add_argument(option, type=int, default=default, help=default_help(what))
+    what = default_help("in which the authors' trainers keep everything, their LoRA too")
+    precisions = dict(choices=("bfloat16", "float32"), default="bfloat16")
+    p.add_argument("--precision", **precisions, help=what)
     p.add_argument("--jobs", type=int, default=1, help=default_help("trainings at once"))
     p.add_argument("--keep", type=Path, metavar="DIR", help="folder for all sliders")
     p.add_argument("--json", type=Path, default=Path("bench/published.json"), help="results")
@@ -405,7 +418,12 @@ def place(run: dict) -> tuple:
 
 
 def main():
-    args = parser().parse_args()
+    p = parser()
+    args = p.parse_args()
+    changed = [name for name in SETTINGS if getattr(args, name) != p.get_default(name)]
+    if changed and args.json == p.get_default("json"):
+        options_ = ", ".join("--" + name.replace("_", "-") for name in changed)
+        raise ValueError(f"{args.json} holds what the defaults do: {options_} needs --json FILE")
     done = json.loads(args.json.read_text()) if args.json.exists() else []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

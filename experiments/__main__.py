@@ -33,7 +33,8 @@ SLIDERS = "out/experiments"
 
 def done() -> list[str]:
     """What is done with the bundled miniature; results of another one are removed."""
-    model = hashes.model_hash(MINIATURE / "unet" / "diffusion_pytorch_model.safetensors")
+    judge = MINIATURE.parent / "judge.safetensors"
+    model = hashes.files_hash([*sorted(MINIATURE.rglob("*.safetensors")), judge])
     lines = DONE.read_text().splitlines() if DONE.exists() else [""]
     if lines[0] == model:
         return lines

@@ -1,8 +1,8 @@
 """A blind preference study, as the paper ran with paid raters: a page that anyone can open, and
 the sum of the votes.
 
-    python -m experiments.preference page --a out/experiments/repair/faces/without \\
-        --b out/experiments/repair/faces/with --out faces.html
+    python -m experiments.preference page --a out/experiments/repair_seed0/faces/without \\
+        --b out/experiments/repair_seed0/faces/with --out faces.html
     python -m experiments.preference count votes.csv ...
 
 The page is one file and needs no network: each pair of pictures of the same name side by side,

@@ -91,7 +91,7 @@ def measured(lab, what: str, good, before, after) -> dict:
 
 def save_pairs(lab, what: str, before, after):
     """The pictures for the preference study; not in the repository."""
-    folder = Path(lab.args.sliders) / "repair" / what
+    folder = Path(lab.args.sliders) / f"repair_seed{lab.seed}" / what
     for name, pictures in (("without", before), ("with", after)):
         for seed, picture in zip(lab.seeds, pictures):
             images.save_image(picture, folder / name / f"{seed}.png")

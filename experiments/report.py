@@ -260,7 +260,9 @@ def filled(name: str) -> str | None:
     results = [json.loads(file.read_text()) for file in files if file.exists()]
     if not results:
         return None
-    results = [one for one in results if one.keys() >= results[0].keys()]  # a seed that is done
+    rows = set().union(*results)
+    whole = [one for one in results if one.keys() == rows]  # a seed that was stopped waits
+    results = whole or results[:1]
     return space(*results) if name == "space" else both(*map(KINDS[name], results))
 
 

@@ -13,8 +13,6 @@ independent ones (train_space.independent_rotation); and the same turned at rand
 * Diversity: mean distance of pictures, each with all independent sliders at random scales, against
   plain ones; malformed faces in both."""
 
-import time
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -39,10 +37,9 @@ def features(space: SpaceSliders, drawn):
 
 def measure(space: SpaceSliders, kind: str) -> dict:
     """Of one set: a row for each slider, and what sums them up."""
-    started = time.time()
+    sliders = space.load_or_train(kind)
     v, _, share = space.directions(kind)
-    sliders, v = space.load_or_train(kind), v.cpu()
-    seconds = time.time() - started
+    v = v.cpu()
     hints = clip.name_directions(space.encode, PROMPT, clip.words_of(space.model), v)
     rows, changes = [], []
     for i, slider in enumerate(sliders):
@@ -65,7 +62,7 @@ def measure(space: SpaceSliders, kind: str) -> dict:
         "sliders": rows,
         "mean_cosine": float(np.mean([row["cosine"] for row in rows])),
         "between": float((unit @ unit.T)[of_two_sliders].abs().mean()),
-        "seconds": seconds,
+        "seconds": float(sliders[0].metadata["seconds"]),  # of the training, whenever it was
     }
 
 

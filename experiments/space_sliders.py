@@ -2,6 +2,7 @@
 them, trained once."""
 
 import functools
+import time
 from pathlib import Path
 
 import torch
@@ -72,6 +73,7 @@ class SpaceSliders:
         return [lora.load(path, self.model.unet) for path in paths]
 
     def train(self, kind: str, paths: list[Path]):
+        started = time.time()
         model, encoder, (v, sigma, _) = self.model, self.encoder, self.directions(kind)
         samples = self.samples.first(TRAIN_SAMPLES)
         recipe = training.recipe(model.unet, train_space.SMALL, train_space.LARGE)
@@ -82,4 +84,6 @@ class SpaceSliders:
         for path, one, v_i, sigma_i in zip(paths, made, v, sigma):
             direction = (one, v_i, sigma_i.item())
             train_space.calibrate(model, encoder, *direction, *self.prompts, **drawing)
-            lora.save(path, one, {"kind": "space slider"})
+        seconds = time.time() - started
+        for path, one in zip(paths, made):
+            lora.save(path, one, {"kind": "space slider", "seconds": seconds})

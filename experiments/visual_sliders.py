@@ -80,8 +80,12 @@ def main():
         lab.once(name, lambda: measured(lab, draw(SCALES)))
         shown.append(draw([-2.0, 2.0]))
     (plain,) = lab.draw([[]])
-    columns = [shown[0][0], plain, shown[0][1], shown[2][1], shown[-1][1]]
-    lab.sheet(columns, ["slider -2", "plain", "slider +2", "B alone +2", "text +2"])
+    columns = [shown[0][0], plain, shown[0][1], shown[2][1]]
+    names = ["slider -2", "plain", "slider +2", "B alone +2"]
+    if lab.small:
+        columns.append(shown[3][1])
+        names.append("text +2")
+    lab.sheet(columns, names)
 
 
 if __name__ == "__main__":

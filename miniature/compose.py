@@ -2,7 +2,7 @@
 
     python -m miniature.compose
 
-Trains those that are not in the folder yet (about 35 s each on two cores), then measures
+Trains those that are not in the folder yet (about 55 s each on two cores), then measures
 * independence: the effect of one slider (from scale -2 to 2) while another is held at -2, 0 and 2;
 * all ten at scale 1 together: is the face still well-formed, and has each attribute moved its way?
 """

@@ -697,9 +697,9 @@ def train_unet(attributes, latents, device, steps=6000, batch=48):
         if step % 50 == 0:
             log(f"unet {step}/{steps} loss {average:.4f} {time.time() - started:.0f}s")
         if (step + 1) % 250 == 0 or step + 1 == steps:
-            checkpoint.save(step + 1)
             save_half(ema.module.state_dict(), path)
             save_text_encoder(text, "text_encoder")
+            checkpoint.save(step + 1)  # last: killed before it, a restart does these steps again
         if (step + 1) % 1000 == 0:
             samples(WORK / "unet.png")
 

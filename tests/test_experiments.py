@@ -51,7 +51,7 @@ def test_one_failure_does_not_stop_the_others(tmp_path, monkeypatch, jobs):
         ALL=["a --seed 0", "b --seed 0", "c --seed 0"],
     ).items():
         monkeypatch.setattr(everything, name, value)
-    monkeypatch.setattr(everything.hashes, "model_hash", lambda path: model)
+    monkeypatch.setattr(everything.hashes, "files_hash", lambda files: model)
     monkeypatch.setattr(everything.report, "main", lambda: None)
     monkeypatch.setattr(everything.claims, "main", lambda: None)
     monkeypatch.setattr(sys, "argv", ["x", "--jobs", str(jobs)])
@@ -80,6 +80,16 @@ def test_directions_of_two_seeds_are_not_put_into_one_row():
 
     table = report.space(run("skin"), run("smile"))
     assert "| skin 50% |" in table and "| smile 50% |" in table and "skin 50%<br>" not in table
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_seed_that_was_stopped_waits_beside_the_other(tmp_path, monkeypatch, stopped):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setitem(report.KINDS, "x", lambda found: " ".join(found))
+    for seed, name in enumerate(("x.json", "x_seed1.json")):
+        rows = {"a": 1} if seed == stopped else {"a": 1, "b": 2}
+        (tmp_path / name).write_text(json.dumps(rows))
+    assert report.filled("x") == "a b"
 
 
 def test_sliders_are_trained_once(lab, monkeypatch):

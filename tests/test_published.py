@@ -106,6 +106,13 @@ def test_ai_toolkit_has_our_words_rank_layers_and_eta(tmp_path):
     assert process["train"]["steps"] == 30 and process["save"]["save_every"] == 10
 
 
+def test_other_settings_do_not_go_into_the_committed_results(tmp_path, monkeypatch):
+    command = ["x", "--authors", str(tmp_path), "--precision", "float32", "--ai-steps", "9"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(ValueError, match="--ai-steps, --precision needs --json FILE"):
+        published.main()
+
+
 @pytest.mark.parametrize("option", ["--authors", "--ai-toolkit"])
 def test_a_missing_clone_is_one_line(tmp_path, option):
     command = [sys.executable, "-m", "bench.published", option, str(tmp_path / "none")]
