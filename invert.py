@@ -89,7 +89,7 @@ def null_text(
         """The embeddings that lead from x_t to the pivot's next latents, and where they do lead."""
         t, t_next = [*ts, -1][i : i + 2]  # -1: the end
         null = [part.clone().requires_grad_() for part in null]
-        optimizer = torch.optim.Adam(null, lr=lr * (1 - i / (2 * steps)))
+        optimizer = torch.optim.Adam(null, lr=lr * (1 - i / (2 * steps)), eps=2**14 * 1e-8)
         settings = dict(alpha_bar=alpha_bar, guidance=guidance)
         with torch.no_grad():
             eps_c = unet(x_t, torch.full((B,), t, device=x_t.device), *cond)
@@ -101,7 +101,7 @@ def null_text(
             if loss.max().item() < tolerance + 2e-5 * i or j == inner:
                 break
             optimizer.zero_grad()
-            loss.sum().backward()
+            (loss.sum() * 2**14).backward()  # loss scaling: float16
             optimizer.step()
         error = loss.max()
         found = {"context": null[0], "pooled": null[1], "x_next": x_next, "error": error}

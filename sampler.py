@@ -43,7 +43,8 @@ def timesteps(steps: int | list[int], T: int = 1000, spacing: str = "leading") -
         return [round(T - i * T / steps) - 1 for i in range(steps)]
     if spacing == "linspace":
         return [round((T - 1) * (1 - i / max(steps - 1, 1))) for i in range(steps)]
-    return [min(i * (T // steps) + 1, T - 1) for i in reversed(range(steps))]
+    offset = 1 if steps < T else 0  # where there is room for it
+    return [i * (T // steps) + offset for i in reversed(range(steps))]
 
 
 def noise(seeds, shape, device="cpu", dtype=torch.float32):

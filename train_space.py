@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import lora
 import sampler
 from formats import slider_files
-from support import cli, clip, cost, distributed, images, options, probe, training
+from support import cli, clip, cost, distributed, images, inversions, options, probe, training
 from support.batches import SPACE, in_batches
 from support.checkpoint import RESUME_HINT, open_checkpoint, resume_or_new
 from support.sweep import sweep
@@ -271,8 +271,9 @@ def main():
     words = clip.words_of(model, args.words)
 
     # The samples outlive the training: other directions can be learned from them.
-    names = "base denoising_steps dtype guidance merge model per_sample prediction prompt seed size"
+    names = "denoising_steps dtype guidance merge model per_sample prediction prompt seed size"
     drawn_with = {name: getattr(args, name) for name in [*names.split(), "start"]}
+    drawn_with["weights"] = inversions.cache_key(model, cond[0])
     kept = resume_or_new(out / "samples", drawn_with)
     batch = 4 * args.batch
     steps = sampler.timesteps(args.denoising_steps, spacing=model.spacing)
@@ -284,8 +285,7 @@ def main():
         f = in_batches(see, args.samples, batch, desc="features")["f"]  # (samples, d)
     v, sigma, share = directions(f, args.sliders, not args.principal)
     hints = clip.name_directions(encode, args.prompt[0], words, v)
-    variance = f"{share.sum():.0%} of the variance of {args.samples} pictures' features"
-    print(f"{args.sliders} directions hold {variance}")
+    print(f"{args.sliders} directions hold {share.sum():.0%} of the features' variance")
 
     model.release(vae=False)
     names = ("rank", "alpha", "steps", "batch", "lr", "seed")

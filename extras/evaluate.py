@@ -4,9 +4,11 @@
         --prompt "a photo of an old person"
 
 Change in CLIP score, LPIPS and FID (extras/metrics.py) of pictures matched by file name, with 95%
-bootstrap intervals over the pictures. The judges of real pictures are CLIP ViT-B/32, LPIPS on
-AlexNet and Inception: pip install -r requirements-judges.txt. With --judges miniature they are the
-miniature's own networks (miniature/judges.py), whose numbers compare with nothing but each other.
+bootstrap intervals over the pictures. Every picture is first cropped to its middle square and
+scaled to 512 pixels (128 with --judges miniature). The judges of real pictures are CLIP ViT-B/32,
+LPIPS on AlexNet and Inception: pip install -r requirements-judges.txt. With --judges miniature they
+are the miniature's own networks (miniature/judges.py), whose numbers compare with nothing but each
+other.
 """
 
 import json
@@ -31,8 +33,11 @@ def parse_args():
     p.add_argument("--alexnet", help=alexnet)
     inception = "file of torch-fidelity's Inception weights (default: fetched by it)"
     p.add_argument("--inception", help=inception)
-    p.add_argument("--json", help="also write the result to this file")
-    return p.parse_args()
+    p.add_argument("--json", help="also write the result to this file, a new one")
+    args = p.parse_args()
+    if args.json and cli.output_file(args.json, ".json").exists():
+        raise ValueError(f"{args.json}: is there already: name another file")
+    return args
 
 
 def main():

@@ -8,6 +8,7 @@
 And 95% intervals for them. The judges of real pictures are CLIP ViT-B/32, LPIPS on AlexNet and
 Inception."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -113,6 +114,18 @@ def wilson(k: int, n: int, z: float = 1.96) -> dict:
 # -------------------------------------------------------------------------- judges of real pictures
 
 
+@contextlib.contextmanager
+def readable(option: str, path: str | None):
+    """What a file that is no such weights raises, as a ValueError. FileNotFoundError as it is."""
+    try:
+        yield
+    except Exception as error:  # anything
+        if path is None or isinstance(error, OSError):
+            raise
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{option} {path}: no such weights: {why}") from None
+
+
 def real_judges(
     clip: str = "openai/clip-vit-base-patch32",
     alexnet: str | None = None,
@@ -139,16 +152,19 @@ def real_judges(
     def load_lpips():
         net = lpips_package.LPIPS(net="alex", pnet_rand=alexnet is not None, verbose=False)
         if alexnet:
-            state = torch.load(alexnet, weights_only=True)
-            values = [v for name, v in state.items() if name.startswith("features.")]
-            for p, value in zip(net.net.state_dict().values(), values, strict=True):
-                p.copy_(value)
+            with readable("--alexnet", alexnet):
+                state = torch.load(alexnet, weights_only=True)
+                values = [v for name, v in state.items() if name.startswith("features.")]
+                for p, value in zip(net.net.state_dict().values(), values, strict=True):
+                    p.copy_(value)
         return net.eval().to(device)
 
     @functools.cache
     def load_inception():
         weights = dict(feature_extractor_weights_path=inception)
-        return FeatureExtractorInceptionV3("inception", ["2048"], **weights).eval().to(device)
+        with readable("--inception", inception):
+            net = FeatureExtractorInceptionV3("inception", ["2048"], **weights)
+        return net.eval().to(device)
 
     def tensor(images):  # (N, 3, H, W), uint8
         arrays = [torch.from_numpy(np.array(p.convert("RGB"))) for p in images]

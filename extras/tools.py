@@ -204,8 +204,9 @@ def bake(args, unet):
         for stem, delta in file.deltas.items():
             changes.setdefault(f"{known[stem][0]}.weight", []).append((delta, weight))
     unfinished = out.with_name(out.name + ".tmp")  # renamed once it is whole
+    if unfinished.exists():
+        raise ValueError(f"{unfinished}: in the way, maybe of a run that was stopped: delete it")
     if source.is_dir():
-        shutil.rmtree(unfinished, ignore_errors=True)
         shutil.copytree(source, unfinished, ignore=ignore_unet_weights)
     names_of: dict[Path, dict[str, str]] = {}  # file -> {name there: released name}
     locations = weights.find_weights(source, args.base).locations["unet"]

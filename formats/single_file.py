@@ -404,8 +404,9 @@ def identify(shapes: dict[str, tuple]) -> str:
         return "a diffusion transformer (SD 3 or Flux); only SDXL is supported"
     if "conditioner.embedders.0.model.ln_final.weight" in shapes:
         return "the SDXL refiner, which has one text encoder; sliders need the base model"
-    if "edm_mean" in shapes or "edm_std" in shapes:
-        return "an EDM checkpoint (as Playground v2.5), which is noised and scaled in another way"
+    if starts("edm_mean", "edm_std", "edm_vpred."):
+        what = "an EDM checkpoint (as Playground v2.5 or CosXL)"
+        return f"{what}, which is noised and scaled in another way"
     if any(name.endswith(("scaled_fp8", ".scale_weight", ".weight_scale")) for name in shapes):
         how = "multiply each weight by its scale and save it in float16 (plain float8 is read)"
         return f"a checkpoint in scaled float8, whose weights need their scales; {how}"

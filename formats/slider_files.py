@@ -498,5 +498,5 @@ def tool_metadata(deltas: dict[str, Delta], metadata: dict[str, str]) -> dict[st
     if words:
         out["modelspec.description"] = f"concept slider: {'; '.join(words)}"
     if useful := useful_range(metadata):
-        out["modelspec.usage_hint"] = "useful at most from scale {:+g} to {:+g}".format(*useful)
+        out["modelspec.usage_hint"] = "useful range of scales: {:+g} to {:+g}".format(*useful)
     return out

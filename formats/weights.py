@@ -336,11 +336,16 @@ def read_tensors(locations: dict, device, dtype, chunk: int = 2**28):
 
 ODD_CONFIG = "its config.json (of a single file without --base, SDXL's own) is missing or odd"
 
+READ_LATER = {"unet": ("sample_size", "addition_time_embed_dim"), "vae": ("scaling_factor",)}
+
 
 def load_module(kind, config: dict, locations: dict, device, dtype, part: str):
     """Build kind(config) without memory, then fill it. Raises ValueError unless names and shapes
     fit exactly."""
     try:
+        for name in READ_LATER.get(part, ()):  # not while it is built
+            if not config[name] > 0:
+                raise ValueError(f"{name} is {config[name]}")
         with torch.device("meta"):
             module = kind(config)
     except (LookupError, ArithmeticError, TypeError, ValueError, RuntimeError) as error:

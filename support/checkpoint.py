@@ -1,8 +1,9 @@
 """Checkpoints: the folder OUT.checkpoint that a training keeps beside the file OUT it is to write.
 
 Everything in it is written under a temporary name and renamed, so a training may be killed at any
-moment. `--resume` goes on from it, and ends with the very weights, bit for bit, of a training
-without a break. A training that is done removes it."""
+moment. `--resume` goes on from it, and ends with the very weights of a training without a break: on
+a CPU bit for bit, on a GPU as nearly as two trainings there agree. A training that is done removes
+it."""
 
 import contextlib
 import json
@@ -64,7 +65,7 @@ class Checkpoint:
     def save(self, state: dict):
         """state: the same in all processes. The first one writes it, so that all go on from one."""
         if self.folder and distributed.is_main_process():
-            self.write(self.folder / "state.pt", lambda p: torch.save(state, p))
+            self.write(self.folder / "state.pt", lambda p: save_state(state, p))
 
     def load(self) -> dict | None:
         """What `save` was last given, on the CPU; None if nothing was."""
@@ -82,6 +83,14 @@ class Checkpoint:
     def remove(self):
         if self.folder and distributed.is_main_process():
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def save_state(state: dict, path: Path):
+    """torch.save, with an OSError where the disk is full: torch raises RuntimeError."""
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:
+        raise OSError(f"{path}: could not be written ({str(error).splitlines()[0]})") from None
 
 
 NO_CHECKPOINT = Checkpoint()
@@ -124,7 +133,9 @@ def resume_or_new(folder: Path, settings: dict) -> Checkpoint:
     for name, value in json.loads(json.dumps(settings)).items():
         if value != before.get(name):
             option = f"--{name.replace('_', '-')} {before.get(name)}, not {value}"
-            what = "other pictures in these folders" if name == "pictures_hash" else option
+            changed = {"pictures_hash": "other pictures in these folders"}
+            changed["weights"] = "another model of this name, or merged with another file"
+            what = changed.get(name, option)
             raise ValueError(f"{folder}: was begun with {what}: delete it, or name another --out")
     return Checkpoint(folder)
 

@@ -28,7 +28,8 @@ class Parser(argparse.ArgumentParser):
         for name in (word.split("=")[0] for word in sys.argv[1:]):
             if name.startswith("--") and name not in self._option_string_actions:
                 close = difflib.get_close_matches(name, self._option_string_actions, 1)
-                message = f"there is no {name}" + (f": {close[0]} may be meant" if close else "")
+                meant = f": did you mean {close[0]}?" if close else ""
+                message = f"unknown option {name}{meant}"
                 break
         self.exit(2, f"error: {message}; {self.prog} --help lists what there is\n")
 
@@ -40,7 +41,7 @@ def plain_parser(description: str) -> argparse.ArgumentParser:
     style = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p = Parser(prog=prog, description=description, **style)
     # So that "--scales -2,0,2" is a value, not an option.
-    p._negative_number_matcher = re.compile(r"^-[\d.][-+\d.,]*$")
+    p._negative_number_matcher = re.compile(r"^-[\d.][-+\d.,eE]*$")
     return p
 
 
@@ -62,7 +63,7 @@ def model_parser(description: str) -> argparse.ArgumentParser:
     p.add_argument("--prediction", choices=["epsilon", "v"], help=prediction)
     text_on_cpu = "keep the text encoders off the GPU: 1.5 GiB less for SDXL"
     p.add_argument("--text-on-cpu", action="store_true", help=text_on_cpu)
-    no_graphs = "launch every operation of a GPU by itself: slower, a little less memory"
+    no_graphs = "launch GPU kernels one by one, without CUDA graphs: slower, a little less memory"
     p.add_argument("--no-cuda-graphs", action="store_true", help=no_graphs)
     return p
 
@@ -268,7 +269,7 @@ def run(main, when_stopped: str = ""):
     """Run main(). Whatever the user can mend becomes one line and exit status 2, without a
     traceback. when_stopped: said after Ctrl-C."""
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    if "RANK" not in os.environ:
+    if "LOCAL_RANK" not in os.environ:
         # A termination is like Ctrl-C. torchrun's own must end a process that waits for others.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     mendable = (ValueError, OSError, FloatingPointError, SafetensorError)

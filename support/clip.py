@@ -51,7 +51,9 @@ def towers(clip: str | None, model):
     which was trained with its second text encoder; ValueError if there is none."""
     if clip is None:
         folder = model.folder and model.folder / "image_encoder"
-        if not folder or not (folder / "config.json").exists():
+        config = folder / "config.json" if folder else None
+        # Another one, such as an IP-Adapter's, is no half of a CLIP that knows words too.
+        if not config or not config.exists() or "outputs" not in json.loads(config.read_text()):
             what = "a CLIP model, folder or Hub id, such as openai/clip-vit-large-patch14"
             raise ValueError(f"--clip is needed: {what}")
         encode = lambda prompts: model.encode_prompt(prompts)[1].cpu()

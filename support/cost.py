@@ -98,7 +98,7 @@ def dry_run(args, model, slider, cond, plan: dict):
     )
     if model.device.type == "cpu" and not is_small(model.unet):
         on_h200 = sum(n * s for n, s in zip(total, H200)) * shape[1] * shape[2] / 64**2
-        slower = "another GPU takes longer by as much as its TFLOP/s in bfloat16 are fewer"
+        slower = "for another GPU multiply by 800 and divide by its TFLOP/s in bfloat16"
         print(f"An NVIDIA H200 (800 TFLOP/s) takes about {on_h200:.2g} s for that; {slower}.")
 
 
@@ -106,7 +106,7 @@ def peak_memory(device="cpu") -> float:
     """Bytes: of the GPU's memory, or of this process's (NaN where the system does not say). Not
     getrusage's, which starts at the parent process's."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if not status.exists():
         return float("nan")

@@ -17,11 +17,15 @@ import torch.distributed.nn.functional  # noqa: F401
 
 
 def start():
-    """Join the other processes, if torchrun started this one."""
-    if "RANK" in os.environ and not dist.is_initialized():
+    """Join the other processes, if torchrun started this one. ValueError for too few GPUs."""
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         cuda = torch.cuda.is_available()
         if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # "cuda" then means its own GPU
+            number, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if number >= gpus:
+                remedy = f"--nproc-per-node {gpus}, or CUDA_VISIBLE_DEVICES= for the CPU"
+                raise ValueError(f"there are only {gpus} GPUs: {remedy}")
+            torch.cuda.set_device(number)  # "cuda" then means its own GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")  # with --device cpu too
 
 

@@ -34,21 +34,23 @@ def record(function, inputs, pool=None):
     """(replay, outputs): replay() runs function(*inputs) on what the inputs then hold, and leaves
     the results in `outputs`. pool: memory to share with other graphs. RuntimeError if it cannot be
     recorded."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function(*inputs)  # libraries load and choose their kernels, which cannot be recorded
-    torch.cuda.current_stream().wait_stream(stream)
-    graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[stream.device_index]
-    state = generator.graphsafe_get_state()
-    # A recording that fails leaves the random generator's state unusable: so it gets a copy.
-    generator.graphsafe_set_state(generator.clone_state())
-    try:
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            outputs = function(*inputs)
-    finally:
-        generator.graphsafe_set_state(state)
-    return graph.replay, outputs
+    with torch.cuda.device(inputs[0].device):  # streams and graphs are of the current one
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function(*inputs)  # libraries load and choose their kernels, which cannot be recorded
+        torch.cuda.current_stream().wait_stream(stream)
+        generator = torch.cuda.default_generators[stream.device_index]
+        state = generator.graphsafe_get_state()
+        # A recording that fails leaves the random generator's state unusable: so it gets a copy.
+        generator.graphsafe_set_state(generator.clone_state())
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                outputs = function(*inputs)
+        finally:
+            generator.graphsafe_set_state(state)
+        return graph.replay, outputs
 
 
 def captured(function, device, pool=None):

@@ -22,6 +22,8 @@ class Infotext:
         self.args, self.sliders = args, sliders
         self.columns, self.etas = [], None
         about = training.provenance(args)
+        inverted = args.image and args.strength is None
+        self.seeds = [None] if inverted else args.seeds  # what is inverted has no seed
         self.fields = {
             "Steps": args.steps if isinstance(args.steps, int) else len(args.steps),
             "Sampler": "DDIM",
@@ -32,7 +34,7 @@ class Infotext:
             "Model": about["ss_sd_model_name"].removesuffix(".safetensors"),
             "Merged": "; ".join(f"{Path(p).name} {1 if w is None else w:g}" for p, w in args.merge),
             "Denoising strength": args.strength,
-            "Inversion": args.invert if args.image and args.strength is None else None,
+            "Inversion": args.invert if inverted else None,
             "Noise levels": None if isinstance(args.steps, int) else args.steps,
             "Eq. (8)": args.guide and f"+ {args.guide[0]} - {args.guide[1]}",
             "Preserved": "; ".join(args.preserve),
@@ -43,11 +45,11 @@ class Infotext:
         on = [(self.sliders[s], scale, start) for s, scale, start in self.columns[c] if scale]
         sliders = "; ".join(f"{name} {scale:g} from {start:g} on" for name, scale, start in on)
         eta = f"{self.etas[c]:g}" if self.etas else None
-        return self.chunk({"Seed": self.args.seeds[r], "Sliders": sliders, "Eta": eta})
+        return self.chunk({"Seed": self.seeds[r], "Sliders": sliders, "Eta": eta})
 
     def sheet(self, names: list[str], r: int | None = None) -> dict:
         """Of several pictures: all rows, or row r; names of the columns."""
-        seeds = self.args.seeds if r is None else self.args.seeds[r : r + 1]
+        seeds = self.seeds if r is None else self.seeds[r : r + 1]
         more = {"Seeds": seeds} if len(seeds) > 1 else {}
         more |= {"Sliders": "; ".join(self.sliders.values()), "Scales": ", ".join(names)}
         return self.chunk({"Seed": seeds[0]} | more)

@@ -36,7 +36,7 @@ def cached(path: Path, make) -> Inversion:
 
 
 def cache_key(model, x_0, *settings) -> str:
-    """A name for the inversion of latents x_0 by just this model with just these settings."""
+    """A name for what just this model makes of x_0, latents or others, with these settings."""
     settings = (*settings, model.prediction, model.spacing)
     digest = hashlib.sha256(repr(settings).encode())
     networks = (model.unet, *model.text_encoders)

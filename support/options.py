@@ -8,7 +8,7 @@ from pathlib import Path
 import lora
 from formats import slider_files
 from invert import METHODS
-from support import cli, distributed, sizes
+from support import cli, distributed, images, sizes
 from support.training import ETA, LARGE, PUBLISHED, SMALL
 
 
@@ -32,19 +32,20 @@ def add_training_options(p, small=SMALL, large=LARGE, out="slider.safetensors"):
     layers = "layers that change: attention (attn), cross-attention (xattn), all but that, or all"
     option("layers", layers, "noxattn", choices=lora.LAYERS)
     p.add_argument("--no-conv", action="store_true", help="leave convolutions out")
-    option("rank", "of each slider", 4, type=int)
+    option("rank", "the LoRA's rank", 4, type=int)
     option("alpha", "the LoRA's constant alpha", 1.0, type=cli.number)
     option("steps", "optimizer steps", type=int)
     option("batch", "samples in a step, of all processes together", type=int)
     option("lr", "learning rate", type=cli.number)
     flags = {
-        "checkpointing": "less memory, more time: compute parts of the UNet again on the way back",
+        "checkpointing": "gradient checkpointing: less memory, more time",
         "resume": "go on with a training of the same command that was stopped",
         "overwrite": "replace --out, or the checkpoint of a training that was stopped",
     }
     for name, what in flags.items():
         p.add_argument(f"--{name}", action="store_true", help=what)
-    size = "pixels, 1024 or width x height as 832x1216 (default: the model's own, at most 512)"
+    size = "pixels, 1024 or width x height as 832x1216 (default: the model's own, at most 512"
+    size += "; of pairs its nearest size to their proportions)"
     p.add_argument("--size", type=sizes.size, help=size)
     p.add_argument("--seed", type=cli.seed, default=0)
 
@@ -97,8 +98,8 @@ def text_slider(doc: str):
     numbers = [
         ("trajectories", int, 16, "noises that the teacher denoises"),
         ("per-trajectory", int, 4, "x_t kept from each"),
-        ("denoising-steps", int, 20, "of each"),
-        ("guidance", cli.guidance, 3.0, "while denoising"),
+        ("denoising-steps", int, 20, "DDIM steps of each trajectory"),
+        ("guidance", cli.guidance, 3.0, "guidance scale of the trajectories"),
     ]
     for name, kind, default, what in numbers:
         p.add_argument(f"--{name}", type=kind, default=default, help=default_help(what))
@@ -213,7 +214,7 @@ def space(doc: str, small: dict, large: dict, start: float, held_out: int):
     numbers = [
         ("sliders", 8, "directions, a slider each"),
         ("samples", 512, "pictures whose spread is looked at"),
-        ("train-samples", 128, "of them, pictures whose x_t are trained on"),
+        ("train-samples", 128, "how many of --samples are trained on"),
         ("per-sample", 5, "x_t kept from each"),
     ]
     for name, default, what in numbers:
@@ -224,11 +225,11 @@ def space(doc: str, small: dict, large: dict, start: float, held_out: int):
     p.add_argument("--principal", action="store_true", help=principal)
     words = "file of words, one a line, to name directions with (default: a list of its own)"
     p.add_argument("--words", help=words)
-    steps = default_help("their number, or the levels of a distilled model: 999,749,499,249")
+    steps = default_help("DDIM steps, or the levels of a distilled model: 999,749,499,249")
     p.add_argument("--denoising-steps", type=cli.steps_or_levels, default=20, help=steps)
-    guidance = default_help("while drawing; 1 for a distilled model")
+    guidance = default_help("guidance scale while drawing; 1 for a distilled model")
     p.add_argument("--guidance", type=cli.guidance, default=5.0, help=guidance)
-    train_guidance = default_help("in the predicted x_0")
+    train_guidance = default_help("guidance scale in the predicted x_0")
     p.add_argument("--train-guidance", type=cli.guidance, default=1.0, help=train_guidance)
     what = "share of the denoising after which the sliders are on; 0 for a distilled model"
     p.add_argument("--start", type=cli.fraction, default=start, help=default_help(what))
@@ -241,6 +242,11 @@ def space(doc: str, small: dict, large: dict, start: float, held_out: int):
     if (fewest := min(args.samples, args.train_samples)) <= held_out:
         needed = f"more than {held_out} are needed, {held_out} of them for the meter alone"
         raise ValueError(f"--train-samples {fewest}: {needed}")
+    out, new = Path(args.out), not (args.overwrite or args.resume)
+    sliders = [out / f"{i + 1}.safetensors" for i in range(args.sliders)]
+    if new and not (out / "space.json.checkpoint").exists():
+        for path in filter(Path.exists, [out / "space.json", out / "sheet.png", *sliders]):
+            raise ValueError(f"{path}: is there already: --overwrite replaces it")
     if args.samples <= args.sliders:
         needed = f"more pictures than --sliders {args.sliders} are needed"
         raise ValueError(f"--samples {args.samples}: {needed}")
@@ -265,7 +271,7 @@ def slider(doc: str):
     option("image", "edit this picture instead of drawing new ones; --prompt says what it shows")
     how = dict(choices=METHODS, default="null-text")
     option("invert", "with --image: how it is inverted", **how)
-    flag("checkpointing", "with --image: less memory, more time in null-text inversion")
+    flag("checkpointing", "with --image: gradient checkpointing in null-text inversion")
     sdedit = "with --image: do not invert it; noise it this far, 0 to 1, and draw it again (SDEdit)"
     option("strength", sdedit, type=cli.number)
     file = dict(type=cli.file_scale_start, metavar="FILE[:SCALE][@START]")
@@ -295,7 +301,8 @@ def slider(doc: str):
     option("steps", steps, type=cli.steps_or_levels, default=30)
     start = "share of the denoising after which the sliders switch on"
     option("start", start, type=cli.fraction, default=0.3)
-    size = "pixels, 1024 or width x height as 832x1216 (default: the model's own)"
+    size = "pixels, 1024 or width x height as 832x1216 (default: the model's own; with --image the"
+    size += " nearest of its sizes to the picture's proportions)"
     option("size", size, type=sizes.size)
     batch = "pictures denoised at once (default: 16; for a UNet of SDXL's size 4)"
     option("batch", batch, type=int)
@@ -336,6 +343,9 @@ def check_slider(args):
         raise ValueError(f"--eta must be above 0, not {args.eta}")
     if args.scales and not args.guide and not sweeping:
         raise ValueError("--scales: no slider to sweep; give one without a scale of its own")
+    names = [images.scale_label(scale) for scale in args.scales or ()]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"--scales: two of them are {min(twice)} in the names of the pictures")
     if not args.image and (args.strength is not None or args.invert != "null-text"):
         name = "invert" if args.strength is None else "strength"
         raise ValueError(f"--{name} belongs to --image")

@@ -302,8 +302,8 @@ def finish(
         said = lambda end: f"{end:+.1f}" + (" (tried no further)" if end in limits else "")
         low, high = map(said, about["probe"]["range"])
         if not any(line.startswith("WARNING") for line in lines):
-            beyond = "beyond, pictures break down or stay as they are"
-            print(f"Useful at most from scale {low} to {high}: {beyond}.")
+            beyond = "beyond it pictures break down or stop changing"
+            print(f"Useful range of scales: {low} to {high}; {beyond}.")
     size, seconds = path.stat().st_size / 1e6, time.time() - started
     print(f"{path}: written, {size:.2f} MB, after {seconds:.0f} s")
     prompt = about.get("prompts", [args.prompt])[0] or "..."  # pairs may be of anything

@@ -237,8 +237,8 @@ def test_an_unknown_word_is_named(tmp_path):
 
 BAD = [
     (f"{TRAIN} --frobnicate", "--frobnicate"),
-    (f"{TRAIN} --step 3", "there is no --step: --steps may be meant"),
-    ("slider.py --promt a", "there is no --promt: --prompt may be meant"),
+    (f"{TRAIN} --step 3", "unknown option --step: did you mean --steps?"),
+    ("slider.py --promt a", "unknown option --promt: did you mean --prompt?"),
     (f"{TRAIN} --rank 0", "--rank"),
     (f"{TRAIN} --rank 5000", "rank: 5000"),
     (f"{TRAIN} --rank four", "--rank"),
@@ -271,6 +271,8 @@ BAD = [
     (f"{DRAW} --size 130", "size: 130x130"),
     (f"{DRAW} --steps 0", "steps: 0"),
     (f"{DRAW} --scales a,b", "--scales"),
+    (f"{DRAW} --scales 1.001,1.002 --slider a.safetensors", "--scales: two of them are +1 in"),
+    (f"{DRAW} --scales -1e-1,1", "no slider to sweep"),
     (f"{DRAW} --seeds x", "--seeds"),
     (f"{DRAW} --out README.md", "README.md"),
     ("slider.py --prompt ' '", "--prompt is empty"),
@@ -398,6 +400,12 @@ def test_a_space_of_sliders(option, tmp_path):
     again = run(train)
     assert again.returncode == 2
     assert "space.json: is there already: --overwrite replaces it" in again.stderr
+    mine = tmp_path / "of_mine"
+    mine.mkdir()
+    (mine / "2.safetensors").write_bytes(b"mine")
+    other = run(f"{train} --out {mine}")
+    assert other.returncode == 2 and "2.safetensors: is there already" in other.stderr
+    assert (mine / "2.safetensors").read_bytes() == b"mine"
     other = run(f"{train} --overwrite --seed 1")
     assert other.returncode == 2 and "samples: was begun with --seed 0, not 1" in other.stderr
     other = run(f"{train} --overwrite --prompt 'a hand'")

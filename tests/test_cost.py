@@ -215,6 +215,22 @@ def fitted(**options):
     return torch.cat([p.detach().flatten() for p in slider.parameters()])
 
 
+@pytest.mark.parametrize("number, refused", [(1, False), (2, True)])
+def test_more_processes_than_gpus_are_one_line(monkeypatch, number, refused):
+    monkeypatch.setenv("LOCAL_RANK", str(number))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    taken, joined = [], []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", joined.append)
+    if refused:
+        with pytest.raises(ValueError, match="only 2 GPUs: --nproc-per-node 2, or CUDA_VISIBLE"):
+            distributed.start()
+    else:
+        distributed.start()
+    assert (taken, joined) == (([], []) if refused else ([1], ["cpu:gloo,cuda:nccl"]))
+
+
 def interrupted(folder):
     """What each of two processes does: stopped while it is at the fourth step, and once more to the
     end. The interrupt comes in the computation of the fourth step's loss."""

@@ -98,9 +98,22 @@ def test_the_command(tmp_path):
     done = run(f"{command} --json {tmp_path / 'r.json'}")
     assert done.returncode == 0 and "3 pairs" in done.stdout, done.stderr
     assert "clip_change" in (tmp_path / "r.json").read_text()
+    again = run(f"{command} --json {tmp_path / 'r.json'}")
+    assert again.returncode == 2 and "r.json: is there already" in again.stderr
     for name in ("young", "old"):
         (tmp_path / name / "1.png").unlink(), (tmp_path / name / "2.png").unlink()
     done = run(command)
     assert done.returncode == 0 and "lpips" in done.stdout and "it needs two pairs" in done.stdout
     done = run(f"-m extras.evaluate --original {tmp_path}/nowhere {edited} --prompt x")
     assert done.returncode == 2 and "nowhere: no such folder" in done.stderr
+
+
+def test_other_weights_than_alexnets_are_one_line(tmp_path):
+    pytest.importorskip("lpips")
+    (tmp_path / "x.pth").write_bytes(b"no weights")
+    try:
+        judges = metrics.real_judges(alexnet=str(tmp_path / "x.pth"))
+    except ValueError as error:
+        pytest.skip(str(error))
+    with pytest.raises(ValueError, match="--alexnet .*x.pth: no such weights"):
+        metrics.lpips(judges, faces(1), faces(1))

@@ -77,6 +77,16 @@ def test_sd_prompt_reader_reads_it(drawn):
     assert found.parameter["seed"] == "4" and found.parameter["size"] == "96x64"
 
 
+def test_an_inverted_picture_has_no_seed(drawn, tmp_path):
+    image = drawn / "with" / "seed3_scale0.png"
+    for options, seed in (("--invert ddim", None), ("--strength 0.5", "0")):
+        command = f"slider.py --prompt 'a man' --image {image} --size 64 --steps 2 {options}"
+        done = run(f"{command} --out {tmp_path}/{len(options)}")
+        assert done.returncode == 0, done.stderr
+        for path in (tmp_path / str(len(options))).glob("*.png"):
+            assert ("Seed" in Image.open(path).text["parameters"]) == (seed is not None)
+
+
 def test_eq_8_is_told_with_its_strength(tmp_path):
     words = "slider.py --prompt 'a man' --guide old young --preserve 'with a hat, without a hat'"
     done = run(f"{words} --eta 2 --scales 0,1.5 --seeds 0 --steps 2 --out {tmp_path}")

@@ -276,7 +276,7 @@ def test_a_slider_names_its_model_in_kohyas_keys_and_no_path(plain, tmp_path, mo
     assert about["ss_sd_model_hash"] == hashlib.sha256(part).hexdigest()[:8] and len(part) == 2**16
     assert about["sshs_model_hash"] == hashlib.sha256(after_the_header(out)).hexdigest()
     low, high = json.loads(about["probe"])["range"]
-    assert about["modelspec.usage_hint"] == f"useful at most from scale {low:+g} to {high:+g}"
+    assert about["modelspec.usage_hint"] == f"useful range of scales: {low:+g} to {high:+g}"
     assert "smiling" in about["modelspec.description"]
     assert about["ss_seed"] == "0" and about["ss_max_train_steps"] == "1"
     done = run(f"train_text.py --like {out} --out {tmp_path}/b.safetensors")

@@ -78,7 +78,8 @@ def test_the_projection_has_two_names(tmp_path, model):
 @pytest.mark.parametrize(
     "more, what",
     [
-        ({"edm_mean": [4], "edm_std": [4]}, "an EDM checkpoint .as Playground v2.5."),
+        ({"edm_mean": [4], "edm_std": [4]}, "an EDM checkpoint .as Playground v2.5 or CosXL."),
+        ({"edm_vpred.sigma_max": [1], "edm_vpred.sigma_min": [1]}, "an EDM checkpoint"),
         ({"scaled_fp8": [2]}, "scaled float8.*multiply each weight by its scale"),
         ({"model.diffusion_model.out.2.scale_weight": []}, "scaled float8"),
         ({"model.diffusion_model.extra.weight": [4, 4]}, "1 tensors that SDXL does not have"),
@@ -173,6 +174,24 @@ def test_pruned_sdxl_is_named(change, tmp_path):
     config = tmp_path / "m" / "unet" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
     with pytest.raises(ValueError, match="a pruned SDXL, as Segmind's SSD-1B and Vega"):
+        SDXL.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    "part, name",
+    [("unet", "sample_size"), ("unet", "addition_time_embed_dim"), ("vae", "scaling_factor")],
+)
+@pytest.mark.parametrize("value", [None, 0, "left out"])
+def test_what_is_read_after_the_model_is_built_is_checked_before(part, name, value, tmp_path):
+    shutil.copytree(MINIATURE, tmp_path / "m")
+    path = tmp_path / "m" / part / "config.json"
+    config = json.loads(path.read_text()) | {name: value}
+    if value == "left out":
+        del config[name]
+    path.write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=f"{part}: .*config.json .*{'' if value is None else name}"
+    ):
         SDXL.load(tmp_path / "m")
 
 

@@ -151,6 +151,13 @@ def test_stop_gives_the_x_t_on_the_way_and_noise_belongs_to_its_seed():
     assert torch.equal(part, visited[4])
 
 
+def test_every_number_of_steps_is_a_way_down():
+    for spacing in ("leading", "trailing", "linspace"):
+        for steps in (1, 2, 3, 7, 500, 501, 999, 1000):
+            ts = sampler.timesteps(steps, spacing=spacing)
+            assert len(ts) == steps and sampler.timesteps(ts) == ts
+
+
 def test_impossible_steps_are_refused():
     for steps in (0, -3, 1001):
         with pytest.raises(ValueError, match="steps"):

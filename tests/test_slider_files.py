@@ -434,6 +434,12 @@ def test_merging_files_is_exact_and_of_lower_rank_the_nearest(model, tmp_path, t
 
 def test_baking_in_and_extracting_again(model, inputs, tmp_path, two):
     (one, _), paths = two
+    (tmp_path / "baked.tmp").mkdir()
+    (tmp_path / "baked.tmp" / "mine").write_text("mine")
+    refused = run(f"-m extras.tools bake {paths[0]}:2 --out {tmp_path}/baked")
+    assert refused.returncode == 2 and "baked.tmp: in the way" in refused.stderr
+    (tmp_path / "baked.tmp" / "mine").unlink()
+    (tmp_path / "baked.tmp").rmdir()
     tool(f"bake {paths[0]}:2 --out {tmp_path}/baked")
     baked = SDXL.load(tmp_path / "baked", device="cpu")
     merged = SDXL.load(device="cpu")

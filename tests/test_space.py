@@ -332,6 +332,14 @@ def test_a_clip_model_sees_pictures_in_its_own_colours(model, tmp_path):
     assert encode(["an old man", "a hand"]).shape == (2, 8)
 
 
+def test_another_model_s_image_encoder_is_not_taken_for_ones_own(model, monkeypatch, tmp_path):
+    (tmp_path / "image_encoder").mkdir()
+    (tmp_path / "image_encoder" / "config.json").write_text('{"hidden_size": 1280}')
+    monkeypatch.setattr(model, "folder", tmp_path)
+    with pytest.raises(ValueError, match="--clip is needed"):
+        clip.towers(None, model)
+
+
 def test_words_that_lie_along_a_direction_are_named(model):
     """A direction that is made of a word's own change finds that word."""
     _, encode = clip.towers(None, model)

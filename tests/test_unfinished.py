@@ -17,7 +17,7 @@ import train_pairs
 import train_text
 from bench.kill import TEXT, survives
 from support import batches, distributed, training
-from support.checkpoint import NO_CHECKPOINT, Checkpoint, open_checkpoint
+from support.checkpoint import NO_CHECKPOINT, Checkpoint, open_checkpoint, save_state
 
 
 def collect(model, checkpoint=NO_CHECKPOINT, **changes):
@@ -278,6 +278,14 @@ def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_full_disk_at_a_checkpoint_is_one_line(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("needs a device that is always full")
+    (tmp_path / "state.pt").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="state.pt: could not be written"):
+        save_state({"x": torch.zeros(9)}, tmp_path / "state.pt")
+
+
 @pytest.mark.slow
 def test_killed_twice_from_the_command_line(tmp_path):
     found = survives([*TEXT, "--steps", "6"], tmp_path, 2, random.Random(3), 9.0)
