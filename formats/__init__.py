@@ -13,7 +13,8 @@ def write_atomically(path: Path, write):
         write(temporary)
         umask = os.umask(0)  # to read it is to set it
         os.umask(umask)
-        # As any other file: safetensors makes its own readable to their owner alone.
+        # As any other file: safetensors makes its own readable to their owner alone
+        # (findings/safetensors_file_mode.sh).
         os.chmod(temporary, 0o666 & ~umask)
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())  # else a power cut can leave the name with nothing in it

@@ -86,11 +86,12 @@ class Checkpoint:
 
 
 def save_state(state: dict, path: Path):
-    """torch.save, with an OSError where the disk is full: torch raises RuntimeError."""
+    """torch.save, with an OSError where the disk is full (findings/torch_save_full_disk.sh)."""
     try:
         torch.save(state, path)
     except RuntimeError as error:
-        raise OSError(f"{path}: could not be written ({str(error).splitlines()[0]})") from None
+        why = str(error).splitlines()[0]
+        raise OSError(f"{path}: could not be written; is the disk full? ({why})") from None
 
 
 NO_CHECKPOINT = Checkpoint()

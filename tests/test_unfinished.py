@@ -16,6 +16,7 @@ import student
 import train_pairs
 import train_text
 from bench.kill import TEXT, survives
+from formats import slider_files
 from support import batches, distributed, training
 from support.checkpoint import NO_CHECKPOINT, Checkpoint, open_checkpoint, save_state
 
@@ -265,6 +266,15 @@ def test_a_state_that_would_run_code_is_not_read(tmp_path):
     with pytest.raises(ValueError, match="damaged"):
         Checkpoint(tmp_path).load()
     assert not Path("/tmp/evil_ran_here").exists()
+
+
+def test_files_can_be_read_by_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o027)
+    try:
+        slider_files.save_tensors(tmp_path / "x.safetensors", {"x": torch.zeros(1)}, None)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o640
 
 
 def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
