@@ -22,6 +22,7 @@ from tqdm import tqdm
 import sampler
 
 METHODS = ("null-text", "negative-prompt", "ddim")
+INNER = 10  # steps of null-text inversion for each t, at most
 
 
 @dataclass
@@ -66,7 +67,7 @@ def null_text(
     *,
     alpha_bar,
     guidance: float,
-    inner: int = 10,
+    inner: int = INNER,
     lr: float = 0.03,
     tolerance: float = 1e-5,
     remember=lambda name, make: make(),
@@ -121,6 +122,6 @@ def null_text(
     return Inversion(pivot[0], fitted, evaluations)
 
 
-def max_evaluations(method: str, steps: int, inner: int = 10) -> int:
+def max_evaluations(method: str, steps: int) -> int:
     """UNet evaluations for one picture. Null-text inversion may stop early, the others take all."""
-    return steps + (steps * (2 + inner) if method == "null-text" else 0)
+    return steps + (steps * (2 + INNER) if method == "null-text" else 0)

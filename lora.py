@@ -54,14 +54,14 @@ class LowRank(nn.Module):
             self.lora_up = nn.Linear(rank, layer.out_features, bias=False)  # type: ignore
         nn.init.kaiming_uniform_(self.lora_down.weight, a=1)  # as the paper's code (peft: 5**0.5)
         nn.init.zeros_(self.lora_up.weight)  # B = 0: an untrained slider changes nothing
-        self.register_buffer("alpha", torch.tensor(float(alpha)))
-        self.alpha_over_r = float(alpha) / rank  # a number: reading `alpha` would wait for the GPU
+        self.alpha = float(alpha)
 
     A, B = property(lambda self: self.lora_down.weight), property(lambda self: self.lora_up.weight)
+    alpha_over_r = property(lambda self: self.alpha / len(self.A))
 
     def delta(self) -> slider_files.Delta:
         """What a slider file holds of it: A, B, alpha."""
-        return slider_files.Delta(self.A.detach(), self.B.detach(), self.alpha_over_r * len(self.A))
+        return slider_files.Delta(self.A.detach(), self.B.detach(), self.alpha)
 
     def cast_key(self, dtype):
         """Copies in `dtype` are valid while this is unchanged. _version counts in-place changes."""
@@ -91,8 +91,8 @@ def group_by_input(parts) -> list[list]:
 
 
 class Slider(nn.Module):
-    """The low-rank changes of one concept. Its state_dict holds what its file holds:
-    <layer>.lora_down.weight (A), <layer>.lora_up.weight (B), <layer>.alpha.
+    """The low-rank changes of one concept. Its state_dict has the names of its file:
+    <layer>.lora_down.weight (A) and <layer>.lora_up.weight (B).
 
     scale: a number, or a tensor (batch,) with one for each sample, or (batch, r) with one for each
     sample and rank. At 0 it costs nothing: the hooks return at once.
@@ -108,9 +108,10 @@ class Slider(nn.Module):
             raise ValueError(f"rank: {rank} is not between 1 and {full}, a layer's full rank")
         for name, layer in layers.items():
             self.add_module(kohya_name(name), LowRank(layer, pick(rank, name), pick(alpha, name)))
-        self.scale, self.attached = 0.0, False
-        self.handles: list = []
+        self.scale, self.handles = 0.0, []  # type: ignore[var-annotated]
         self.metadata: dict[str, str] = {}  # of the file that it was loaded from
+
+    attached = property(lambda self: bool(self.handles))
 
     @property
     def scale(self):
@@ -137,7 +138,6 @@ class Slider(nn.Module):
         for group in self.groups:
             for part in group:
                 self.handles.append(layers[part].register_forward_hook(self._hook(part, group)))
-        self.attached = True
         return self
 
     def _hook(self, part: LowRank, group: list[LowRank]):
@@ -187,7 +187,7 @@ class Slider(nn.Module):
         """Remove the change; the UNet is as it was."""
         for handle in self.handles:
             handle.remove()
-        self.handles, self.attached = [], False
+        self.handles = []
 
     @contextmanager
     def at(self, scale):

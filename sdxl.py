@@ -43,7 +43,6 @@ class SDXL:
     dtype: torch.dtype  # of UNet and text encoders
     size: int  # pixels, the side of the pictures it was trained on
     factor: int  # pixels to a latent, in height and in width
-    channels: int  # of a latent
     zeros_for_empty: bool  # an empty prompt's conditioning is all zeros
     folder: Path | None  # of the model; None for a single file
     known_words: set[str] | None  # that the model was trained on, where its folder lists them
@@ -103,7 +102,7 @@ class SDXL:
         if self.prediction == "v":
             sampler.convert_v_to_eps(self.unet, self.alpha_bar.to(self.device))
         self.factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
-        self.channels, self.folder = self.unet.config["in_channels"], files.folder
+        self.folder = files.folder
         self.size = self.unet.config["sample_size"] * self.factor
         self.known_words, self.unknown_words, self._too_long = files.known_words(), set(), set()
         return self
@@ -170,7 +169,7 @@ class SDXL:
         if h < multiple or w < multiple or h % multiple or w % multiple:
             near = "x".join(str(max(1, round(side / multiple)) * multiple) for side in (w, h))
             raise ValueError(f"size: {w}x{h} is not made of multiples of {multiple}: {near} is")
-        return self.channels, h // self.factor, w // self.factor
+        return self.unet.config["in_channels"], h // self.factor, w // self.factor
 
     @torch.no_grad()
     def decode(self, latents) -> list[Image.Image]:

@@ -115,18 +115,16 @@ def edit_settings(model, args, picture, size) -> dict:
     z = model.encode([picture])
     if args.strength:
         return sdedit(model, lambda seeds: z, args.strength, args.steps)
-    settings = dict(method=args.invert, steps=args.steps, guidance=args.guidance)
-    key = inversions.cache_key(model, z, args.prompt, args.negative, settings)
+    about = dict(method=args.invert, steps=args.steps, guidance=args.guidance)
+    key = inversions.cache_key(model, z, args.prompt, args.negative, about)
     path = Path(args.out) / f"inversion-{key}.safetensors"
 
     def make(remember):
         ts = sampler.timesteps(args.steps, spacing=model.spacing)
         n = invert.max_evaluations(args.invert, len(ts))
-        null_text = args.invert == "null-text"
-        print(f"{args.invert} inversion: {'at most ' if null_text else ''}{n} network evaluations")
-        settings.update(alpha_bar=model.alpha_bar, steps=ts)  # only now: they are not in the key
-        if null_text:
-            settings.update(remember=remember)
+        at_most = "at most " if args.invert == "null-text" else ""
+        print(f"{args.invert} inversion: {at_most}{n} network evaluations")
+        settings = about | dict(alpha_bar=model.alpha_bar, steps=ts, remember=remember)
         prompts = (model.condition([words], size) for words in (args.prompt, args.negative))
         made = invert.invert(model.unet, z, *prompts, **settings)
         print(f"{made.evaluations} network evaluations; kept in {path} for the next time")

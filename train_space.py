@@ -27,7 +27,6 @@ import torch.nn.functional as F
 
 import lora
 import sampler
-from formats import slider_files
 from support import cli, clip, cost, distributed, images, inversions, options, probe, training
 from support.batches import SPACE, in_batches
 from support.checkpoint import RESUME_HINT, open_checkpoint, resume_or_new
@@ -251,7 +250,6 @@ def calibrate(model, encoder, slider, v, sigma: float, cond, uncond, *, size, se
         scale = tried[moved.index(max(moved)) - 1]  # moves farthest
     for part in slider.children():  # what `scale` did, scale 2 is to do
         part.alpha *= scale / 2
-        part.alpha_over_r *= scale / 2
     return True
 
 
@@ -314,7 +312,7 @@ def main():
         rows.append([column[0] for column in row])
         described = f"cosine {cosine:.2f}; words, as a hint: {'; '.join(hints[i])}"
         print(f"{i + 1}: {share[i]:.1%} of the variance, {described}")
-    slider_files.remove_beyond(out, len(made))
+    training.remove_beyond(out, len(made))
     cli.write_text(out / "space.json", json.dumps(found, indent=1))
     names, numbers = [images.scale_label(s) for s in SCALES], [str(i + 1) for i in range(len(rows))]
     images.save_image(images.contact_sheet(rows, names, numbers), out / "sheet.png")

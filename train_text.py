@@ -78,7 +78,7 @@ def collect(
     *,
     eta: float,
     trajectories: int,
-    per_trajectory: int,
+    per_trajectory: int = 4,
     size: tuple[int, int],
     seed: int,
     batch: int,
@@ -128,12 +128,9 @@ def collect(
     )
 
 
-def teach(
-    model, prompts, *, seed: int, trajectories: int = 16, per_trajectory: int = 4, **settings
-):
+def teach(model, prompts, *, seed: int, trajectories: int = 16, **settings):
     """(targets to train on, unseen ones for the meter). prompts, settings: as in `collect`."""
     n_train, n_meter = training.split_trajectories(trajectories)
-    settings |= dict(per_trajectory=per_trajectory)
     # Seeds of their own: the meter never sees a noise that is trained on.
     train = collect(model, prompts, trajectories=n_train, seed=2 * seed + 1, **settings)
     return train, collect(model, prompts, trajectories=n_meter, seed=2 * seed + 2, **settings)

@@ -23,7 +23,8 @@ n, started = {"frozen": 0, "trained": 0}, []
 
 def count(module, inputs):
     if type(module).__name__ in ("UNet2DConditionModel", "UNet"):
-        started.append(time.time()) if not started else None
+        if not started:
+            started.append(time.time())
         n["trained" if torch.is_grad_enabled() else "frozen"] += len(inputs[0])
 
 

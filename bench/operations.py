@@ -13,8 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora
-from bench.unet import add_peft, call_diffusers, inputs
-from formats.single_file import SDXL
+from bench.unet import add_peft, call_diffusers, empty, inputs
 from sdxl_unet import UNet
 
 VIEWS = "view|transpose|unsqueeze|expand|detach|split|slice|permute|select|alias|reshape"
@@ -41,7 +40,7 @@ def count(predict, train: bool) -> int:
 
 
 def ours() -> list[int]:
-    unet = on_meta(UNet)
+    unet = empty(UNet, device="meta")
     with torch.device("meta"):
         slider = lora.Slider(lora.target_layers(unet))
     plain = count(unet, False)
@@ -53,22 +52,12 @@ def ours() -> list[int]:
 def theirs() -> list[int]:
     import diffusers
 
-    unet = on_meta(lambda config: diffusers.UNet2DConditionModel(**config))
+    unet = empty(lambda config: diffusers.UNet2DConditionModel(**config), device="meta")
     predict = call_diffusers(unet)
     plain = count(predict, False)
     with torch.device("meta"):
         add_peft(unet)
     return [plain, count(predict, False), count(predict, True)]
-
-
-def on_meta(kind):
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("meta"):
-            return kind(SDXL["unet"]).requires_grad_(False)
-    finally:
-        torch.set_default_dtype(default)
 
 
 def main():

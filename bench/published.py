@@ -260,7 +260,7 @@ def measured(model, row: dict, attribute: str, from_pairs: bool) -> dict:
     columns = [[(slider, SCALES[0])], [(slider, SCALES[-1])]]
     drawn = effect.pictures(model, columns, SEEDS, effect.prompts_without(attribute))
     drawn.insert(1, without_slider(model, attribute))
-    found = effect.summary(effect.table(drawn), attribute, SCALES)
+    found = effect.summary(effect.table(drawn), attribute)
     keep = ("means", "moved", "monotonic", "worst_other", "worst_other_moved")
     cost = row["frozen"] + 3 * row["trained"]
     kept = {k: v for k, v in row.items() if k != "file"} | {k: found[k] for k in keep}

@@ -20,12 +20,10 @@ from support import cli
 from support.jobs import at_once
 from support.options import default_help
 
-NAMES = ("text_sliders", "visual_sliders", "ablations", "activation", "composition", "repair")
+NAMES = ["text_sliders", "visual_sliders", "ablations", "activation", "composition", "repair"]
+NAMES += ["inversion", "space", "guidance", "stylegan.sliders"]
 SEEDS = (0, 1)  # side by side: two experiments of one seed would train the same sliders twice
-ALL = ["defaults"]
-ALL += [f"{name} --seed {seed}" for name in (*NAMES, "inversion", "space") for seed in SEEDS]
-ALL += [f"guidance --seed {seed}" for seed in SEEDS]
-ALL += [f"stylegan.sliders --seed {seed}" for seed in SEEDS]
+ALL = ["defaults", *(f"{name} --seed {seed}" for name in NAMES for seed in SEEDS)]
 OTHERS = ("full_width.json", "full_width.png")  # not of the bundled miniature
 DONE = RESULTS / "done.txt"
 SLIDERS = "out/experiments"

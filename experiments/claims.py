@@ -6,20 +6,12 @@ Each claim is a sentence of the page with gaps, and what of the results goes int
 without gaps is a condition. Printed are those whose sentence, filled from the results of today,
 the page does not have. Figures of two training seeds are ranges over both."""
 
-import json
 import re
 
-from experiments.common import RESULTS
-from experiments.report import PAGES
+from experiments.report import PAGES, load
 from support import cli
 
 CONCEPTS = ("age", "smile", "eye size", "red hair")
-
-
-def load(name: str) -> list[dict]:
-    """The results of each training seed."""
-    files = [RESULTS / f"{name}{seed}.json" for seed in ("", "_seed1")]
-    return [json.loads(file.read_text()) for file in files if file.exists()]
 
 
 def percent(values, digits=0) -> str:

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import lora
@@ -19,7 +18,7 @@ import train_text
 from extras import metrics
 from miniature import effect
 from miniature.compose import PERSON, SLIDERS
-from sdxl import MINIATURE as MINIATURE_FOLDER
+from sdxl import MINIATURE
 from support import cli, images, options, training
 from support.options import default_help
 
@@ -46,7 +45,7 @@ TEN = {
     NAMES.get(attribute, attribute): Concept(PERSON, *words, attribute)
     for attribute, words in SLIDERS.items()
 }
-MINIATURE = {name: TEN[name] for name in ("age", "smile", "eye size", "red hair")}
+CONCEPTS = {name: TEN[name] for name in ("age", "smile", "eye size", "red hair")}
 
 WELL_MADE = "well made, detailed face"
 GOOD_HANDS = "realistic hands, five fingers, 8k hyperrealistic hands"
@@ -96,7 +95,7 @@ class Lab:
         sliders = "folder of trained sliders, used again (default: out/experiments; out/MODEL)"
         p.add_argument("--sliders", help=sliders)
         self.args = p.parse_args()
-        bundled = Path(self.args.model).resolve() == MINIATURE_FOLDER
+        bundled = Path(self.args.model).resolve() == MINIATURE
         of_other = f"out/{Path(self.args.model).stem}"
         self.args.out = self.args.out or (str(RESULTS) if bundled else of_other)
         self.args.sliders = self.args.sliders or ("out/experiments" if bundled else of_other)
@@ -107,7 +106,7 @@ class Lab:
             from miniature.judges import miniature_judges
 
             self.judges, self.prompts = miniature_judges(self.model), effect.PROMPTS
-            self.concepts, self.all_concepts = MINIATURE, TEN | REPAIR
+            self.concepts, self.all_concepts = CONCEPTS, TEN | REPAIR
         else:
             self.judges = metrics.real_judges(device=str(self.model.device))
             self.prompts = PAPER_PROMPTS
@@ -230,9 +229,8 @@ def moved(before, after, attribute: str, among: tuple[str, ...] = ()) -> dict:
     change = {name: (b[name] - a[name]) / effect.span(name) for name in a}
     others = {
         name: abs(float(c.mean()))
-        for name, c in change.items()
-        if name not in (attribute, "malformed") and not effect.related(attribute, name)
-        if not among or name.startswith(among)
+        for name, c in effect.others(change, attribute).items()
+        if name != "malformed" and (not among or name.startswith(among))
     }
     worst = max(others, key=others.get)
     return {
@@ -250,13 +248,6 @@ class FullRank(nn.Module):
     def __init__(self, layer):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros_like(layer.weight, dtype=torch.float32))
-        self.convolution = {}
-        if isinstance(layer, nn.Conv2d):
-            self.convolution = dict(stride=layer.stride, padding=layer.padding)
-
-    def forward(self, x):
-        W = self.weight.to(x.dtype)
-        return F.conv2d(x, W, **self.convolution) if self.convolution else F.linear(x, W)
 
 
 class Full(lora.Slider):
@@ -268,7 +259,11 @@ class Full(lora.Slider):
             self.add_module(lora.kohya_name(name), FullRank(layer))
 
     def _hook(self, part, group):
-        return lambda layer, x, y: y + self.scale_of(y) * part(x[0])
+        def add(layer, inputs, y):
+            (x,) = inputs
+            return y + self.scale_of(y) * lora.down(x, part.weight.to(x.dtype), layer)
+
+        return add
 
     def scale_of(self, y):
         scale = torch.as_tensor(self.scale, dtype=y.dtype, device=y.device)

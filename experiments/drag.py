@@ -10,12 +10,10 @@ time:
 
 Each row: how far age moves and how far each other attribute that belongs to age in this world."""
 
-import numpy as np
-
 from experiments.common import Lab
 from miniature import effect
-from support import cli, options
-from train_text import encode, ends_difference
+from support import cli
+from train_text import ends_difference
 
 MORE = ["smiling, frowning", "man, woman"]
 WATCHED = ("glasses", "hat", "sex", "smile", "hair_length")
@@ -23,22 +21,16 @@ WATCHED = ("glasses", "hat", "sex", "smile", "hair_length")
 
 def main():
     lab = Lab(__doc__, "drag", count=64)
-    scales, concept = effect.SCALES, lab.all_concepts["age"]
+    scales, P = effect.SCALES, lab.all_concepts["age"].preserve
 
     def read(columns, **settings):
         table = effect.table(lab.draw(columns, **settings))
-        found = effect.summary(table, "age", scales)
         others = {name: effect.moved(table[name], name) for name in WATCHED}
-        signed = {
-            n: float(np.subtract(*table[n].mean(1)[[-1, 0]])) / effect.span(n) for n in others
-        }
-        return found | {"others": others, "signed": signed}
+        signed = {name: effect.summary(table, name)["moved"] for name in WATCHED}
+        return effect.summary(table, "age") | {"others": others, "signed": signed}
 
     def by_eq_8(preserve):
-        target, pos, neg = concept[:3]
-        ends = (f"{target}, {pos}", f"{target}, {neg}")
-        preserved = options.combinations(preserve)
-        _, ends, _ = encode(lab.model, [target], *ends, preserved, lab.size)
+        _, ends, _ = lab.encode("age", preserve)
         delta = lambda x_t, t: ends_difference(lab.model.unet, x_t, t, ends)
         etas = [lab.recipe["eta"] * scale for scale in scales]
         return read([[]] * len(scales), delta=delta, etas=etas)
@@ -47,7 +39,6 @@ def main():
         slider = lab.text_slider("age", **kind)
         return read([[(slider, scale)] for scale in scales], start=start)
 
-    P = concept.preserve
     for name, preserve in (("P", P), ("no P", []), ("a longer P", P + MORE)):
         lab.once(f"eq. (8), {name}", lambda: by_eq_8(preserve))
     kinds = {"slider": {}, "slider, no P": dict(preserve=[]), "longer P": dict(preserve=P + MORE)}

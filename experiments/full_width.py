@@ -19,8 +19,7 @@ from PIL import Image
 import lora
 import sampler
 import train_text
-from experiments.common import MINIATURE as CONCEPTS
-from experiments.common import RESULTS
+from experiments.common import CONCEPTS, RESULTS
 from formats.single_file import SDXL as FULL
 from miniature import effect, world
 from sdxl import SDXL

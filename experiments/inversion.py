@@ -121,7 +121,7 @@ def main():
                 result = {"lpips at 0": lab.lpips(originals, columns[SCALES.index(0.0)])}
                 if lab.small:
                     attribute = lab.all_concepts[concept].attribute
-                    result |= effect.summary(effect.table(columns), attribute, SCALES)
+                    result |= effect.summary(effect.table(columns), attribute)
                 return result
 
             lab.once(f"{concept} by {method}", measure_edit)

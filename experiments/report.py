@@ -203,6 +203,20 @@ def defaults(results: dict) -> str:
     return table(head, rows)
 
 
+def full_width(results: dict) -> str:
+    head = (
+        "slider | steps, batch, lr, eta | share, cosine | moved | in order | most moved other | s"
+    )
+    rows = []
+    for name, found in results["sliders"].items():
+        recipe, meter = found["recipe"], found["meter"]
+        numbers_of = ", ".join(f"{recipe[key]:g}" for key in ("steps", "batch", "lr", "eta"))
+        cells = [numbers((meter["share"], meter["cosine"])), f"{found['moved']:.0%}"]
+        cells += [yes_or_no(found["monotonic"]), other(found), f"{meter['seconds']:.0f}"]
+        rows.append([name, numbers_of, *cells])
+    return table(head, rows)
+
+
 # ------------------------------------------------------------------------------ seed 0 with seed 1
 
 
@@ -224,20 +238,6 @@ def joined(x: str, y: str) -> str:
     return f"{start}{bare(x)}<br>{bare(y)}{end}"
 
 
-def full_width(results: dict) -> str:
-    head = (
-        "slider | steps, batch, lr, eta | share, cosine | moved | in order | most moved other | s"
-    )
-    rows = []
-    for name, found in results["sliders"].items():
-        recipe, meter = found["recipe"], found["meter"]
-        numbers_of = ", ".join(f"{recipe[key]:g}" for key in ("steps", "batch", "lr", "eta"))
-        cells = [numbers((meter["share"], meter["cosine"])), f"{found['moved']:.0%}"]
-        cells += [yes_or_no(found["monotonic"]), other(found), f"{meter['seconds']:.0f}"]
-        rows.append([name, numbers_of, *cells])
-    return table(head, rows)
-
-
 KINDS = {
     "defaults": defaults,
     "full_width": full_width,
@@ -254,11 +254,15 @@ KINDS = {
 }
 
 
+def load(name: str) -> list[dict]:
+    """The results of each training seed that has some."""
+    files = [RESULTS / f"{name}{seed}.json" for seed in ("", "_seed1")]
+    return [json.loads(file.read_text()) for file in files if file.exists()]
+
+
 def filled(name: str) -> str | None:
     """The table `name`, of both seeds where there are two; None without results."""
-    files = [RESULTS / f"{name}{seed}.json" for seed in ("", "_seed1")]
-    results = [json.loads(file.read_text()) for file in files if file.exists()]
-    if not results:
+    if not (results := load(name)):
         return None
     rows = set().union(*results)
     whole = [one for one in results if one.keys() == rows]  # a seed that was stopped waits

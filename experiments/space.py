@@ -71,8 +71,7 @@ def most_moved(columns) -> dict:
     of the same."""
     moves = {name: effect.moved(rows, name) for name, rows in effect.table(columns).items()}
     first = max(moves, key=moves.get)
-    others = [name for name in moves if name != first and not effect.related(first, name)]
-    second = max(others, key=moves.get)
+    second = max(effect.others(moves, first), key=moves.get)
     most = {"attribute": first, "moved": moves[first]}
     return most | {"next": second, "next_moved": moves[second]}
 

@@ -35,8 +35,7 @@ def measured(lab, drawn) -> dict:
     if not lab.small:
         return found
     table = effect.table(drawn)
-    summary = effect.summary(table, "eye_size", SCALES)
-    found |= {k: v for k, v in summary.items() if k not in ("attribute", "scales")}
+    found |= effect.summary(table, "eye_size")
     widths = [[measure.eye_pixels(picture) for picture in column] for column in drawn]
     found["pixels"] = [metrics.interval(column) for column in widths]
     found["malformed"] = (table["malformed"] > 0.5).mean(1).tolist()

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from formats import first_line
 from support.clip import tensor_of
 
 
@@ -122,8 +123,7 @@ def readable(option: str, path: str | None):
     except Exception as error:  # anything
         if path is None or isinstance(error, OSError):
             raise
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{option} {path}: no such weights: {why}") from None
+        raise ValueError(f"{option} {path}: no such weights: {first_line(error)}") from None
 
 
 def real_judges(

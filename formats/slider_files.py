@@ -217,7 +217,7 @@ def read(path, unet, text_encoders=()) -> SliderFile:
     for stem, of_layer in found.items():
         name_in_model, module = layers[stem]
         deltas[stem] = check_delta(path, stem, module, of_layer)
-        settings = adapter[stem.split("_")[1]]
+        settings = adapter[stem.split("_")[1]]  # of "unet", "te1", "te2"
         deltas[stem].alpha = adapter_alpha(settings, name_in_model, deltas[stem])
     return SliderFile(deltas, naming, metadata)
 
@@ -282,14 +282,6 @@ def list_files(path) -> list[str]:
     if not files:
         raise ValueError(f"{path}: holds no slider files")
     return [str(f) for f in files]
-
-
-def remove_beyond(folder: Path, n: int):
-    """Delete what an earlier SliderSpace of more than n sliders left in the folder: the new one of
-    n has replaced only as many."""
-    while (folder / "space.json").exists() and (path := folder / f"{n + 1}.safetensors").exists():
-        path.unlink()
-        n += 1
 
 
 def parse_json_object(text: str, path) -> dict:

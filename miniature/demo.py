@@ -36,7 +36,7 @@ def main():
     run(DRAW)
     drawn = lambda scale: [Image.open(OUT / f"seed{seed}_scale{scale}.png") for seed in SEEDS]
     table = effect.table([drawn(scale) for scale in SCALES])
-    found = effect.summary(table, "age", [float(scale) for scale in SCALES])
+    found = effect.summary(table, "age")
     print("\nage (0 young, 1 old) as the measuring stick reads it, mean of the rows:")
     for scale, mean in zip(SCALES, found["means"]):
         print(f"  scale {scale:>2}: {mean:.2f}")

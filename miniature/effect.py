@@ -114,19 +114,19 @@ def moved(rows, name) -> float:
     return float(np.ptp(rows.mean(1))) / span(name)
 
 
-def related(one: str, other: str) -> bool:
-    """Words of one attribute: what becomes red hair was hair of another colour."""
-    return " " in one and one.split()[0] == other.split()[0]
+def others(values: dict, attribute: str) -> dict:
+    """Of {attribute: value} those that are no words of the same one: what becomes red hair was hair
+    of another colour."""
+    related = lambda name: " " in attribute and name.split()[0] == attribute.split()[0]
+    return {name: v for name, v in values.items() if name != attribute and not related(name)}
 
 
-def summary(table, attribute, scales=SCALES) -> dict:
+def summary(table, attribute) -> dict:
     """moved: how far the attribute rises from the first scale to the last, of its range (below 0:
     it falls). Of the others how far each moves at all."""
     means = table[attribute].mean(1)
     others = {name: moved(rows, name) for name, rows in table.items() if name != attribute}
     return {
-        "attribute": attribute,
-        "scales": list(scales),
         "means": [round(float(m), 4) for m in means],
         "moved": float(means[-1] - means[0]) / span(attribute),
         "monotonic": bool((np.diff(means) > 0).all()),
@@ -173,7 +173,7 @@ def main():
     for name, rows in table.items():
         means = "".join(f"{mean:8.2f}" for mean in rows.mean(1))
         print(f"{name:18}{means}{moved(rows, name):8.0%}")
-    result = summary(table, args.attribute, args.scales)
+    result = summary(table, args.attribute)
     print(
         f"{args.attribute}: moves {result['moved']:.0%} of its range, {order(result['means'])}; "
         f"most moved of the others: {result['worst_other']}, {result['worst_other_moved']:.0%}"

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from formats import write_atomically
+from formats import first_line, write_atomically
 from formats.hashes import files_hash
 from formats.weights import read_json
 from support import distributed
@@ -90,8 +90,8 @@ def save_state(state: dict, path: Path):
     try:
         torch.save(state, path)
     except RuntimeError as error:
-        why = str(error).splitlines()[0]
-        raise OSError(f"{path}: could not be written; is the disk full? ({why})") from None
+        what = f"could not be written; is the disk full? ({first_line(error)})"
+        raise OSError(f"{path}: {what}") from None
 
 
 NO_CHECKPOINT = Checkpoint()

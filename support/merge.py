@@ -66,15 +66,10 @@ def by_layer(unet: nn.Module, pairs) -> dict[Layer, list]:
     return deltas
 
 
-def merge(unet: nn.Module, pairs) -> Rounding:
-    """W <- W + sum_i scale_i (alpha_i / r_i) B_i A_i for good, in float32 and rounded once. pairs:
-    (Slider, scale). Returns what each dtype keeps of the change."""
-    return add_to_weights(by_layer(unet, pairs))
-
-
 def merge_files(model, files) -> Rounding:
-    """The same with LoRA files, (path, weight), in the UNet and in both text encoders of `model`.
-    ValueError, naming the file, for one that does not fit."""
+    """W <- W + sum_i weight_i (alpha_i / r_i) B_i A_i for good, of LoRA files, (path, weight), in
+    the UNet and in both text encoders of `model`: in float32, rounded once. Returns what each dtype
+    keeps of the change. ValueError, naming the file, for one that does not fit."""
     unet, encoders = model.unet, model.text_encoders
     layers = slider_files.layers_by_kohya_name(unet) | slider_files.text_layers(encoders)
     deltas: dict[Layer, list] = {}

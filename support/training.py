@@ -96,6 +96,14 @@ def layers_of_bank(args, model) -> dict:
     return layers
 
 
+def remove_beyond(folder: Path, n: int):
+    """Delete what an earlier SliderSpace of more than n sliders left in the folder: the new one of
+    n has replaced only as many."""
+    while (folder / "space.json").exists() and (path := folder / f"{n + 1}.safetensors").exists():
+        path.unlink()
+        n += 1
+
+
 def samples_at_once(args, model, size, checkpoint) -> int:
     """How many go through the frozen UNet together: on a CPU four times a step's batch, on a GPU
     what fits. After a stop as many as before it, whatever is free by then: the checkpoint's parts

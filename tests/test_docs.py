@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from docs_check import commands
+from docs_check import commands, exercises
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -62,13 +62,6 @@ def test_every_equation_has_its_line():
     assert len(rows) >= 9 and all(TO_LINE.search(row) for row in rows)
 
 
-if __name__ == "__main__":
-    for page in PAGES:
-        if (text := relinked(page)) != page.read_text():
-            page.write_text(text)
-            print(f"{page}: written")
-
-
 def options_of(words: list[str]) -> dict[str, list[str]]:
     """{--option: its values}, but for --out and, as it follows from the ends, --prompt."""
     found: dict[str, list[str]] = {}
@@ -88,3 +81,16 @@ def test_what_is_measured_are_the_sliders_that_a_reader_is_told_to_train():
     told = [options_of(words) for words in told if words[0] == "train_text.py"]
     for attribute in ("age", "smile", "eye_size"):
         assert options_of(compose.command(attribute)) in told, attribute
+
+
+def test_the_exercises_patches_fit():
+    for exercise in exercises((ROOT / "docs" / "reading.md").read_text()):
+        for file, old, _ in exercise["patches"]:
+            assert (ROOT / file).read_text().count(old) == 1, exercise["name"]
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        if (text := relinked(page)) != page.read_text():
+            page.write_text(text)
+            print(f"{page}: written")

@@ -16,7 +16,7 @@ import lora
 from extras import tools
 from formats import slider_files
 from sdxl import MINIATURE
-from support.merge import Composed, Rounding, merge
+from support.merge import Composed, Rounding, add_to_weights, by_layer
 
 DATA = Path(__file__).parent / "data"
 KINDS = ("text", "pairs", "merged", "extracted", "one layer", "one convolution")
@@ -283,12 +283,12 @@ def test_sliders_are_merged_all_at_once(model):
         made = unet["layer"].weight.float() - before.float()
         return ((made * wanted).sum() / wanted.square().sum()).item()
 
-    together = merge(unet, sliders)
+    together = add_to_weights(by_layer(unet, sliders))
     at_once = kept()
     assert together.kept("bfloat16") == pytest.approx(at_once, rel=1e-3)
     unet["layer"].weight = torch.nn.Parameter(before.clone())
     for pair in sliders:
-        merge(unet, [pair])
+        add_to_weights(by_layer(unet, [pair]))
     assert kept() < 0.6 * at_once
 
 

@@ -158,7 +158,7 @@ def test_a_sentence_that_the_results_do_not_bear_out_is_named(tmp_path, monkeypa
         for method, value in methods.items()
     }
     (tmp_path / "text_sliders.json").write_text(json.dumps(results))
-    monkeypatch.setattr(claims, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(claims, "CLAIMS", (claims.text_sliders,))
     reach = "at scale 2 the sliders reach 50% of prompting's change in CLIP score at 0.50 times"
     page = f"In the order the paper finds: {reach}\nits LPIPS, and move the mean of the other\n"

@@ -21,7 +21,7 @@ import sampler
 import train_text
 from sdxl import SDXL
 from support import batches, graphs, training
-from support.merge import Composed, merge
+from support.merge import Composed, add_to_weights, by_layer
 
 DEVICE = os.environ["TEST_DEVICE"]
 USABLE = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
@@ -139,7 +139,7 @@ def test_graphs_see_weights_that_were_replaced(on_gpu, gpu_inputs, graphs_on):
     assert relative(with_both, before) > 1e-3
     composed.detach()
     assert torch.equal(unet(*gpu_inputs), before)
-    merge(unet, pairs)
+    add_to_weights(by_layer(unet, pairs))
     assert relative(unet(*gpu_inputs), with_both) < 1e-3
 
 

@@ -89,8 +89,3 @@ def test_imports_point_one_way(module):
         assert not {folder(name) for name in found} & {"experiments", "bench", "tests"}
     if folder(module) == "miniature":
         assert {name for name in found if folder(name) == "extras"} <= {"extras.metrics"}
-
-
-def test_nothing_imports_findings():
-    for file in FILES:
-        assert not any(name.split(".")[0] == "findings" for name in imported_names(file)), file

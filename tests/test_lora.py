@@ -5,11 +5,9 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora
-from support.merge import merge
 
 
 def trained_slider(unet, seed=0, **options):
@@ -139,36 +137,22 @@ def test_scale_zero_costs_nothing(model, inputs, monkeypatch):
     assert len(calls) == len(list(slider.children()))
 
 
-def test_one_scale_per_sample_equals_one_at_a_time(model, inputs):
-    slider, scales = trained_slider(model.unet).attach(model.unet), torch.tensor([-2.0, 0.0, 1.5])
-    with torch.no_grad():
-        with slider.at(scales):
-            together = model.unet(*inputs)
-        for i, scale in enumerate(scales):
-            with slider.at(float(scale)):
-                (alone,) = model.unet(*(v[i : i + 1] for v in inputs))
-                assert torch.allclose(alone, together[i], atol=1e-4)
-    slider.detach()
-
-
 def test_several_sliders_add_up_as_dense_weights_do(model, inputs):
     """Two attached sliders of different ranks and layers against a copy of the UNet with both
     merged into its weights."""
     first = trained_slider(model.unet, 1, rank=2, layers="attn")
     second = trained_slider(model.unet, 2, rank=5, alpha=3.0, layers="noxattn")
-    merged, also_merged = copy.deepcopy(model.unet), copy.deepcopy(model.unet)
+    merged = copy.deepcopy(model.unet)
     for slider, scale in ((first, 1.5), (second, -0.7)):
-        merge(also_merged, [(slider, scale)])
         for name, module in merged.named_modules():
             part = getattr(slider, lora.kohya_name(name), None)
             if part is not None:
                 A, B = part.lora_down.weight.flatten(1), part.lora_up.weight.flatten(1)
-                change = scale * float(part.alpha) / len(A) * (B @ A)
+                change = scale * part.alpha / len(A) * (B @ A)
                 module.weight.data += change.view_as(module.weight)
     first.attach(model.unet), second.attach(model.unet)
     with torch.no_grad(), first.at(1.5), second.at(-0.7):
         ours, expected = model.unet(*inputs), merged(*inputs)
-        assert torch.allclose(also_merged(*inputs), expected, atol=1e-5)
     first.detach(), second.detach()
     assert ((ours - expected).abs().max() / expected.abs().max()) < 1e-4
 
@@ -207,6 +191,7 @@ def test_a_file_brings_back_the_slider_and_its_settings(model, inputs, tmp_path)
     before, after = slider.state_dict(), back.state_dict()
     assert {k: v.shape for k, v in after.items()} == {k: v.shape for k, v in before.items()}
     assert all(torch.equal(v, before[k].half().float()) for k, v in after.items())
+    assert {part.alpha for part in back.children()} == {2.0}
     assert [f.name for f in tmp_path.iterdir()] == ["a.safetensors"]
     outputs = []
     for s in (slider, back):
@@ -215,20 +200,3 @@ def test_a_file_brings_back_the_slider_and_its_settings(model, inputs, tmp_path)
             outputs.append(model.unet(*inputs))
         s.detach()
     assert ((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max()) < 5e-3
-
-
-def test_bad_files_are_refused_by_name(model, tmp_path):
-    lora.save(tmp_path / "good.safetensors", trained_slider(model.unet), {})
-    good = load_file(tmp_path / "good.safetensors")
-    first = next(k for k in good if k.endswith("lora_up.weight"))
-    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "good.safetensors").read_bytes()[:5000])
-    (tmp_path / "text.safetensors").write_text("not a slider")
-    save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
-    nowhere = {"lora_unet_nowhere.lora_down.weight": torch.zeros(2, 2)}
-    save_file(nowhere, tmp_path / "elsewhere.safetensors")
-    save_file(good | {first: good[first] * float("nan")}, tmp_path / "nan.safetensors")
-    save_file(good | {first: good[first][:, :1].contiguous()}, tmp_path / "rank.safetensors")
-    save_file({k: v for k, v in good.items() if k != first}, tmp_path / "half.safetensors")
-    for name in ("cut", "text", "other", "elsewhere", "nan", "rank", "half", "missing"):
-        with pytest.raises(ValueError, match=f"{name}.safetensors"):
-            lora.load(tmp_path / f"{name}.safetensors", model.unet)

@@ -48,6 +48,7 @@ LEFTOVERS = {
     "denoiser.sigmas": [1000],
     "alphas_cumprod": [1000],
     "conditioner.embedders.0.transformer.text_projection.weight": [768, 768],
+    "conditioner.embedders.0.text_projection": [768, 768],
     "conditioner.embedders.1.model.attn_mask": [77, 77],
     "v_pred": [0],
     "anything.a.merger.wrote": [3],

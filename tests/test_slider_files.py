@@ -19,7 +19,6 @@ import sampler
 from formats import single_file, slider_files
 from sdxl import MINIATURE, SDXL
 from sdxl_unet import UNet
-from support.merge import merge
 
 
 def change_of(part: lora.LowRank):
@@ -161,17 +160,6 @@ def test_other_spellings_of_the_same_slider(model, tmp_path):
         for layer, part in slider.named_children():
             found = change_of(back.get_submodule(layer))
             assert torch.allclose(found, change_of(part), atol=1e-7), name
-
-
-def test_text_encoder_parts_are_reported(model, tmp_path):
-    lora.save(tmp_path / "a.safetensors", trained_slider(model.unet, layers="attn"), {})
-    tensors = load_file(tmp_path / "a.safetensors")
-    for ending in ("lora_down.weight", "lora_up.weight", "alpha"):
-        tensors[f"lora_te1_text_model_encoder_layers_0_mlp_fc1.{ending}"] = torch.zeros(2, 2)
-    save_file(tensors, tmp_path / "b.safetensors")
-    warning = r"b.safetensors: its changes of the text encoders \(1\) are left out"
-    with pytest.warns(UserWarning, match=warning):
-        lora.load(tmp_path / "b.safetensors", model.unet)
 
 
 def bad_files(folder, good: dict):
@@ -442,10 +430,10 @@ def test_baking_in_and_extracting_again(model, inputs, tmp_path, two):
     (tmp_path / "baked.tmp").rmdir()
     tool(f"bake {paths[0]}:2 --out {tmp_path}/baked")
     baked = SDXL.load(tmp_path / "baked", device="cpu")
-    merged = SDXL.load(device="cpu")
-    merge(merged.unet, [(one, 2.0)])
-    with torch.no_grad():
-        a, b = baked.unet(*inputs), merged.unet(*inputs)
+    one.attach(model.unet)
+    with torch.no_grad(), one.at(2.0):
+        a, b = baked.unet(*inputs), model.unet(*inputs)
+    one.detach()
     assert (a - b).norm() < 3e-3 * b.norm()  # the folder is in float16
     back, options = tmp_path / "back.safetensors", "--rank 2 --layers attn --store float32"
     v_model = v_network.folder(tmp_path / "v", prediction_type="v_prediction")

@@ -231,7 +231,6 @@ def test_the_first_gradient_is_not_rounding(model, conds, three):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_sliders_learn_their_directions(model, conds):
     samples, see = collect(model, conds, samples=12), encoder()
     v, sigma, _ = train_space.directions(clip.features(model, see, samples.x_0), 2)

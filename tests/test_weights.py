@@ -172,14 +172,6 @@ STRANGERS = {  # names of tensors, and what the file is said to be
 }
 
 
-def test_what_other_tools_leave_in_one_file_is_left_out(model, tmp_path):
-    """Projections of the first text encoder, which SDXL does not use."""
-    names = ("text_projection", "transformer.text_projection.weight")
-    more = {f"conditioner.embedders.0.{name}": torch.zeros(2, 2) for name in names}
-    file = one_file(tmp_path / "m.safetensors", lambda tensors: tensors | more)
-    assert same(model, SDXL.load(file, device="cpu", base=MINIATURE))
-
-
 @pytest.mark.parametrize("name", STRANGERS)
 def test_another_kind_of_file_is_named(name, tmp_path):
     names, what = STRANGERS[name]

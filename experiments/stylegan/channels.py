@@ -50,11 +50,11 @@ class Faces:
         self.sigma = [s.std(0) for s in many]  # of each channel of each layer
 
     @torch.no_grad()
-    def drawn(self, layer: int = 0, channel: int = 0, by: float = 0.0, rows=slice(None)):
+    def drawn(self, layer: int = 0, channel: int = 0, by: float = 0.0):
         """Pictures with that channel moved by `by` standard deviations."""
-        styles = [s[rows].clone() for s in self.styles]
+        styles = [s.clone() for s in self.styles]
         styles[layer][:, channel] += by * self.sigma[layer][channel]
-        return enlarged(self.G.synthesis(styles, [n[rows] for n in self.noise]))
+        return enlarged(self.G.synthesis(styles, self.noise))
 
 
 def moves(faces: Faces, layer: int, channel: int, by: float) -> dict[str, float]:
@@ -65,11 +65,7 @@ def moves(faces: Faces, layer: int, channel: int, by: float) -> dict[str, float]
 
 def most_moved_other(found: dict[str, float], attribute: str) -> dict:
     """{"other", "other_moved"}, of attributes that are no words of the same one."""
-    others = {
-        name: abs(moved)
-        for name, moved in found.items()
-        if name != attribute and not effect.related(attribute, name)
-    }
+    others = {name: abs(moved) for name, moved in effect.others(found, attribute).items()}
     other = max(others, key=others.get)
     return {"other": other, "other_moved": others[other]}
 

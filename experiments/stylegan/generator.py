@@ -131,9 +131,6 @@ class Generator(nn.Module):
                 rgb = seen if rgb is None else doubled(rgb) + seen
         return rgb.float()
 
-    def forward(self, z, noise=None):
-        return self.synthesis(self.styles(self.w(z)), noise or self.noise(len(z)))
-
 
 class Encoder(nn.Module):
     """Pictures (B, 3, 64, 64) -> mean and log variance of z, (B, 64) each. Only training needs

@@ -43,9 +43,8 @@ def draw_pairs(model, channel: Channel, count: int, folder: Path, seed: int):
     change = {name: np.abs(high[name] - low[name]) / span(name) for name in low}
     attribute = channel.attribute
     alone = change[attribute] > 0.2
-    for name, c in change.items():
-        if name != attribute and not effect.related(attribute, name):
-            alone &= c < 0.25
+    for c in effect.others(change, attribute).values():
+        alone &= c < 0.25
     good = np.flatnonzero(alone)[:count]
     pairs = f"in {alone.sum()} of {CANDIDATES} pairs nothing else changes"
     print(f"{attribute}: {pairs}; {len(good)} are used", flush=True)

@@ -17,8 +17,6 @@ Another one, and only its pairs:
         --only-pairs pairs"""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +24,7 @@ import numpy as np
 import lora
 import slider
 from experiments.common import Lab
+from experiments.defaults import run
 from experiments.stylegan.channels import FOUND, Faces, most_moved_other, read, span
 from experiments.stylegan.draw import load
 from experiments.stylegan.pairs import PROMPT, Channel, draw_pairs
@@ -37,7 +36,6 @@ SCALES = [-3, -2, -1, 0, 1, 2, 3]
 # And how far each is moved: eyes vanish beyond.
 CHOSEN = {"hat": 8.0, "eye_size": 4.0, "shirt red": 8.0}
 START = 0.2  # hats and colours are decided early in the denoising
-ROOT = Path(__file__).parent.parent.parent
 
 
 def train(lab, channel: Channel, count: int, file: Path):
@@ -46,9 +44,7 @@ def train(lab, channel: Channel, count: int, file: Path):
     draw_pairs(lab.model, channel, count, pairs, lab.seed)
     command = ["train_pairs.py", "--neg", pairs / "neg", "--pos", pairs / "pos"]
     command += ["--prompt", PROMPT, "--out", file, "--seed", lab.seed, "--probe", 0, "--overwrite"]
-    command = [str(word) for word in command]
-    print(" ".join(command), flush=True)
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    run(*command)
 
 
 def measured(columns, attribute: str, direction: float = 0.0) -> dict:
