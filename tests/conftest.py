@@ -36,3 +36,15 @@ def inputs(model):
         torch.randn(3, pooled, generator=g),
         torch.tensor([[128.0, 128, 0, 0, 128, 128]] * 3),
     )
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    """The miniature in diffusers, in float32."""
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    from sdxl import MINIATURE
+
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(MINIATURE, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(torch.float32)

@@ -64,15 +64,6 @@ def files(model, tmp_path_factory):
     return paths
 
 
-@pytest.fixture(scope="module")
-def pipeline():
-    diffusers = pytest.importorskip("diffusers")
-    pytest.importorskip("peft")
-    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(MINIATURE)
-    pipeline.unet.float()
-    return pipeline
-
-
 def change_of(predict, path, model):
     """What the slider file `path` changes in the prediction of our UNet."""
     slider = lora.load(path, model.unet).attach(model.unet)

@@ -8,8 +8,8 @@ import json
 import pytest
 import torch
 from commands import TRAIN, run
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_cli import metadata_of
 from test_lora import trained_slider
 from test_slider_files import change_of, ours_alone
 from test_weights import one_file
@@ -244,11 +244,6 @@ def test_what_is_left_out_is_counted_in_one_line_and_strict_refuses(plain, tmp_p
 
 
 # --------------------------------------------------------------------------------------- metadata
-
-
-def metadata_of(path) -> dict[str, str]:
-    with safe_open(path, "pt") as file:
-        return file.metadata()
 
 
 def after_the_header(path) -> bytes:

@@ -2,24 +2,9 @@
 
 import pytest
 import torch
+from test_networks import relative_error
 
 import sampler
-from sdxl import MINIATURE
-
-
-@pytest.fixture(scope="module")
-def pipeline():
-    diffusers = pytest.importorskip("diffusers")
-    options = dict(torch_dtype=torch.float32, add_watermarker=False)
-    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(MINIATURE, **options)
-    pipe.set_progress_bar_config(disable=True)
-    assert type(pipe.scheduler).__name__ == "DDIMScheduler"
-    return pipe
-
-
-def relative_error(a, b):
-    return ((a - b).abs().max() / b.abs().max()).item()
-
 
 PROMPTS = ["a photo of an old man with glasses, smiling", "a hand", "Ünïcode 日本 🙂"]
 
@@ -53,6 +38,7 @@ def test_a_whole_30_step_picture(model, pipeline):
     prompts = model.condition(PROMPTS[:2]), model.condition(["", ""])
     settings = dict(alpha_bar=model.alpha_bar, steps=30, guidance=5.0)
     ours = sampler.sample(model.unet, x_T, *prompts, **settings)
+    assert type(pipeline.scheduler).__name__ == "DDIMScheduler"
     settings = dict(num_inference_steps=30, guidance_scale=5.0, height=128, width=128)
     theirs = pipeline(prompt=PROMPTS[:2], latents=x_T, output_type="latent", **settings).images
     assert relative_error(ours, theirs) < 1e-3

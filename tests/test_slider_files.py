@@ -228,16 +228,6 @@ def test_what_must_not_be_used_is_refused_by_name(model, inputs, tmp_path):
 # ---------------------------------------------------------------------------------------- diffusers
 
 
-@pytest.fixture(scope="module")
-def pipeline():
-    diffusers = pytest.importorskip("diffusers")
-    pytest.importorskip("peft")
-    options = dict(torch_dtype=torch.float32, add_watermarker=False)
-    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(MINIATURE, **options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def pictures_of_both(model, pipeline, slider, scale, steps=8):
     """Final latents of the same seed: ours, and the pipeline's with its adapter at `scale`."""
     prompt, x_T = ["a photo of a person"], sampler.noise([3], (4, 16, 16))

@@ -10,6 +10,7 @@ import torch
 import v_network
 from commands import TRAIN, run
 from safetensors import safe_open
+from test_networks import relative_error
 from test_weights import one_file
 from torch import nn
 
@@ -34,10 +35,6 @@ CONFIG = {
 }
 ZERO_SNR = sampler.make_alpha_bar(CONFIG | {"rescale_betas_zero_snr": True})
 COND = (torch.zeros(1), torch.zeros(1), torch.zeros(1))
-
-
-def relative_error(a, b):
-    return ((a - b).abs().max() / b.abs().max()).item()
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +67,11 @@ def test_zero_terminal_snr_is_diffusers_rescaling_and_ends_just_above_0():
 
 
 @pytest.mark.parametrize("spacing", schedule.SPACINGS)
-@pytest.mark.parametrize("steps", [2, 4, 7, 20, 30, 50, 77, 1000])
+@pytest.mark.parametrize("steps", [2, 4, 7, 20, 30, 50, 77, 500])
 def test_spacings_agree_with_diffusers(spacing, steps):
     theirs = their_scheduler(timestep_spacing=spacing)
     theirs.set_timesteps(steps)
-    levels = [min(t, 999) for t in theirs.timesteps.tolist()]  # theirs goes to 1000 of 1000 steps
-    assert sampler.timesteps(steps, spacing=spacing) == levels
+    assert sampler.timesteps(steps, spacing=spacing) == theirs.timesteps.tolist()
 
 
 # ---------------------------------------------------------------------------------------- one place
