@@ -45,7 +45,7 @@ def command(attribute: str) -> list[str]:
 def train(attribute: str, folder: Path, model: str) -> Path:
     path = folder / f"{attribute.replace(' ', '_')}.safetensors"
     if not path.exists():
-        options = ["--model", model, "--out", str(path)]
+        options = ["--model", model, "--out", str(path), "--resume"]  # of one that was stopped
         subprocess.run([sys.executable, *command(attribute), *options], check=True)
     return path
 

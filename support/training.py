@@ -195,9 +195,9 @@ def train(
             # Of all processes: so they stop at the same step.
             both = distributed.all_reduce([value, value.new_tensor(float(stop()))])
             value, stopping = (x.item() for x in both)
-            if not value < 10:  # NaN too
-                raise FloatingPointError(diverged(state.step, value, lr, checkpoint))
             average = value if average is None else 0.9 * average + 0.1 * value
+            if not average < 10:  # NaN too; not `value`: a batch with an outlier may exceed it once
+                raise FloatingPointError(diverged(state.step, value, lr, checkpoint))
             meter_is_due = state.step % meter_every == 0
             if meter_is_due or state.step == steps:
                 reading = read_meter()

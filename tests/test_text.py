@@ -260,6 +260,24 @@ def test_divergence_stops_training(model, targets):
     slider.detach()
 
 
+@pytest.mark.parametrize("spikes, stops", [({4}, False), ({4, 5, 6}, True)])
+def test_one_batch_with_an_outlier_is_no_divergence(spikes, stops):
+    slider, losses = lora.Slider({"layer": torch.nn.Linear(3, 2)}, rank=2), []
+    total = lambda: sum(p.square().sum() for p in slider.parameters())
+
+    def loss(rows):
+        losses.append(50.0 if len(losses) + 1 in spikes else 0.5)
+        return losses[-1] + 0.0 * total() * rows
+
+    train = lambda: training.train(slider, loss, 8, dict, steps=9, batch=1, lr=1e-3)
+    if stops:
+        with pytest.raises(FloatingPointError, match="diverged at step 6"):
+            train()
+    else:
+        train()
+        assert len(losses) == 9
+
+
 def test_nothing_to_learn_is_said(model, targets):
     targets.target = targets.eps_0.float().clone()
     slider = lora.Slider(lora.target_layers(model.unet)).attach(model.unet)
