@@ -29,12 +29,9 @@ Q = "encoder.layers.0.self_attn.q_proj"
 
 
 @pytest.fixture
-def pipeline():
-    diffusers = pytest.importorskip("diffusers")
-    pytest.importorskip("peft")
-    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(MINIATURE, add_watermarker=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(torch.float32)
+def pipeline(pipeline):
+    """A copy for each test, as LoRAs are fused into it."""
+    return copy.deepcopy(pipeline)
 
 
 def save_as_kohya(path, pipeline):
